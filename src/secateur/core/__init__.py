@@ -1,0 +1,1 @@
+"""The ground floor: torch and the standard library, nothing else."""

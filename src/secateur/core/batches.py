@@ -1,0 +1,197 @@
+"""What a batch is and how a model is run on it.
+
+Accepted batches: a tensor, a ``(inputs, targets)`` pair or longer tuple (the last element is the
+target), or a mapping of keyword arguments as Transformers uses (``labels`` makes its own loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.core.errors import DataError, NeedsData
+
+Batch = Any
+Loss = Callable[[nn.Module, Batch], Tensor]
+Metric = Callable[[nn.Module, Iterable[Batch]], float]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where a run finds its examples.
+
+    Args:
+        train: Re-iterable over batches; for calibration and fine-tuning.
+        test: Re-iterable over batches; only ever used to report.
+        loss: ``(model, batch) -> scalar``; by default :func:`default_loss`.
+        metric: ``(model, batches) -> float``, larger is better; by default accuracy.
+        calibration: How many *samples* of ``train`` the statistics see.
+
+    Example:
+        >>> batches = [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))]
+        >>> Data(train=batches, calibration=2).sample()[0][0].shape
+        torch.Size([2, 3])
+    """
+
+    train: Iterable[Batch] | None = None
+    test: Iterable[Batch] | None = None
+    loss: Loss | None = None
+    metric: Metric | None = None
+    calibration: int = 1024
+
+    def sample(self) -> list[Batch]:
+        """The first ``calibration`` samples of ``train``, as a list of batches."""
+        if self.train is None:
+            raise NeedsData(
+                "calibration data",
+                "Data(train=None)",
+                "statistics are measured on training batches",
+                "pass train=, an iterable of batches",
+            )
+        taken: list[Batch] = []
+        left = self.calibration
+        for batch in self.train:
+            size = size_of(batch)
+            if size == 0:
+                continue
+            taken.append(batch if size <= left else narrow(batch, left))
+            left -= size
+            if left <= 0:
+                break
+        if not taken:
+            raise DataError(
+                "calibration data",
+                "the training loader yielded no samples",
+                "statistics need at least one",
+                "check the loader, and whether it can be iterated more than once",
+            )
+        return taken
+
+
+def as_data(data: Data | Iterable[Batch] | Mapping[str, Any] | None) -> Data | None:
+    """Accept :class:`Data`, a mapping with its fields, or a plain iterable of batches."""
+    if data is None or isinstance(data, Data):
+        return data
+    if isinstance(data, Mapping):
+        return Data(**data)
+    return Data(train=data)
+
+
+def size_of(batch: Batch) -> int:
+    """Number of samples in a batch: the first axis of its first tensor."""
+    return len(first_tensor(batch))
+
+
+def first_tensor(batch: Batch) -> Tensor:
+    """The first tensor inside a batch."""
+    if isinstance(batch, Tensor):
+        return batch
+    items = batch.values() if isinstance(batch, Mapping) else batch
+    for item in items:
+        if isinstance(item, Tensor):
+            return item
+    raise DataError(
+        "a batch",
+        f"a {type(batch).__name__} without any tensor",
+        "batches are a tensor, a tuple (inputs, targets) or a mapping of keyword arguments",
+        "change what the loader yields",
+    )
+
+
+def narrow(batch: Batch, size: int, start: int = 0) -> Batch:
+    """Samples ``start .. start + size`` of a batch."""
+    if isinstance(batch, Tensor):
+        return batch[start : start + size]
+    if isinstance(batch, Mapping):
+        return {k: narrow(v, size, start) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return tuple(narrow(v, size, start) if isinstance(v, Tensor) else v for v in batch)
+
+
+def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
+    """Cut batches into pieces of at most ``size`` samples (``None`` leaves them as they are)."""
+    for batch in batches:
+        if size is None:
+            yield batch
+            continue
+        for start in range(0, size_of(batch), size):
+            yield narrow(batch, size, start)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to where the model is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
+
+
+def inputs_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the forward call (targets left out)."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return tuple(batch[:-1]) if len(batch) > 1 else tuple(batch), {}
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Run ``model`` on the inputs of ``batch``."""
+    args, kwargs = inputs_of(batch)
+    return model(*args, **kwargs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The prediction tensor inside a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    return next(item for item in output if isinstance(item, Tensor))
+
+
+def default_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss if it returns one, else cross-entropy on ``(inputs, targets)``."""
+    output = forward(model, batch)
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        target = batch[-1]
+        if not target.dtype.is_floating_point:
+            return F.cross_entropy(logits_of(output).float(), target)
+        return F.mse_loss(logits_of(output).float(), target.float())
+    raise NeedsData(
+        "a loss",
+        f"a batch of type {type(batch).__name__} carries no target and the model returned no loss",
+        "gradients need a scalar to differentiate",
+        "yield (inputs, targets), add 'labels' to the batch, or pass Data(loss=...)",
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def take(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """The first ``count`` batches."""
+    return list(islice(batches, count))

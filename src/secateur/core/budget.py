@@ -1,0 +1,168 @@
+"""Targets in user units, and what an allocation may know of the weights it spreads them over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.core.errors import BudgetError, UsageError
+from secateur.core.select import quota
+
+#: kept elements -> cost in the target's unit; must not decrease.
+Cost = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One weight as an allocation sees it.
+
+    Args:
+        name: Parameter name.
+        kind: Class name of its module, for selectors.
+        fans: ``(out, in, *kernel)``.
+        scores: Group scores, ``(pools, groups)``; empty (``numel() == 0``) when not needed.
+        pools: Number of pools of the pattern.
+        groups: Groups per pool.
+        members: Elements per group.
+        cost: What keeping a number of elements costs.
+        quota: The pattern's rule for how many groups of a pool stay.
+    """
+
+    name: str
+    kind: str
+    fans: tuple[int, ...]
+    scores: Tensor
+    pools: int
+    groups: int
+    members: int
+    cost: Cost
+    quota: Callable[[int, float], int] = quota
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.pools * self.groups * self.members
+
+    def keep(self, sparsity: float) -> int:
+        """Elements kept at ``sparsity``: the pattern's quota in every pool."""
+        return self.pools * self.quota(self.groups, sparsity) * self.members
+
+    def sparsity_of(self, keep: int) -> float:
+        """The sparsity whose quota is ``keep`` groups per pool."""
+        return 1.0 - keep / self.groups
+
+    @property
+    def step(self) -> int:
+        """Elements by which the kept count can change: one group in every pool."""
+        return self.pools * self.members
+
+
+#: loss(name -> sparsity): how good the network is at an assignment. Smaller is better.
+Probe = Callable[[Mapping[str, float]], float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent on the items, and optionally a way to try an assignment out."""
+
+    limit: float
+    probe: Probe | None = None
+
+    def spent(self, items: Sequence[Item], sparsity: Mapping[str, float]) -> float:
+        """Cost of an assignment."""
+        return sum(item.cost(item.keep(sparsity[item.name])) for item in items)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much should be left, in one of four units.
+
+    Args:
+        unit: ``"sparsity"``, ``"params"``, ``"macs"`` or ``"bytes"``.
+        value: For ``sparsity`` the fraction of zeros among the pruned weights, in [0, 1). For the
+            other units a count for the *whole model*, or a fraction of the dense count below 1.
+
+    Example:
+        >>> Target.parse("90%")
+        Target(unit='sparsity', value=0.9)
+        >>> Target("sparsity", 90)
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.BudgetError: sparsity=90: 90 is not in [0, 1). Sparsity is the fraction
+        of zeros. Write 0.9 or '90%'.
+    """
+
+    unit: str = "sparsity"
+    value: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UsageError(
+                f"target {self.unit!r}",
+                "there is no such unit",
+                f"the units are {', '.join(UNITS)}",
+                "write e.g. sparsity: 0.9 or macs: 50%",
+            )
+        if self.unit == "sparsity" and not 0 <= self.value < 1:
+            hint = (
+                f"write {self.value / 100:g} or '{self.value:g}%'" if 1 < self.value < 100 else ""
+            )
+            raise BudgetError(
+                f"sparsity={self.value:g}",
+                f"{self.value:g} is not in [0, 1)",
+                "sparsity is the fraction of zeros",
+                hint or "write a number from 0 up to, but not including, 1",
+            )
+        if self.unit != "sparsity" and not self.value > 0:
+            raise BudgetError(
+                f"{self.unit}={self.value:g}",
+                f"{self.value:g} is not positive",
+                "something has to stay",
+                "give a count, or a fraction of the dense one",
+            )
+
+    @staticmethod
+    def parse(text: str | float | int | Mapping[str, str | float] | Target) -> Target:
+        """Read ``0.9``, ``"90%"``, ``"params=20000"`` or ``{"macs": "50%"}``."""
+        if isinstance(text, Target):
+            return text
+        if isinstance(text, Mapping):
+            if len(text) != 1:
+                raise UsageError(
+                    f"target {dict(text)}",
+                    f"{len(text)} entries",
+                    "a run has one target",
+                    "give one unit",
+                )
+            ((unit, value),) = text.items()
+            return Target(str(unit), number(value))
+        if isinstance(text, str) and "=" in text:
+            unit, _, value = text.partition("=")
+            return Target(unit.strip(), number(value))
+        return Target("sparsity", number(text))
+
+
+UNITS = ("sparsity", "params", "macs", "bytes")
+
+
+def number(value: str | float | int) -> float:
+    """A number, where ``"90%"`` means 0.9.
+
+    Example:
+        >>> number("90%"), number("1e6")
+        (0.9, 1000000.0)
+    """
+    if isinstance(value, (int, float)):
+        return float(value)
+    text = value.strip()
+    try:
+        return round(float(text[:-1]) / 100, 12) if text.endswith("%") else float(text)
+    except ValueError:
+        raise UsageError(
+            f"the number {value!r}",
+            "it cannot be read",
+            "numbers look like 0.9, 90% or 20000",
+            "rewrite it",
+        ) from None

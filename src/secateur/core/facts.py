@@ -1,0 +1,118 @@
+"""Facts: what a run did, as plain data. Text, JSON and HTML are renderers of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that was skipped, pinned, damped or replaced, or that a user should know.
+
+    Args:
+        topic: One word a reader can search for, e.g. ``"damped"``, ``"left-out"``, ``"sensitive"``.
+        where: The weight, layer or part concerned; ``""`` for the whole run.
+        text: What happened and why.
+    """
+
+    topic: str
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One pruned weight.
+
+    Args:
+        output_error: Relative squared output error ``||(W - W')X||² / ||WX||²`` on the
+            calibration data, or ``None`` where no data was given.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    total: int
+    kept: int
+    output_error: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, 0 to 1."""
+        return 1.0 - self.kept / self.total
+
+
+@dataclass
+class Facts:
+    """Everything that a run can say about itself.
+
+    Example:
+        >>> facts = Facts(layers=[LayerFacts("fc.weight", (2, 5), total=10, kept=4)])
+        >>> facts.note("left-out", "head.weight", "the final classifier")
+        >>> facts.sparsity, Facts.from_dict(facts.to_dict()) == facts
+        (0.6, True)
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    layers: list[LayerFacts] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    measures: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, topic: str, where: str, text: str) -> None:
+        """Add a note once."""
+        new = Note(topic, where, text)
+        if new not in self.notes:
+            self.notes.append(new)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the pruned weights."""
+        total = sum(layer.total for layer in self.layers)
+        return 1.0 - sum(layer.kept for layer in self.layers) / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Facts:
+        """Inverse of :meth:`to_dict` after a trip through JSON."""
+        layers = [
+            LayerFacts(**{**layer, "shape": tuple(layer["shape"])})
+            for layer in data.get("layers", [])
+        ]
+        notes = [Note(**note) for note in data.get("notes", [])]
+        rest = {k: v for k, v in data.items() if k not in ("layers", "notes")}
+        return Facts(layers=layers, notes=notes, **rest)
+
+
+def environment() -> dict[str, Any]:
+    """The machine and versions behind a measurement."""
+    return {
+        "machine": _cpu_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

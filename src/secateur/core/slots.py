@@ -1,0 +1,74 @@
+"""Where a prunable weight lives inside a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.weight import Axes, Weight
+
+#: (module, positional inputs, output) -> rows that multiply the weight, ``(groups, rows, fan_in)``.
+InputRows = Callable[[nn.Module, tuple[object, ...], object], Tensor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of a network, with what pruning must know about it.
+
+    Args:
+        name: Its full name, as in ``state_dict()``.
+        kind: The class name of the owning module.
+        axes: Its axes, or ``None`` when it is not a weight of a known kind.
+        shape: Its shape.
+        rows: How to see the inputs that multiply it; ``None`` if they cannot be seen.
+        aliases: Other names of the same tensor (tied weights are scored once).
+        reason: Why it is left out or not prunable; ``""`` when it takes part.
+        sensitive: True for parts that are left out unless asked for.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    axes: Axes | None = None
+    rows: InputRows | None = None
+    aliases: tuple[str, ...] = ()
+    reason: str = ""
+    sensitive: bool = False
+
+    @property
+    def module(self) -> str:
+        """Path of the owning module."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """Attribute name inside the owning module."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def prunable(self) -> bool:
+        """Whether the weight takes part."""
+        return self.axes is not None and not self.reason
+
+    def tensor(self, model: nn.Module) -> nn.Parameter:
+        """The live parameter."""
+        parameter = model.get_parameter(self.name)
+        return parameter
+
+    def weight(self, model: nn.Module) -> Weight:
+        """The live value as a :class:`Weight` (detached, sharing memory)."""
+        assert self.axes is not None, f"{self.name} has no axes"
+        return Weight(self.name, self.tensor(model).detach(), self.axes)
+
+
+def weights(model: nn.Module, slots: Iterable[Slot]) -> list[Weight]:
+    """The live weights of ``slots``."""
+    return [slot.weight(model) for slot in slots]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter (CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
