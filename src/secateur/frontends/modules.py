@@ -1,0 +1,176 @@
+"""Find the weights of a torch module: every parameter gets a role or a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from secateur.core.slots import InputRows, Slot
+from secateur.core.weight import CONV1D, CONV2D, CONV3D, LINEAR, Axes
+from secateur.frontends import rows
+
+Kind = tuple[Axes, InputRows]
+
+# An attribute name of the module -> axes and rows, per layer class. Subclasses inherit the entry.
+_CONVOLUTIONS: dict[type[nn.Module], Axes] = {
+    nn.Conv1d: CONV1D,
+    nn.Conv2d: CONV2D,
+    nn.Conv3d: CONV3D,
+}
+_TRANSPOSED: dict[type[nn.Module], Axes] = {
+    nn.ConvTranspose1d: Axes(("in", "out", "kw")),
+    nn.ConvTranspose2d: Axes(("in", "out", "kh", "kw")),
+    nn.ConvTranspose3d: Axes(("in", "out", "kd", "kh", "kw")),
+}
+_NORMS = ("Norm",)
+_ROUTERS = ("router", "gate")
+_IMAGE_CHANNELS = 4
+
+
+def discover(model: nn.Module) -> list[Slot]:
+    """List every parameter of ``model`` once, in registration order.
+
+    A parameter is *prunable* when it multiplies inputs in a way that is known here; otherwise its
+    slot says why not. Parts that the field leaves dense by default are marked ``sensitive``: the
+    convolution that reads the image, the final classifier, embeddings, routers of experts.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> for slot in discover(net):
+        ...     print(slot.name, slot.prunable, slot.reason)
+        0.weight True
+        0.bias False a bias: pruning it saves nothing
+        2.weight True
+        2.bias False a bias: pruning it saves nothing
+        3.weight False the final classifier, left out by default
+        3.bias False a bias: pruning it saves nothing
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    slots = [
+        _slot(model, name, parameter, tuple(n for n in names[id(parameter)] if n != name))
+        for name, parameter in model.named_parameters()
+    ]
+    return _mark_ends(model, slots)
+
+
+def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[str, ...]) -> Slot:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    shape = tuple(parameter.shape)
+    kind = type(module).__name__
+    owners = [type(model.get_submodule(a.rpartition(".")[0])) for a in aliases]
+    if parameter.ndim < 2:
+        return Slot(name, kind, shape, aliases=aliases, reason=_vector_reason(kind, attribute))
+    if not parameter.dtype.is_floating_point:
+        return Slot(name, kind, shape, aliases=aliases, reason=f"its type is {parameter.dtype}")
+    if isinstance(module, nn.Embedding) or any(issubclass(o, nn.Embedding) for o in owners):
+        tied = " tied to " + ", ".join(aliases) if aliases else ""
+        return Slot(
+            name,
+            kind,
+            shape,
+            LINEAR if isinstance(module, nn.Linear) else Axes(("in", "out")),
+            None,
+            aliases,
+            f"an embedding{tied}, left out by default",
+            True,
+        )
+    found = _kind(module, attribute)
+    if found is None:
+        return Slot(name, kind, shape, aliases=aliases, reason=_unknown_reason(module, kind))
+    axes, see = found
+    reason = ""
+    if path.rpartition(".")[2] in _ROUTERS:
+        reason = "a router of experts or gates, left out by default"
+    return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason))
+
+
+def _kind(module: nn.Module, attribute: str) -> Kind | None:
+    """Axes and rows of a weight, by what its module is."""
+    if attribute == "weight":
+        if isinstance(module, nn.Linear):
+            return LINEAR, rows.linear
+        for known, axes in _CONVOLUTIONS.items():
+            if isinstance(module, known):
+                return _grouped(axes, module), rows.convolution
+        for known, axes in _TRANSPOSED.items():
+            if isinstance(module, known):
+                return _grouped(axes, module), rows.transposed_convolution
+        # Transformers' Conv1D is a linear layer with a transposed weight. Known by shape and name,
+        # so that the package is not imported for models that do not use it.
+        if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            return Axes(("in", "out")), rows.linear
+    if isinstance(module, nn.RNNBase) and attribute.startswith("weight_") and not module.proj_size:
+        hidden, _, rest = attribute.removeprefix("weight_").partition("_l")
+        if hidden in ("ih", "hh"):
+            layer, _, way = rest.partition("_")
+            return LINEAR, rows.Recurrent(int(layer), way == "reverse", hidden == "hh")
+    return None
+
+
+def _grouped(axes: Axes, module: nn.Module) -> Axes:
+    return Axes(axes.names, int(module.groups))  # type: ignore[arg-type]
+
+
+def _vector_reason(kind: str, attribute: str) -> str:
+    if any(part in kind for part in _NORMS):
+        return "a normalisation: it has one number a unit"
+    if "bias" in attribute:
+        return "a bias: pruning it saves nothing"
+    return "a vector: it has one number a unit"
+
+
+def _unknown_reason(module: nn.Module, kind: str) -> str:
+    if isinstance(module, nn.RNNBase):
+        return "a recurrent projection: its inputs cannot be seen from outside"
+    if isinstance(module, nn.MultiheadAttention):
+        return "the fused projection of MultiheadAttention: its inputs cannot be seen from outside"
+    return f"no rule for parameters of {kind}"
+
+
+def _mark_ends(model: nn.Module, slots: list[Slot]) -> list[Slot]:
+    """Mark the convolution that reads the image, and the final classifier."""
+    weights = [s for s in slots if s.axes is not None and s.rows is not None]
+    replaced: dict[str, Slot] = {}
+    first = next((s for s in weights if s.axes is not None and len(s.axes.names) > 2), None)
+    if first is not None and _reads_image(first):
+        replaced[first.name] = _leave_out(
+            first, "the convolution that reads the image, left out by default"
+        )
+    last = weights[-1] if weights else None
+    if last is not None and len(weights) > 1 and _is_classifier(model, last):
+        replaced[last.name] = _leave_out(last, "the final classifier, left out by default")
+    return [replaced.get(s.name, s) for s in slots]
+
+
+def _reads_image(slot: Slot) -> bool:
+    assert slot.axes is not None
+    return slot.axes.groups == 1 and slot.shape[slot.axes.names.index("in")] <= _IMAGE_CHANNELS
+
+
+def _is_classifier(model: nn.Module, slot: Slot) -> bool:
+    """The last weight, if it is linear and not one of a numbered stack of blocks."""
+    if slot.axes is None or len(slot.axes.names) != 2 or slot.kind in ("LSTM", "GRU", "RNN"):
+        return False
+    path = slot.module.split(".")
+    parents = [".".join(path[:i]) for i in range(len(path))]
+    return not any(isinstance(model.get_submodule(p), nn.ModuleList) for p in parents)
+
+
+def _leave_out(slot: Slot, reason: str) -> Slot:
+    if slot.reason:
+        return slot
+    return Slot(slot.name, slot.kind, slot.shape, slot.axes, slot.rows, slot.aliases, reason, True)
+
+
+def include_sensitive(slots: list[Slot], *, chosen: Callable[[Slot], bool]) -> list[Slot]:
+    """Take part again: sensitive slots for which ``chosen`` holds lose their reason."""
+    return [
+        Slot(s.name, s.kind, s.shape, s.axes, s.rows, s.aliases, "", True)
+        if s.sensitive and s.reason and chosen(s)
+        else s
+        for s in slots
+    ]

@@ -1,0 +1,148 @@
+"""How a layer's inputs look as rows that multiply its weight matrix.
+
+Each function has the signature ``(module, inputs, output) -> (groups, rows, fan_in)`` with columns
+in the order of :meth:`secateur.core.weight.Weight.matrix`, so that for every layer kind
+``rows @ matrix.T`` (plus bias) is the layer's output, which is how the tests check them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def linear(module: nn.Module, inputs: tuple[object, ...], output: object) -> Tensor:
+    """Linear layers and GPT-2's ``Conv1D``: one row per token."""
+    x = inputs[0]
+    assert isinstance(x, Tensor)
+    return x.detach().reshape(1, -1, x.shape[-1])
+
+
+def convolution(module: Any, inputs: tuple[object, ...], output: object) -> Tensor:
+    """Convolutions in any dimension, with stride, dilation, padding modes and groups."""
+    x = inputs[0]
+    assert isinstance(x, Tensor)
+    x = x.detach()
+    if x.ndim == len(module.kernel_size) + 1:  # no batch axis
+        x = x[None]
+    if module.padding_mode == "zeros":
+        x = F.pad(x, _zero_padding(module))
+    else:
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+    return _windows(x, module.kernel_size, module.stride, module.dilation, module.groups)
+
+
+def transposed_convolution(module: Any, inputs: tuple[object, ...], output: object) -> Tensor:
+    """Transposed convolutions: an ordinary one with flipped taps on a zero-stuffed input."""
+    x = inputs[0]
+    assert isinstance(x, Tensor)
+    assert isinstance(output, Tensor)
+    x = x.detach()
+    dims = len(module.kernel_size)
+    if x.ndim == dims + 1:
+        x = x[None]
+        output = output[None]
+    stuffed = x.new_zeros(
+        *x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True))
+    )
+    stuffed[:, :, *(slice(None, None, s) for s in module.stride)] = x
+    pads: list[int] = []
+    for axis in reversed(range(dims)):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        left = reach - module.padding[axis]
+        right = output.shape[2 + axis] + reach - left - stuffed.shape[2 + axis]
+        pads += [left, right]
+    x = F.pad(stuffed, pads)
+    return _windows(x, module.kernel_size, (1,) * dims, module.dilation, module.groups, flip=True)
+
+
+def _zero_padding(module: Any) -> list[int]:
+    if isinstance(module.padding, str):  # "same" or "valid"
+        return list(module._reversed_padding_repeated_twice) if module.padding == "same" else [0, 0]
+    return [p for size in reversed(module.padding) for p in (size, size)]
+
+
+def _windows(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    *,
+    flip: bool = False,
+) -> Tensor:
+    """All windows of ``x (N, C, *spatial)`` as ``(groups, N * positions, C / groups * taps)``."""
+    dims = len(kernel)
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+    # x is now (N, C, positions, taps), with as many axes each as there are dimensions.
+    if flip:
+        x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
+    batch, channels = x.shape[:2]
+    x = x.reshape(batch, groups, channels // groups, -1, _product(kernel))
+    return x.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+class Recurrent:
+    """Rows of one weight of an LSTM, GRU or RNN: its layer's inputs or its previous hidden states.
+
+    Args:
+        layer: Which layer of a stack.
+        reverse: The backward direction of a bidirectional network.
+        hidden: True for ``weight_hh``, False for ``weight_ih``.
+    """
+
+    def __init__(self, layer: int, reverse: bool, hidden: bool) -> None:
+        self.layer, self.reverse, self.hidden = layer, reverse, hidden
+
+    def __call__(self, module: Any, inputs: tuple[object, ...], output: object) -> Tensor:
+        x = inputs[0]
+        assert isinstance(x, Tensor)
+        state = inputs[1] if len(inputs) > 1 else None
+        x = x.detach()
+        if x.ndim == 2:
+            x = x[:, None] if not module.batch_first else x[None]
+        if module.batch_first:
+            x = x.transpose(0, 1)
+        with torch.no_grad():
+            for layer in range(self.layer):
+                ways = range(2 if module.bidirectional else 1)
+                x = torch.cat([self._run(module, layer, bool(w), x, state)[1:] for w in ways], -1)
+            if not self.hidden:
+                return x.reshape(1, -1, x.shape[-1])
+            states = self._run(module, self.layer, self.reverse, x, state)
+        # Going backwards, the state before step t is the output at t + 1 (the start state at the end).
+        previous = torch.cat([states[2:], states[:1]]) if self.reverse else states[:-1]
+        return previous.reshape(1, -1, previous.shape[-1])
+
+    def _run(self, module: Any, layer: int, reverse: bool, x: Tensor, state: Any) -> Tensor:
+        """Start state and outputs of one layer and direction: ``(1 + time, N, hidden)``."""
+        suffix = f"l{layer}" + ("_reverse" if reverse else "")
+        single = type(module)(x.shape[-1], module.hidden_size, bias=module.bias).to(x)
+        for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ())):
+            getattr(single, f"{kind}_l0").copy_(getattr(module, f"{kind}_{suffix}"))
+        index = layer * (2 if module.bidirectional else 1) + int(reverse)
+        start = _start(state, index, x, module.hidden_size)
+        outputs, _ = single(x.flip(0) if reverse else x, start)
+        first = start[0] if isinstance(start, tuple) else start
+        if first is None:
+            first = x.new_zeros(1, x.shape[1], module.hidden_size)
+        return torch.cat([first, outputs.flip(0) if reverse else outputs])
+
+
+def _start(state: Any, index: int, x: Tensor, hidden: int) -> Any:
+    if state is None:
+        return None
+    if isinstance(state, (tuple, list)):
+        return tuple(_start(s, index, x, hidden) for s in state)
+    return state[index : index + 1] if state.ndim == 3 else state[index][None, None]

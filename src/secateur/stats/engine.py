@@ -1,0 +1,265 @@
+"""The one place that registers hooks and runs backward passes to gather statistics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from secateur.core.batches import (
+    Batch,
+    Loss,
+    default_loss,
+    evaluating,
+    forward,
+    micro_batches,
+    size_of,
+    to_device,
+)
+from secateur.core.errors import NeedsData, NonFinite
+from secateur.core.slots import Slot, device_of
+from secateur.core.weight import Weight
+from secateur.stats.stat import Probe, Stat, State, merge
+
+# Rows of a convolution are unfolded copies of its input; this many numbers at a time.
+_ROWS_AT_ONCE = 1 << 24
+
+
+class Stats:
+    """Collected statistics, looked up by statistic and weight.
+
+    Values are computed lazily and cached, so two criteria that need the same inverse share it.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[Any, str], State] = {}
+        self._values: dict[tuple[Any, str], Tensor] = {}
+        self.memory: dict[tuple[Any, str], Tensor] = {}
+
+    def __call__(self, stat: Stat | Probe, weight: Weight) -> Tensor:
+        """The value of ``stat`` for ``weight``."""
+        key = (stat, weight.name)
+        if key not in self._values:
+            if key not in self._states:
+                raise NeedsData(
+                    f"{type(stat).__name__} of {weight.name!r}",
+                    "it was not collected",
+                    "this criterion or recovery works on statistics of data",
+                    "pass data= (training batches), or declare the statistic in needs",
+                )
+            self._values[key] = stat.value(self._states[key], weight)  # type: ignore[union-attr]
+        return self._values[key]
+
+    def __contains__(self, key: tuple[Any, str]) -> bool:
+        return key in self._states or key in self._values
+
+    def update(self, stat: Stat, weight: Weight, seen: Tensor, samples: int) -> None:
+        """Stream one observation into a state."""
+        key = (stat, weight.name)
+        state = self._states.get(key)
+        self._states[key] = stat.update(state or stat.init(weight), weight, seen, samples)
+        self._values.pop(key, None)
+
+    def put(self, stat: Probe, name: str, value: Tensor) -> None:
+        """Store the result of a probe."""
+        self._values[(stat, name)] = value
+
+    def merge(self, other: Stats) -> Stats:
+        """The statistics of two disjoint parts of the data as one."""
+        joined = Stats()
+        joined._states = {
+            k: merge(v, other._states[k]) if k in other._states else v
+            for k, v in self._states.items()
+        }
+        joined._states |= {k: v for k, v in other._states.items() if k not in self._states}
+        return joined
+
+    def names(self) -> list[str]:
+        """Names of the weights that were seen, in the order in which data reached them."""
+        return list(dict.fromkeys(name for _, name in self._states))
+
+    def keep_values(self, other: Stats) -> None:
+        """Take over probe results, which have no state to merge."""
+        self._values |= {k: v for k, v in other._values.items() if k not in self._states}
+
+    def recall(self, key: object, name: str) -> Tensor | None:
+        """What :meth:`remember` stored at the previous update (for smoothed criteria)."""
+        return self.memory.get((key, name))
+
+    def remember(self, key: object, name: str, value: Tensor) -> None:
+        """Keep a score for the next update."""
+        self.memory[(key, name)] = value
+
+    def drop(self, name: str) -> None:
+        """Free everything known about one weight."""
+        for store in (self._states, self._values):
+            for key in [k for k in store if k[1] == name]:
+                del store[key]
+
+
+def collect(
+    model: nn.Module,
+    slots: Sequence[Slot],
+    needs: Iterable[Stat | Probe],
+    batches: Sequence[Batch],
+    *,
+    loss: Loss | None = None,
+    stop_early: bool = False,
+) -> Stats:
+    """Run ``batches`` through ``model`` and gather every statistic in ``needs`` for every slot.
+
+    The model is run in evaluation mode and left as it was: same mode, same gradients, no hooks.
+
+    Args:
+        model: Run on its own device.
+        slots: The weights to watch.
+        needs: Statistics and probes.
+        batches: Calibration batches.
+        loss: For gradient statistics; by default :func:`~secateur.core.batches.default_loss`.
+        stop_early: End each forward pass once all slots were seen (sequential collection).
+
+    Raises:
+        NonFinite: An activation or gradient is NaN or infinite; the weight is named.
+    """
+    stats = Stats()
+    wanted: list[Any] = list(needs)
+    inputs = [s for s in wanted if getattr(s, "source", "") == "inputs"]
+    gradients = [s for s in wanted if getattr(s, "source", "") == "gradients"]
+    probes = [s for s in wanted if not hasattr(s, "source")]
+    device = device_of(model)
+    with evaluating(model):
+        if inputs:
+            _Watch(model, slots, inputs, stats).run(batches, stop_early=stop_early)
+        for samples in {s.samples for s in gradients}:
+            same = [s for s in gradients if s.samples == samples]
+            pieces = (to_device(b, device) for b in micro_batches(batches, samples))
+            _collect_gradients(model, slots, same, pieces, loss or default_loss, stats)
+        for probe in probes:
+            moved = [to_device(b, device) for b in batches]
+            found = probe.measure(model, slots, moved, loss or default_loss)
+            for name, value in found.items():
+                stats.put(probe, name, _finite(value, name, "a probe"))
+    return stats
+
+
+class _Enough(Exception):
+    """All watched layers were reached; the rest of the forward pass is of no use."""
+
+
+class _Watch:
+    """Forward hooks on the modules of some slots, for the time of one :meth:`run`."""
+
+    def __init__(
+        self, model: nn.Module, slots: Sequence[Slot], needs: Sequence[Stat], stats: Stats
+    ) -> None:
+        self._model, self._needs, self._stats = model, needs, stats
+        self._slots: dict[str, list[Slot]] = {}
+        for slot in slots:
+            if slot.rows is not None:
+                self._slots.setdefault(slot.module, []).append(slot)
+        self._calls: Counter[str] = Counter()
+        self._expected: Counter[str] | None = None
+        self._samples = 0
+
+    def run(self, batches: Sequence[Batch], *, stop_early: bool) -> None:
+        device = device_of(self._model)
+        handles = [self._hook(path) for path in self._slots]
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    self._calls.clear()
+                    self._samples = size_of(batch)
+                    with suppress(_Enough):
+                        forward(self._model, to_device(batch, device))
+                    # A shared module may be called several times a pass; the first pass counts.
+                    if stop_early and self._expected is None:
+                        self._expected = Counter(self._calls)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, path: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+            self._calls[path] += 1
+            inputs = args or tuple(kwargs.values())
+            for slot in self._slots[path]:
+                self._update(slot, module, inputs, output)
+            if self._expected is not None and self._calls == self._expected:
+                raise _Enough
+
+        module = self._model.get_submodule(path)
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    def _update(self, slot: Slot, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        assert slot.rows is not None
+        x = inputs[0] if inputs else None
+        if not isinstance(x, Tensor):
+            raise NeedsData(
+                f"the inputs of {slot.module!r}",
+                f"its first argument is a {type(x).__name__}",
+                "statistics are read from a tensor input",
+                "leave this module out with ignore=",
+            )
+        weight = slot.weight(self._model)
+        # Unfolding a convolution's input multiplies it by the taps: go through it in slices.
+        total = max(1, len(x))
+        step = total
+        if slot.axes is not None and 2 < len(slot.axes.names) == x.ndim:
+            step = max(1, _ROWS_AT_ONCE * total // max(1, x.numel() * weight.cube().shape[2]))
+        for start in range(0, total, step):
+            part = inputs if step >= total else (x[start : start + step], *inputs[1:])
+            rows = _finite(slot.rows(module, part, output), slot.name, "an input")
+            share = self._samples if step >= total else round(self._samples * len(part[0]) / total)
+            for need in self._needs:
+                self._stats.update(need, weight, rows, share)
+
+
+def _collect_gradients(
+    model: nn.Module,
+    slots: Sequence[Slot],
+    needs: Sequence[Stat],
+    batches: Iterable[Batch],
+    loss: Loss,
+    stats: Stats,
+) -> None:
+    parameters = [slot.tensor(model) for slot in slots]
+    with _requiring_grad(parameters), torch.enable_grad():
+        for batch in batches:
+            value = loss(model, batch)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            for slot, gradient in zip(slots, found, strict=True):
+                weight = slot.weight(model)
+                seen = torch.zeros_like(weight.value) if gradient is None else gradient
+                _finite(seen, slot.name, "a gradient")
+                for need in needs:
+                    stats.update(need, weight, seen, size_of(batch))
+
+
+@contextmanager
+def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    flags = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in zip(parameters, flags, strict=True):
+            p.requires_grad_(flag)
+
+
+def _finite(x: Tensor, name: str, what: str) -> Tensor:
+    # One reduction: a sum is NaN or infinite if any entry is (or if it overflows: then look closer).
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).sum())
+        raise NonFinite(
+            f"statistics of {name!r}",
+            f"{bad} of {x.numel()} entries of {what} are NaN or infinite",
+            "a statistic over them would be meaningless",
+            "check the calibration data and the layers before this one",
+        )
+    return x

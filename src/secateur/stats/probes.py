@@ -1,0 +1,125 @@
+"""Measurements that need the whole network at once: pruning at initialisation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import Batch, Loss, first_tensor, forward, inputs_of, logits_of
+from secateur.core.errors import UsageError
+from secateur.core.slots import Slot
+
+
+@dataclass(frozen=True)
+class GradientFlow:
+    r"""Hessian times gradient: how the squared gradient norm changes with each weight.
+
+    The logits are divided by ``temperature``, which flattens the softmax as in the paper; a custom
+    loss is used as it is.
+
+    **formula** :math:`H g,\quad g = \nabla L(w),\ H = \nabla^2 L(w)`
+    **Shapes** that of the weight
+    **Units** loss² per weight³
+    **Needs** two passes with a double backward
+    **Source** GraSP, arXiv 2002.07376
+    """
+
+    temperature: float = 200.0
+
+    def measure(
+        self, model: nn.Module, slots: Sequence[Slot], batches: Sequence[Batch], loss: Loss
+    ) -> dict[str, Tensor]:
+        parameters = [slot.tensor(model) for slot in slots]
+        cooled = _Cooled(model, self.temperature)
+        with torch.enable_grad():
+            mean = [torch.zeros_like(p) for p in parameters]
+            for batch in batches:
+                found = torch.autograd.grad(loss(cooled, batch), parameters, allow_unused=True)
+                mean = [
+                    m if g is None else m + g / len(batches)
+                    for m, g in zip(mean, found, strict=True)
+                ]
+            product = [torch.zeros_like(p) for p in parameters]
+            for batch in batches:
+                found = torch.autograd.grad(
+                    loss(cooled, batch), parameters, create_graph=True, allow_unused=True
+                )
+                pairs = [(g, m) for g, m in zip(found, mean, strict=True) if g is not None]
+                flow = sum((g * m.detach()).sum() for g, m in pairs)
+                assert isinstance(flow, Tensor)
+                second = torch.autograd.grad(flow, parameters, allow_unused=True)
+                product = [
+                    p if h is None else p + h / len(batches)
+                    for p, h in zip(product, second, strict=True)
+                ]
+        return {slot.name: value.detach() for slot, value in zip(slots, product, strict=True)}
+
+
+class _Cooled(nn.Module):
+    """A model whose logits are divided by a temperature."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        kwargs.pop("labels", None)
+        return logits_of(self.model(*args, **kwargs)) / self.temperature
+
+
+@dataclass(frozen=True)
+class SynapticFlow:
+    r"""Gradient of the summed output of the linearised network of absolute weights.
+
+    Every parameter is replaced by its absolute value and the input by ones, in float64 and
+    evaluation mode, on a copy of the model. Normalisation layers use their stored statistics with
+    zero mean and shift, so that the network stays linear in each layer's weights.
+
+    **formula** :math:`\partial R/\partial |w|,\quad R = \mathbf 1^\top f_{|w|}(\mathbf 1)`
+    **Shapes** that of the weight
+    **Units** none that matter; sums of ``|w| * value`` over a layer are equal for all layers of a
+    chain (synaptic conservation)
+    **Needs** one batch, only for its shape
+    **Source** SynFlow, arXiv 2006.05467
+    """
+
+    def measure(
+        self, model: nn.Module, slots: Sequence[Slot], batches: Sequence[Batch], loss: Loss
+    ) -> dict[str, Tensor]:
+        sample = first_tensor(batches[0])
+        if not sample.dtype.is_floating_point:
+            raise UsageError(
+                "SynFlow",
+                f"the input is of type {sample.dtype}",
+                "its input is a tensor of ones, which has no meaning for token ids",
+                "use another criterion, e.g. magnitude or snip",
+            )
+        linear = copy.deepcopy(model).double().eval()
+        with torch.no_grad():
+            for parameter in linear.parameters():
+                parameter.abs_().requires_grad_(True)
+            for module in linear.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    if module.running_mean is not None:
+                        module.running_mean.zero_()
+                    if module.bias is not None:
+                        module.bias.zero_()
+                elif (
+                    isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+                    and module.bias is not None
+                ):
+                    module.bias.zero_()
+        args, _ = inputs_of(batches[0])
+        ones = torch.ones_like(args[0][:1], dtype=torch.float64)
+        parameters = [slot.tensor(linear) for slot in slots]
+        with torch.enable_grad():
+            total = logits_of(forward(linear, ones)).sum()
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+        return {
+            slot.name: (torch.zeros_like(p) if g is None else g).detach()
+            for slot, p, g in zip(slots, parameters, found, strict=True)
+        }
