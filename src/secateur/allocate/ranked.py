@@ -1,0 +1,86 @@
+"""Global ranking: all groups of all weights compete, whatever the unit of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.allocation import require_reachable
+from secateur.core.budget import Budget, Item
+from secateur.core.select import RADIX, digit_counts
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Keep the highest-scoring groups over all weights ("global pruning").
+
+    The exact threshold is found by counting 16-bit digits of the scores, so nothing is concatenated
+    or sorted. At the threshold, earlier weights and lower indices win.
+
+    Example:
+        >>> def item(name, scores): return Item(
+        ...     name, "Linear", (1, len(scores)), torch.tensor([scores]), 1, len(scores), 1, float)
+        >>> Ranked()([item("a", [1.0, 5.0, 6.0]), item("b", [2.0, 3.0, 4.0])], Budget(limit=3.0))
+        {'a': 0.33333333333333337, 'b': 0.6666666666666667}
+    """
+
+    needs_scores: ClassVar[bool] = True
+    needs_probe: ClassVar[bool] = False
+
+    def __call__(self, items: Sequence[Item], budget: Budget) -> Mapping[str, float]:
+        require_reachable(items, budget)
+        counts = _counts_above(items, budget)
+        levels: dict[str, float] = {}
+        for item, count in zip(items, counts, strict=True):
+            # With several pools each keeps equally many; the floor of one group is the quota's.
+            keep = max(1, min(item.groups, round(count / item.pools)))
+            levels[item.name] = item.sparsity_of(keep)
+        return levels
+
+
+def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
+    """How many groups of each item rank above the one threshold that the budget allows."""
+    dtype = torch.float64 if any(i.scores.dtype == torch.float64 for i in items) else torch.float32
+    flat = [item.scores.flatten().to(dtype) for item in items]
+    digits = 4 if dtype == torch.float64 else 2
+    base = torch.zeros(len(items), dtype=torch.int64)
+
+    def within(counts: Tensor) -> bool:
+        spent = sum(i.cost(int(c) * i.members) for i, c in zip(items, counts, strict=True))
+        return spent <= budget.limit * (1 + 1e-12)
+
+    prefix: int | None = None
+    ties = torch.tensor([f.numel() for f in flat])
+    if within(ties):
+        return [int(t) for t in ties]
+    for level in range(digits):
+        table = torch.stack([digit_counts(f, prefix, level).cpu() for f in flat])
+        above = table.flip(1).cumsum(1).flip(1)  # groups with this digit or a larger one
+        above = torch.cat([above, torch.zeros(len(items), 1, dtype=torch.int64)], 1)
+        low, high = 0, 1 << RADIX  # over the limit at low, within at high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if within(base + above[:, middle]):
+                high = middle
+            else:
+                low = middle
+        ties = table[:, low]
+        base = base + above[:, high]
+        value = low - (1 << (RADIX - 1)) if level == 0 else low
+        prefix = value if prefix is None else (prefix << RADIX) | value
+    # All of ``ties`` have exactly the threshold's score: take as many as the budget allows.
+    for index in range(len(items)):
+        more, step = 0, int(ties[index])
+        while step:  # the largest affordable number, by halving steps
+            trial = base.clone()
+            trial[index] += more + step
+            if more + step <= int(ties[index]) and within(trial):
+                more += step
+            else:
+                step //= 2
+        base[index] += more
+    return [int(b) for b in base]

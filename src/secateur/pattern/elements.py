@@ -1,0 +1,74 @@
+"""Single weights: unstructured sparsity, over the whole weight or row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.core.select import quota
+from secateur.core.weight import Axes
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Single weights, compared over the whole weight (unstructured sparsity).
+
+    Example:
+        >>> import torch
+        >>> from secateur.core.weight import LINEAR
+        >>> Elements().fold(torch.zeros(2, 6), LINEAR).shape
+        torch.Size([1, 12, 1])
+    """
+
+    def span(self, taps: int) -> int:
+        return taps
+
+    def fold(self, x: Tensor, axes: Axes) -> Tensor:
+        return x.reshape(1, -1, 1)
+
+    def unfold(self, folded: Tensor, shape: tuple[int, ...], axes: Axes) -> Tensor:
+        return folded.reshape(shape)
+
+    def quota(self, groups: int, sparsity: float) -> int:
+        return quota(groups, sparsity)
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Single weights, compared within each output row: every row keeps equally many.
+
+    Example:
+        >>> import torch
+        >>> from secateur.core.weight import LINEAR
+        >>> PerRow().fold(torch.zeros(2, 6), LINEAR).shape
+        torch.Size([2, 6, 1])
+    """
+
+    def span(self, taps: int) -> int:
+        return taps
+
+    def fold(self, x: Tensor, axes: Axes) -> Tensor:
+        return axes.cube(x).flatten(1)[..., None]
+
+    def unfold(self, folded: Tensor, shape: tuple[int, ...], axes: Axes) -> Tensor:
+        return uncube_like(folded, shape, axes)
+
+    def quota(self, groups: int, sparsity: float) -> int:
+        return quota(groups, sparsity)
+
+
+def uncube_like(values: Tensor, shape: tuple[int, ...], axes: Axes) -> Tensor:
+    """Values in the order of the cube ``(out, in, taps)`` brought to ``shape``."""
+    return axes.uncube(values.reshape(cube_shape(shape, axes)), shape)
+
+
+def cube_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int, int]:
+    """``(out, in, taps)`` of a weight of ``shape``, without touching data."""
+    out, inn = shape[axes.names.index("out")], shape[axes.names.index("in")]
+    taps = 1
+    for size, name in zip(shape, axes.names, strict=True):
+        taps *= 1 if name in ("out", "in") else size
+    if axes.groups > 1 and axes.names.index("in") < axes.names.index("out"):
+        return out * axes.groups, inn // axes.groups, taps
+    return out, inn, taps

@@ -1,0 +1,40 @@
+"""Recoveries: what happens to the survivors.
+
+A new reconstruction is a file here and one line in ``RECOVERIES``. Fine-tuning and distillation need
+a training loop and live in ``drive/finetune.py``.
+"""
+
+from secateur.recover.batchnorm import BatchNorm
+from secateur.recover.bias import BiasCorrection
+from secateur.recover.exact import ExactObs
+from secateur.recover.least_squares import LeastSquares
+from secateur.recover.recovery import Choose, Grid, NoRecovery, Recovery, Repaired, Rounding
+from secateur.recover.rounding import ROUNDINGS, Integer
+from secateur.recover.sweep import ColumnSweep, row_errors
+
+RECOVERIES: dict[str, type] = {
+    "none": NoRecovery,
+    "bias_correction": BiasCorrection,
+    "least_squares": LeastSquares,
+    "column_sweep": ColumnSweep,
+    "exact_obs": ExactObs,
+    "batchnorm": BatchNorm,
+}
+
+__all__ = [
+    "RECOVERIES",
+    "ROUNDINGS",
+    "BatchNorm",
+    "BiasCorrection",
+    "Choose",
+    "ColumnSweep",
+    "ExactObs",
+    "Grid",
+    "Integer",
+    "LeastSquares",
+    "NoRecovery",
+    "Recovery",
+    "Repaired",
+    "Rounding",
+    "row_errors",
+]

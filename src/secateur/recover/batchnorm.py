@@ -1,0 +1,64 @@
+"""BatchNorm re-estimation: measure the statistics of the pruned network anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.core.batches import Batch, evaluating, forward, to_device
+from secateur.core.slots import device_of
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Replace every BatchNorm's running mean and variance by those of the calibration data.
+
+    All layers are measured in one pass of training-mode normalisation; each running statistic is
+    the plain average over batches.
+
+    **formula** mean over batches of the batch mean and unbiased batch variance
+    **Shapes** one number per channel
+    **Units** those of the activations
+    **Needs** a forward pass; batches of 2 or more
+    **Source** e.g. CrAM (arXiv 2207.14200), "BNT" in AdaPrune (arXiv 2006.10518)
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1)).eval()
+        >>> drift = BatchNorm().reestimate_(net, [torch.tensor([[1.0], [3.0]])])
+        >>> net[0].running_mean, round(drift["0"], 2)
+        (tensor([2.]), 2.0)
+    """
+
+    def reestimate_(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+        """Update ``model`` in place.
+
+        Returns:
+            For each layer the largest move of a mean, in old standard deviations.
+        """
+        layers = {n: m for n, m in model.named_modules() if _tracks(m)}
+        old = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in layers.items()}
+        momenta = {n: m.momentum for n, m in layers.items()}
+        with evaluating(model), torch.no_grad():
+            try:
+                for module in layers.values():
+                    module.reset_running_stats()
+                    module.momentum = None  # torch's word for a cumulative average
+                    module.train()
+                for batch in batches:
+                    forward(model, to_device(batch, device_of(model)))
+            finally:
+                for name, module in layers.items():
+                    module.momentum = momenta[name]
+        return {
+            n: float(((m.running_mean - old[n][0]).abs() / (old[n][1] + m.eps).sqrt()).max())
+            for n, m in layers.items()
+        }
+
+
+def _tracks(module: Any) -> bool:
+    batchnorm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batchnorm and module.running_mean is not None

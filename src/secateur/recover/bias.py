@@ -1,0 +1,50 @@
+"""Bias correction: keep the mean of every output where it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.core.weight import Weight
+from secateur.recover.recovery import Choose, Recovery, Repaired, Rounding
+from secateur.stats import Moments, Stat, Stats
+
+
+@dataclass(frozen=True)
+class BiasCorrection:
+    r"""Add the lost mean of the pruned inputs to the bias.
+
+    **formula** :math:`b' = b + (W - W')\,\mu,\quad \mu = E[x]`
+    **Shapes** one number per output
+    **Units** those of the output
+    **Needs** input means
+    **Source** FLAP (arXiv 2312.11983), CaP (arXiv 2108.13728)
+
+    A layer without a bias is left as it is, and the facts say so; a BatchNorm behind it is better
+    served by ``batchnorm``.
+
+    Args:
+        inner: What repairs the values first.
+
+    Example:
+        >>> BiasCorrection().needs
+        frozenset({Moments()})
+    """
+
+    inner: Recovery | None = None
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        more = self.inner.needs if self.inner is not None else frozenset()
+        return frozenset({Moments()}) | more
+
+    def __call__(
+        self, weight: Weight, stats: Stats, choose: Choose, rounding: Rounding | None = None
+    ) -> Repaired:
+        if self.inner is not None:
+            done = self.inner(weight, stats, choose, rounding)
+        else:
+            mask = choose()
+            done = Repaired(choose.values.masked_fill(~mask, 0), mask)
+        mean = weight.per_row(stats(Moments(), weight)[0]).double()
+        shift = ((weight.matrix().double() - done.values.double()) * mean).sum(1)
+        return done._replace(shift=shift.to(weight.value.dtype))
