@@ -1,0 +1,52 @@
+"""secateur: prune neural networks, and prove what was gained.
+
+**Score** what matters, choose a **pattern**, **allocate** how much goes where, follow a **schedule**,
+**recover** the rest.
+
+Example:
+    >>> import torch, secateur
+    >>> net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> pruned = secateur.prune(net, secateur.recipes.magnitude(0.9))
+    >>> f"{pruned.facts.sparsity:.0%}"
+    '90%'
+"""
+
+from secateur.core.batches import Data
+from secateur.core.budget import Target
+from secateur.core.errors import SecateurError
+from secateur.core.facts import Facts
+from secateur.core.masks import Masks
+from secateur.drive import recipe as recipes
+from secateur.drive.finetune import FineTune, finetune
+from secateur.drive.gradual import Gradual
+from secateur.drive.held import attach_, detach_, masks_of
+from secateur.drive.oneshot import prune, prune_
+from secateur.drive.plan import plan
+from secateur.drive.pruned import Pruned, load
+from secateur.drive.recipe import Recipe, Scope
+from secateur.drive.recipe_file import read_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Data",
+    "Facts",
+    "FineTune",
+    "Gradual",
+    "Masks",
+    "Pruned",
+    "Recipe",
+    "Scope",
+    "SecateurError",
+    "Target",
+    "attach_",
+    "detach_",
+    "finetune",
+    "load",
+    "masks_of",
+    "plan",
+    "prune",
+    "prune_",
+    "read_recipe",
+    "recipes",
+]

@@ -1,0 +1,1 @@
+"""The loops that put the five words together."""

@@ -1,0 +1,126 @@
+"""From scores to masks: ranking, allocation and selection, for any parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.budget import Budget, Cost, Item, Probe
+from secateur.core.errors import BudgetError, NonFinite
+from secateur.core.masks import Masks
+from secateur.core.select import keep_top
+from secateur.core.slots import Slot
+from secateur.core.weight import Weight
+from secateur.drive.recipe import Recipe
+from secateur.score import Smoothed
+from secateur.stats import Stats
+
+
+def score(weight: Weight, recipe: Recipe, stats: Stats) -> Tensor:
+    """Scores of one weight, checked."""
+    scores = recipe.criterion(weight, stats)
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).sum())
+        raise NonFinite(
+            f"{type(recipe.criterion).__name__} scores of {weight.name!r}",
+            f"{bad} of {scores.numel()} are NaN or infinite",
+            "they cannot be ranked",
+            "check the data, or choose a more robust criterion",
+        )
+    if isinstance(recipe.criterion, Smoothed):
+        stats.remember(recipe.criterion, weight.name, scores)
+    return scores
+
+
+def group_scores(scores: Tensor, weight: Weight, recipe: Recipe, prior: Tensor | None) -> Tensor:
+    """Mean score of each group, ``(pools, groups)``; groups pruned before count as lowest."""
+    folded = recipe.pattern.fold(scores, weight.axes)
+    means = folded.squeeze(2) if folded.shape[2] == 1 else folded.mean(2)
+    if prior is not None:
+        alive = recipe.pattern.fold(prior, weight.axes).any(2)
+        means = means.masked_fill(~alive, -math.inf)
+    return means
+
+
+def items(
+    weights: Sequence[Weight],
+    slots: Sequence[Slot],
+    recipe: Recipe,
+    groups: Mapping[str, Tensor],
+    costs: Mapping[str, Cost],
+) -> list[Item]:
+    """The weights as an allocation sees them."""
+    found = []
+    for weight, slot in zip(weights, slots, strict=True):
+        shape = recipe.pattern.fold(
+            torch.empty(weight.value.shape, device="meta"), weight.axes
+        ).shape
+        names = weight.axes.names
+        kernel = tuple(
+            n for n, a in zip(weight.value.shape, names, strict=True) if a not in ("out", "in")
+        )
+        out, inn, _ = weight.cube().shape
+        found.append(
+            Item(
+                name=weight.name,
+                kind=slot.kind,
+                fans=(out, inn, *kernel),
+                scores=groups.get(weight.name, torch.empty(0)),
+                pools=shape[0],
+                groups=shape[1],
+                members=shape[2],
+                cost=costs[weight.name],
+                quota=recipe.pattern.quota,
+            )
+        )
+    return found
+
+
+def allocate(found: Sequence[Item], recipe: Recipe, budget: Budget) -> dict[str, float]:
+    """Run the allocation and check that it kept its word."""
+    levels = dict(recipe.allocation(found, budget))
+    for item in found:
+        if not 0 <= levels[item.name] < 1:
+            raise BudgetError(
+                f"allocation {type(recipe.allocation).__name__}",
+                f"it gave {item.name!r} the sparsity {levels[item.name]:g}",
+                "a sparsity lies in [0, 1)",
+                "this is a defect of the allocation",
+            )
+    return levels
+
+
+def select(weight: Weight, recipe: Recipe, groups: Tensor, sparsity: float) -> Tensor:
+    """The mask of one weight: the best ``quota`` groups of every pool."""
+    keep = recipe.pattern.quota(groups.shape[1], sparsity)
+    kept = keep_top(groups, keep)
+    folded = recipe.pattern.fold(torch.empty(weight.value.shape, device="meta"), weight.axes)
+    spread = kept[..., None].expand(*kept.shape, folded.shape[2])
+    return recipe.pattern.unfold(spread, tuple(weight.value.shape), weight.axes)
+
+
+def probe_for(
+    model: nn.Module,
+    weights: Sequence[Weight],
+    recipe: Recipe,
+    groups: Mapping[str, Tensor],
+    loss: Callable[[], float],
+) -> Probe:
+    """A way to try an assignment: mask the model, measure, put the weights back."""
+    by_name = {w.name: w for w in weights}
+
+    def probe(levels: Mapping[str, float]) -> float:
+        before = {name: by_name[name].value.clone() for name in levels}
+        try:
+            masks = {n: select(by_name[n], recipe, groups[n], level) for n, level in levels.items()}
+            Masks(masks).apply_(model)
+            return loss()
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    by_name[name].value.copy_(value)
+
+    return probe

@@ -1,0 +1,131 @@
+"""Masks that live on a model: boolean buffers beside the weights, enforced in place.
+
+No forward hook, no wrapper, no renamed parameter: the pruned entries simply are zero, and
+:class:`Held` puts them back to zero after each optimizer step. So the model deep-copies, compiles,
+runs under autocast, and its ``state_dict()`` has the same parameter names as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import UsageError
+from secateur.core.masks import Masks
+
+SUFFIX = "_mask"
+
+
+def attach_(model: nn.Module, masks: Masks) -> None:
+    """Register each mask as the buffer ``<parameter>_mask`` next to its parameter, and apply it.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> attach_(net, Masks({"weight": torch.tensor([[True, False]])}))
+        >>> sorted(net.state_dict())
+        ['bias', 'weight', 'weight_mask']
+        >>> float(net.weight[0, 1].detach())
+        0.0
+    """
+    for name, mask in masks.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = getattr(module, attribute)
+        if mask.shape != parameter.shape:
+            raise UsageError(
+                f"a mask for {name!r}",
+                f"its shape is {tuple(mask.shape)}, the parameter's {tuple(parameter.shape)}",
+                "a mask has the shape of its weight",
+                "make the mask for this model",
+            )
+        existing = getattr(module, attribute + SUFFIX, None)
+        if isinstance(existing, Tensor) and existing.dtype != torch.bool:
+            raise UsageError(
+                f"a mask for {name!r}",
+                f"the module already has {attribute + SUFFIX!r} of type {existing.dtype}",
+                "another pruning tool seems to hold this weight (torch.nn.utils.prune does so)",
+                "make its pruning permanent first (torch.nn.utils.prune.remove)",
+            )
+        buffer = mask.to(parameter.device)
+        if isinstance(existing, Tensor):
+            existing.copy_(buffer)
+        else:
+            module.register_buffer(attribute + SUFFIX, buffer.clone())
+    masks.apply_(model)
+
+
+def detach_(model: nn.Module) -> Masks:
+    """Remove the mask buffers again and return them; the weights keep their zeros.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> attach_(net, Masks({"weight": torch.tensor([[True, False]])}))
+        >>> detach_(net)["weight"].tolist(), sorted(net.state_dict())
+        ([[True, False]], ['bias', 'weight'])
+    """
+    masks = masks_of(model)
+    for name in masks:
+        path, _, attribute = name.rpartition(".")
+        del model.get_submodule(path)._buffers[attribute + SUFFIX]
+    return masks
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """The masks that a model carries (empty if none).
+
+    Example:
+        >>> masks_of(nn.Linear(2, 1))
+        Masks(0 weights, 0 of 0 kept)
+    """
+    parameters = dict(model.named_parameters())
+    return Masks(
+        {
+            name.removesuffix(SUFFIX): buffer
+            for name, buffer in model.named_buffers()
+            if name.endswith(SUFFIX)
+            and buffer.dtype == torch.bool
+            and name.removesuffix(SUFFIX) in parameters
+        }
+    )
+
+
+class Held:
+    """Keeps pruned weights and their optimizer state at zero.
+
+    Args:
+        model: A model whose masks are attached.
+        optimizer: Its optimizer, if one is running.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> attach_(net, Masks({"weight": torch.tensor([[True, False]])}))
+        >>> held = Held(net)
+        >>> _ = net.weight.data.fill_(1.0)
+        >>> held.hold_()
+        >>> net.weight.tolist()
+        [[1.0, 0.0]]
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._holes: list[tuple[nn.Parameter, Tensor]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the masks from the model again, after they changed."""
+        self._holes = [(self._model.get_parameter(n), ~m) for n, m in masks_of(self._model).items()]
+
+    @torch.no_grad()
+    def hold_(self) -> None:
+        """Zero pruned entries of weights, momenta and Adam moments, in place."""
+        state = self._optimizer.state if self._optimizer is not None else {}
+        for parameter, hole in self._holes:
+            parameter.masked_fill_(hole, 0)
+            for value in _shaped_like(parameter, state.get(parameter, {}).values()):
+                value.masked_fill_(hole, 0)
+
+
+def _shaped_like(parameter: nn.Parameter, values: Iterable[object]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]

@@ -1,0 +1,160 @@
+"""Repairing weights one at a time: how a recovery asks for its mask, and what is recorded."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.facts import Facts, LayerFacts
+from secateur.core.select import keep_top
+from secateur.core.slots import Slot
+from secateur.core.weight import Axes, Weight
+from secateur.drive.decide import select
+from secateur.drive.recipe import Recipe
+from secateur.recover import NoRecovery, Repaired
+from secateur.stats import Sketch, Stats
+
+_CUBE = Axes(("out", "in", "tap"))
+
+
+class MaskChoice:
+    """Answers a recovery's questions about the mask of one weight.
+
+    With a criterion that can rescore (optimal-brain saliency) and a pattern whose groups lie within
+    neighbouring inputs, the mask of a column block is decided when the sweep reaches it. Otherwise
+    it is decided once, from the scores of the dense weight.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        recipe: Recipe,
+        groups: Tensor,
+        sparsity: float,
+        prior: Tensor | None = None,
+    ) -> None:
+        self._weight, self._recipe = weight, recipe
+        self._groups, self._sparsity, self._prior = groups, sparsity, prior
+        self._mask: Tensor | None = None
+        self.values = (
+            weight.matrix()
+            if prior is None
+            else weight.matrix().masked_fill(~_matrix(weight, prior), 0)
+        )
+        self._taps = weight.cube().shape[2]
+
+    @property
+    def unit(self) -> int:
+        return self._recipe.pattern.span(self._taps) or self._weight.fan_in
+
+    @property
+    def live(self) -> bool:
+        """Whether column blocks are decided during a sweep."""
+        rescores = hasattr(self._recipe.criterion, "rescore")
+        return self._mask is None and rescores and self._recipe.pattern.span(self._taps) > 0
+
+    def fix(self, mask: Tensor) -> None:
+        """From here on the mask is this matrix."""
+        self._mask = mask
+
+    def __call__(
+        self,
+        columns: slice | None = None,
+        current: Tensor | None = None,
+        pivots: Tensor | None = None,
+    ) -> Tensor:
+        if columns is None or current is None or pivots is None or not self.live:
+            fixed = self._fixed()
+            return fixed if columns is None else fixed[:, columns]
+        scores = cast(Any, self._recipe.criterion).rescore(current, pivots)
+        return self._choose(scores, columns)
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """The mask by these scores, if the criterion is the optimal-brain one; else the fixed one."""
+        return self._choose(scores, slice(0, scores.shape[1])) if self.live else self._fixed()
+
+    def _fixed(self) -> Tensor:
+        if self._mask is None:
+            chosen = select(self._weight, self._recipe, self._groups, self._sparsity)
+            self._mask = _matrix(self._weight, chosen)
+        return self._mask
+
+    def _choose(self, scores: Tensor, columns: slice) -> Tensor:
+        pattern = self._recipe.pattern
+        if self._prior is not None:
+            scores = scores.masked_fill(~_matrix(self._weight, self._prior)[:, columns], -torch.inf)
+        shape = (scores.shape[0], scores.shape[1] // self._taps, self._taps)
+        groups = pattern.fold(scores.reshape(shape), _CUBE).mean(2)
+        keep = pattern.quota(self._groups.shape[1], self._sparsity)
+        if groups.shape[1] != self._groups.shape[1]:
+            # Share of the quota that falls to these columns, rounded so that the shares add up.
+            width = self._weight.fan_in
+            keep = _rounded(keep * columns.stop, width) - _rounded(keep * columns.start, width)
+        kept = keep_top(groups, keep)
+        members = scores.numel() // kept.numel()
+        spread = kept[..., None].expand(*kept.shape, members)
+        return pattern.unfold(spread, shape, _CUBE).reshape(scores.shape)
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def _matrix(weight: Weight, x: Tensor) -> Tensor:
+    return weight.axes.cube(x).flatten(1)
+
+
+@torch.no_grad()
+def repair_(
+    model: nn.Module, slot: Slot, choice: MaskChoice, *, recipe: Recipe, stats: Stats, facts: Facts
+) -> tuple[Tensor, LayerFacts]:
+    """Run the recipe's repairs on one weight of ``model``, in place.
+
+    Returns:
+        The mask in the weight's shape, and what is to be recorded.
+    """
+    start = time.perf_counter()
+    # The statistics describe the dense weight's inputs; the dense values are copied because the
+    # parameter they share memory with is written at the end.
+    live = slot.weight(model)
+    dense = Weight(live.name, live.value.clone(), live.axes)
+    done = Repaired(choice.values, torch.ones_like(choice.values, dtype=torch.bool))
+    shift: Tensor | None = None
+    for step in recipe.repairs or (NoRecovery(),):
+        done = step(dense, stats, choice, recipe.rounding)
+        choice.fix(done.mask)
+        choice.values = done.values
+        shift = done.shift if done.shift is not None else shift
+        for note in done.notes:
+            facts.note("repair", slot.name, note)
+    live.value.copy_(dense.like(done.values))
+    if shift is not None:
+        _shift_bias_(model, slot, shift, facts)
+    mask = dense.like(done.mask)
+    error = output_error(dense, done.values, stats)
+    seconds = time.perf_counter() - start
+    return mask, LayerFacts(slot.name, slot.shape, mask.numel(), int(mask.sum()), error, seconds)
+
+
+def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:
+    """Relative squared output error of new values, estimated from the input sketch."""
+    if (Sketch(), dense.name) not in stats:
+        return None
+    sketch = stats(Sketch(), dense)
+    groups = len(sketch)
+    before = dense.matrix().float().reshape(groups, -1, dense.fan_in)
+    change = before - values.float().reshape(before.shape)
+    whole = float((before @ sketch).square().sum())
+    return float((change @ sketch).square().sum()) / whole if whole > 0 else 0.0
+
+
+def _shift_bias_(model: nn.Module, slot: Slot, shift: Tensor, facts: Facts) -> None:
+    module = model.get_submodule(slot.module)
+    bias = getattr(module, "bias", None)
+    if not isinstance(bias, Tensor):
+        facts.note("bias", slot.name, "has no bias, so its means could not be corrected")
+        return
+    bias.add_(shift.to(bias.dtype))

@@ -1,0 +1,305 @@
+"""One-shot pruning: measure, score, allocate, select, repair, then train if the recipe says so."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.core.batches import Batch, Data, as_data
+from secateur.core.errors import NeedsData, UsageError
+from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.masks import Masks
+from secateur.core.slots import Slot, weights
+from secateur.drive.decide import allocate, group_scores, items, probe_for, score
+from secateur.drive.diagnosis import diagnose
+from secateur.drive.finetune import Attach, FineTune, Progress, finetune
+from secateur.drive.gradual import Gradual, mean_loss
+from secateur.drive.held import attach_, detach_, masks_of
+from secateur.drive.layerwise import MaskChoice, repair_
+from secateur.drive.money import money
+from secateur.drive.plan import note_left_out, plan, require_finite, require_something
+from secateur.drive.pruned import Pruned
+from secateur.drive.recipe import Recipe
+from secateur.drive.recipe_file import to_plain
+from secateur.recover import BatchNorm
+from secateur.schedule import events, share_at
+from secateur.stats import Positions, Sketch, Stats, collect
+
+
+def prune(
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    data: Any = None,
+    *,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Prune a copy of ``model``.
+
+    Args:
+        model: Any torch module. It is not changed.
+        recipe: What to do; by default magnitude to 50 %, the same in every layer.
+        data: :class:`~secateur.core.batches.Data`, or an iterable of training batches, where the
+            recipe needs it (statistics, fine-tuning, multiply-adds).
+        progress: Called with a stage, the work done and the whole.
+
+    Returns:
+        The pruned copy, its masks and the facts.
+
+    Raises:
+        UsageError: The recipe does not fit the model; nothing was done.
+        NeedsData: The recipe needs data that was not given.
+        NonFinite: Weights or activations are NaN or infinite.
+
+    Example:
+        >>> import secateur
+        >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> pruned = secateur.prune(net, secateur.Recipe(target=secateur.Target.parse("75%")))
+        >>> pruned.masks
+        Masks(1 weights, 128 of 512 kept)
+    """
+    return prune_(copy.deepcopy(model), recipe, data, dense=model, progress=progress)
+
+
+def prune_(
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    data: Any = None,
+    *,
+    dense: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Like :func:`prune`, but changes ``model`` itself.
+
+    Args:
+        model: Changed in place.
+        recipe: As in :func:`prune`.
+        data: As in :func:`prune`.
+        dense: The untouched network, as the teacher of a distillation.
+        progress: As in :func:`prune`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> prune_(net).model is net
+        True
+    """
+    return _Run(model, recipe or Recipe(), as_data(data), dense, progress).run()
+
+
+class _Run:
+    """One pruning run from start to end."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        data: Data | None,
+        dense: nn.Module | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.recipe, self.data = model, recipe, data
+        self.dense = dense
+        self.progress: Progress = progress or _silent
+        self.plan = plan(model, recipe)
+        self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
+        self.facts.environment = environment()
+        self._batches: list[Batch] | None = None
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The calibration batches, read once."""
+        if self._batches is None:
+            assert self.data is not None
+            self._batches = self.data.sample()
+        return self._batches
+
+    def run(self) -> Pruned:
+        """Check everything first, then prune, then train."""
+        start = time.perf_counter()
+        self._check()
+        note_left_out(self.facts, self.plan)
+        torch.manual_seed(self.recipe.seed)
+        if self.recipe.finetune is not None and self.recipe.distills and self.dense is None:
+            self.dense = copy.deepcopy(self.model)
+        masks = self._gradual() if self.recipe.schedule.unit != "rounds" else self._rounds()
+        self._after(masks)
+        self.facts.measures["seconds"] = time.perf_counter() - start
+        diagnose(self.facts)
+        return Pruned(self.model, masks, self.facts)
+
+    def _check(self) -> None:
+        recipe = self.recipe
+        require_something(self.plan, recipe)
+        require_finite(self.model)
+        assert recipe.target is not None
+        wants = {
+            f"criterion {type(recipe.criterion).__name__}": bool(recipe.criterion.needs),
+            f"allocation {type(recipe.allocation).__name__}": recipe.allocation.needs_probe,
+            "a target in multiply-adds": recipe.target.unit == "macs",
+        }
+        for step in recipe.recovery:
+            wants[f"recovery {type(step).__name__}"] = bool(getattr(step, "needs", True))
+        if self.data is None or self.data.train is None:
+            for what, needed in wants.items():
+                if needed:
+                    raise NeedsData(
+                        what,
+                        "no data was given",
+                        "it works on training batches",
+                        "pass data= in Python or --data file.py:function on the command line",
+                    )
+        if recipe.schedule.unit != "rounds":
+            if recipe.finetune is None:
+                raise UsageError(
+                    f"a schedule in {recipe.schedule.unit}",
+                    "the recipe has no fine-tuning step",
+                    f"{recipe.schedule.unit} are counted while the network trains",
+                    "add FineTune(...) to recovery, use a schedule in rounds, or Gradual in your own loop",
+                )
+            if recipe.schedule.unit == "epochs" and recipe.schedule.end > recipe.finetune.epochs:
+                raise UsageError(
+                    f"a schedule that ends at epoch {recipe.schedule.end:g}",
+                    f"fine-tuning ends at epoch {recipe.finetune.epochs:g}",
+                    "the target would never be reached",
+                    "shorten the schedule or train longer",
+                )
+
+    # -- pruning without training ---------------------------------------------------------------
+
+    def _rounds(self) -> Masks:
+        recipe = self.recipe
+        assert recipe.target is not None
+        times = [
+            t
+            for t in events(recipe.schedule)
+            if share_at(recipe.schedule, t, recipe.target.value) > 0
+        ]
+        masks = masks_of(self.model)
+        memory = Stats()
+        for index, moment in enumerate(times):
+            self.progress("pruning", index, len(times))
+            share = share_at(recipe.schedule, moment, recipe.target.value)
+            masks = self._round(share, masks, memory, last=index == len(times) - 1)
+        self.progress("pruning", len(times), len(times))
+        detach_(self.model)
+        return masks
+
+    def _round(self, share: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
+        recipe, slots = self.recipe, self.plan.chosen
+        found = weights(self.model, slots)
+        needs = set(recipe.criterion.needs)
+        assert recipe.target is not None
+        if recipe.target.unit == "macs":
+            needs.add(Positions())
+        stats = self._collect(
+            slots, needs | (set() if recipe.sequential else self._repair_needs(last))
+        )
+        stats.memory = memory.memory
+        groups = {
+            w.name: group_scores(score(w, recipe, stats), w, recipe, prior.get(w.name))
+            for w in found
+        }
+        purse = money(self.model, found, recipe, stats)
+        probe = None
+        if recipe.allocation.needs_probe:
+            assert self.data is not None
+            probe = probe_for(
+                self.model, found, recipe, groups, mean_loss(self.model, self.data, self.batches)
+            )
+        choice = items(found, slots, recipe, groups, purse.costs)
+        levels = allocate(choice, recipe, purse.at(share, probe))
+        order = self._order(slots) if recipe.sequential else slots
+        layers: dict[str, LayerFacts] = {}
+        masks: dict[str, torch.Tensor] = {}
+        for slot in order:
+            weight = slot.weight(self.model)
+            if recipe.sequential:
+                local = self._collect(
+                    [slot], self._repair_needs(last) | set(recipe.criterion.needs), stop=True
+                )
+                ranks = group_scores(
+                    score(weight, recipe, local), weight, recipe, prior.get(weight.name)
+                )
+            else:
+                local, ranks = stats, groups[weight.name]
+            picked = MaskChoice(weight, recipe, ranks, levels[weight.name], prior.get(weight.name))
+            mask, layers[slot.name] = repair_(
+                self.model, slot, picked, recipe=recipe, stats=local, facts=self.facts
+            )
+            masks[slot.name] = mask
+            local.drop(slot.name)
+        self.facts.layers = [layers[slot.name] for slot in slots]
+        done = Masks({slot.name: masks[slot.name] for slot in slots})
+        if not last:
+            attach_(self.model, done)
+        return done
+
+    def _repair_needs(self, last: bool) -> set[Any]:
+        if self.data is None or self.data.train is None:
+            return set()
+        needs: set[Any] = set().union(*(step.needs for step in self.recipe.repairs))
+        return needs | ({Sketch()} if last else set())
+
+    def _collect(self, slots: Sequence[Slot], needs: set[Any], *, stop: bool = False) -> Stats:
+        if not needs:
+            return Stats()
+        loss = self.data.loss if self.data is not None else None
+        return collect(self.model, slots, needs, self.batches, loss=loss, stop_early=stop)
+
+    def _order(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Slots in the order in which data reaches them; those it never reaches come last."""
+        if self.data is None or self.data.train is None:
+            return list(slots)
+        seen = collect(self.model, slots, [Positions()], self.batches[:1]).names()
+        rank = {name: index for index, name in enumerate(seen)}
+        return sorted(slots, key=lambda slot: rank.get(slot.name, len(rank)))
+
+    # -- pruning while training -----------------------------------------------------------------
+
+    def _gradual(self) -> Masks:
+        how = self.recipe.finetune
+        assert how is not None
+        assert self.data is not None
+        pruner: list[Gradual] = []
+
+        def attach(optimizer: torch.optim.Optimizer, per_epoch: int) -> Gradual:
+            pruner.append(
+                Gradual(
+                    self.model, optimizer, self.recipe, data=self.data, steps_per_epoch=per_epoch
+                )
+            )
+            return pruner[0]
+
+        history = self._train(how, attach)
+        pruned = pruner[0].finalize()
+        self.facts.layers = pruned.facts.layers
+        self.facts.history = [*pruned.facts.history, *history]
+        return pruned.masks
+
+    def _train(self, how: FineTune, attach: Attach | None) -> list[dict[str, Any]]:
+        assert self.data is not None
+        return finetune(
+            self.model, self.data, how, teacher=self.dense, attach=attach, progress=self.progress
+        )
+
+    def _after(self, masks: Masks) -> None:
+        trained = self.recipe.schedule.unit != "rounds"
+        for step in self.recipe.recovery:
+            if isinstance(step, BatchNorm):
+                for name, drift in step.reestimate_(self.model, self.batches).items():
+                    if drift > 1:
+                        self.facts.note(
+                            "batchnorm", name, f"its mean moved by {drift:.1f} standard deviations"
+                        )
+            elif isinstance(step, FineTune) and not trained:
+                attach_(self.model, masks)
+                self.facts.history += self._train(step, None)
+                detach_(self.model)
+
+
+def _silent(stage: str, done: float, total: float) -> None:
+    pass

@@ -1,0 +1,115 @@
+"""Which parameters take part in a run, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from secateur.core.errors import NonFinite, UsageError
+from secateur.core.facts import Facts
+from secateur.core.selectors import matches, require_hits
+from secateur.core.slots import Slot
+from secateur.drive.recipe import Recipe
+from secateur.frontends import discover
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parameters take part, and every other one with its reason."""
+
+    slots: tuple[Slot, ...]
+
+    @property
+    def chosen(self) -> list[Slot]:
+        """The weights that will be pruned."""
+        return [slot for slot in self.slots if slot.prunable]
+
+
+def plan(model: nn.Module, recipe: Recipe | None = None) -> Plan:
+    """Every parameter of ``model`` with its role under the recipe's scope and pattern.
+
+    Raises:
+        SelectorError: A selector matches nothing.
+
+    Example:
+        >>> slots = plan(nn.Linear(4, 2), Recipe()).slots
+        >>> [(s.name, s.prunable) for s in slots]
+        [('weight', True), ('bias', False)]
+    """
+    recipe = recipe or Recipe()
+    scope = recipe.scope
+    slots = discover(model)
+    pairs = [(s.name, s.kind) for s in slots] + [(a, s.kind) for s in slots for a in s.aliases]
+    require_hits((*scope.include, *scope.ignore), pairs, "the selector")
+    return Plan(tuple(_scoped(slot, recipe) for slot in slots))
+
+
+def _scoped(slot: Slot, recipe: Recipe) -> Slot:
+    scope = recipe.scope
+
+    def hit(selectors: Sequence[str]) -> str | None:
+        names = (slot.name, *slot.aliases)
+        return next((s for s in selectors if any(matches(s, n, slot.kind) for n in names)), None)
+
+    if slot.axes is None:
+        return slot
+    reason = slot.reason
+    if slot.sensitive and (scope.sensitive or hit(scope.include)):
+        reason = ""
+    if scope.include and not hit(scope.include):
+        reason = reason or "not matched by include"
+    ignored = hit(scope.ignore)
+    if ignored is not None:
+        reason = f"ignored by {ignored!r}"
+    if not reason:
+        try:
+            recipe.pattern.fold(torch.empty(slot.shape, device="meta"), slot.axes)
+        except UsageError as error:
+            reason = f"does not fit the pattern: {error.found}; {error.why}"
+    return replace(slot, reason=reason)
+
+
+def require_something(plan: Plan, recipe: Recipe) -> None:
+    """Raise if nothing is left to prune, with the reasons."""
+    if plan.chosen:
+        return
+    reasons: dict[str, int] = {}
+    for slot in plan.slots:
+        reasons[slot.reason] = reasons.get(slot.reason, 0) + 1
+    listed = (
+        "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+        or "it has no parameters"
+    )
+    raise UsageError(
+        f"pruning with {type(recipe.pattern).__name__}",
+        f"no parameter takes part ({listed})",
+        "there is nothing to prune",
+        "widen the scope (include=, sensitive=True) or choose a pattern that fits",
+    )
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise if any parameter holds NaN or infinity; the first is named."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype.is_floating_point and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise NonFinite(
+                f"pruning {name!r}",
+                f"{bad} of its {parameter.numel()} entries are NaN or infinite",
+                "such weights have no order and spoil every statistic",
+                "load the weights again, or repair the training run they come from",
+            )
+
+
+def note_left_out(facts: Facts, plan: Plan) -> None:
+    """Record every weight that might have been expected to take part and does not."""
+    for slot in plan.slots:
+        if slot.reason and (slot.axes is not None or len(slot.shape) > 1):
+            facts.note("left-out", slot.name, slot.reason)
+        if slot.aliases and slot.prunable:
+            facts.note(
+                "tied", slot.name, f"the same tensor as {', '.join(slot.aliases)}: scored once"
+            )

@@ -1,0 +1,282 @@
+"""The recipe: a frozen value that binds the five words, and the aliases of published methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.allocate import Allocation, ErdosRenyi, Ranked, Uniform
+from secateur.core.budget import Target
+from secateur.core.errors import BudgetError, UsageError
+from secateur.drive.finetune import FineTune
+from secateur.pattern import NM, Elements, Pattern, PerRow
+from secateur.recover import (
+    BatchNorm,
+    ColumnSweep,
+    ExactObs,
+    NoRecovery,
+    Recovery,
+    Rounding,
+)
+from secateur.schedule import Exponential, OneShot, Polynomial, Schedule
+from secateur.score import (
+    Criterion,
+    Grasp,
+    Lamp,
+    Magnitude,
+    Movement,
+    Obd,
+    ObsSaliency,
+    Ria,
+    Snip,
+    SynFlow,
+    Wanda,
+    WoodFisher,
+)
+
+Step = Recovery | BatchNorm | FineTune
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which weights take part.
+
+    Args:
+        include: Selectors; only what they match takes part, and parts that are left out by default
+            (embeddings, the first convolution, the classifier, routers) come in when named here.
+        ignore: Selectors of what stays dense.
+        sensitive: True also prunes what is left out by default, without naming it.
+
+    Example:
+        >>> Scope(ignore=("layer1.*",)).sensitive
+        False
+    """
+
+    include: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    sensitive: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a pruning run. A plain value: compare it, hash it, save it.
+
+    Args:
+        criterion: How much each weight matters.
+        pattern: Which weights go together.
+        target: How much is left at the end; ``None`` for a pattern that fixes it (N:M).
+        allocation: How much each weight pays.
+        schedule: When. In ``rounds`` before any training, in ``steps`` or ``epochs`` during
+            fine-tuning.
+        recovery: What happens to the survivors, in order.
+        scope: Which weights take part.
+        rounding: Values that the survivors must take, e.g. int8.
+        sequential: Measure each weight's inputs with all earlier weights already pruned.
+        seed: For everything random.
+
+    Example:
+        >>> recipe = Recipe(target=Target("sparsity", 0.9))
+        >>> recipe.fingerprint() == Recipe(target=Target("sparsity", 0.9), seed=0).fingerprint()
+        True
+    """
+
+    criterion: Criterion = Magnitude()
+    pattern: Pattern = Elements()
+    target: Target | None = None
+    allocation: Allocation = Uniform()
+    schedule: Schedule = OneShot()
+    recovery: tuple[Step, ...] = ()
+    scope: Scope = Scope()
+    rounding: Rounding | None = None
+    sequential: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        fixed = self.pattern.sparsity if isinstance(self.pattern, NM) else None
+        if self.target is None and fixed is None:
+            object.__setattr__(self, "target", Target("sparsity", 0.5))
+        elif self.target is None and fixed is not None:
+            object.__setattr__(self, "target", Target("sparsity", fixed))
+        elif fixed is not None and self.target != Target("sparsity", fixed):
+            assert isinstance(self.pattern, NM)
+            raise BudgetError(
+                f"{self.target.unit}={self.target.value:g} with {self.pattern.keep}:{self.pattern.of}",  # type: ignore[union-attr]
+                f"{self.pattern.keep}:{self.pattern.of} keeps {self.pattern.keep} of {self.pattern.of}, "
+                f"which is sparsity {fixed:g}",
+                "an N:M pattern fixes the sparsity of every weight",
+                "leave the target out, or choose another pattern",
+            )
+        if fixed is not None and not isinstance(self.allocation, Uniform):
+            raise UsageError(
+                f"allocation {type(self.allocation).__name__} with an N:M pattern",
+                "N:M fixes the sparsity of every weight",
+                "there is nothing left to allocate",
+                "leave the allocation out",
+            )
+
+    @property
+    def repairs(self) -> tuple[Recovery, ...]:
+        """The steps that repair one weight at a time."""
+        return tuple(
+            s for s in self.recovery if not isinstance(s, (BatchNorm, FineTune, NoRecovery))
+        )
+
+    @property
+    def finetune(self) -> FineTune | None:
+        """The fine-tuning step, if any."""
+        return next((s for s in self.recovery if isinstance(s, FineTune)), None)
+
+    @property
+    def distills(self) -> bool:
+        """Whether fine-tuning follows the dense network."""
+        return self.finetune is not None and self.finetune.distill > 0
+
+    def fingerprint(self) -> str:
+        """A hash of everything that differs from the defaults; names runs."""
+        text = json.dumps(describe(self), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe(part: Any) -> Any:
+    """A part as plain data: its class name and the fields that differ from their defaults.
+
+    Example:
+        >>> describe(Recipe(criterion=Magnitude(p=2)))["criterion"]
+        {'Magnitude': {'p': 2}}
+    """
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = {}
+        for f in dataclasses.fields(part):
+            value = getattr(part, f.name)
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if value != default:
+                fields[f.name] = describe(value)
+        return fields if isinstance(part, Recipe) else {type(part).__name__: fields}
+    if isinstance(part, (tuple, list)):
+        return [describe(p) for p in part]
+    if isinstance(part, dict):
+        return {k: describe(v) for k, v in part.items()}
+    return part
+
+
+# Published methods are assemblies of parts. Each alias takes the sparsity and returns a recipe.
+
+
+def magnitude(sparsity: float = 0.5) -> Recipe:
+    """Magnitude, the same sparsity in every layer (Han et al., arXiv 1506.02626)."""
+    return Recipe(Magnitude(), target=Target("sparsity", sparsity))
+
+
+def gmp(sparsity: float = 0.9, epochs: float = 10) -> Recipe:
+    """Gradual magnitude pruning with fine-tuning (Zhu and Gupta, arXiv 1710.01878).
+
+    The window follows "Pruning for success": prune over the first half of the epochs, hold the mask
+    and fine-tune for the rest.
+    """
+    return Recipe(
+        Magnitude(),
+        target=Target("sparsity", sparsity),
+        allocation=Ranked(),
+        schedule=window(epochs),
+        recovery=(FineTune(epochs=epochs),),
+    )
+
+
+def window(epochs: float) -> Schedule:
+    """The default pruning window: cubic, over the first half of the epochs, twenty updates an epoch."""
+    return Polynomial(begin=0, end=epochs / 2, frequency=epochs / 100, unit="epochs")
+
+
+def wanda(sparsity: float = 0.5) -> Recipe:
+    """Weights times input norms, compared within rows (arXiv 2306.11695)."""
+    return Recipe(Wanda(), PerRow(), Target("sparsity", sparsity), sequential=True)
+
+
+def ria(sparsity: float = 0.5) -> Recipe:
+    """Relative importance and activations, compared within rows (ICLR 2024)."""
+    return Recipe(Ria(), PerRow(), Target("sparsity", sparsity), sequential=True)
+
+
+def sparsegpt(sparsity: float = 0.5, pattern: Pattern | None = None) -> Recipe:
+    """Optimal-brain column sweep, layer after layer (arXiv 2301.00774)."""
+    pattern = pattern or Elements()
+    target = None if isinstance(pattern, NM) else Target("sparsity", sparsity)
+    return Recipe(ObsSaliency(), pattern, target, recovery=(ColumnSweep(),), sequential=True)
+
+
+def obc(sparsity: float = 0.5) -> Recipe:
+    """Exact optimal brain compression with dense activations (arXiv 2208.11580)."""
+    return Recipe(ObsSaliency(), Elements(), Target("sparsity", sparsity), recovery=(ExactObs(),))
+
+
+def snip(sparsity: float = 0.9) -> Recipe:
+    """Connection sensitivity, ranked globally (arXiv 1810.02340)."""
+    return Recipe(Snip(), target=Target("sparsity", sparsity), allocation=Ranked())
+
+
+def grasp(sparsity: float = 0.9) -> Recipe:
+    """Gradient signal preservation, ranked globally (arXiv 2002.07376)."""
+    return Recipe(Grasp(), target=Target("sparsity", sparsity), allocation=Ranked())
+
+
+def synflow(sparsity: float = 0.9, rounds: int = 100) -> Recipe:
+    """Iterative synaptic flow, ranked globally (arXiv 2006.05467)."""
+    schedule = Exponential(begin=1, end=rounds, unit="rounds") if rounds > 1 else OneShot()
+    return Recipe(
+        SynFlow(), target=Target("sparsity", sparsity), allocation=Ranked(), schedule=schedule
+    )
+
+
+def lamp(sparsity: float = 0.9) -> Recipe:
+    """Layer-adaptive magnitude (arXiv 2010.07611)."""
+    return Recipe(Lamp(Magnitude()), target=Target("sparsity", sparsity), allocation=Ranked())
+
+
+def erk_magnitude(sparsity: float = 0.9) -> Recipe:
+    """Magnitude with Erdős-Rényi-kernel layer densities (arXiv 1911.11134)."""
+    return Recipe(Magnitude(), target=Target("sparsity", sparsity), allocation=ErdosRenyi())
+
+
+def woodfisher(sparsity: float = 0.9, rounds: int = 4) -> Recipe:
+    """Block Fisher saliency, ranked globally, re-measured in rounds (arXiv 2004.14340)."""
+    schedule = Exponential(begin=0, end=rounds, unit="rounds") if rounds > 1 else OneShot()
+    return Recipe(
+        WoodFisher(), target=Target("sparsity", sparsity), allocation=Ranked(), schedule=schedule
+    )
+
+
+def obd(sparsity: float = 0.9) -> Recipe:
+    """Diagonal Fisher saliency, ranked globally (LeCun et al. 1989)."""
+    return Recipe(Obd(), target=Target("sparsity", sparsity), allocation=Ranked())
+
+
+def movement(sparsity: float = 0.9, epochs: float = 6) -> Recipe:
+    """Movement pruning while fine-tuning (arXiv 2005.07683)."""
+    return Recipe(
+        Movement(),
+        target=Target("sparsity", sparsity),
+        allocation=Ranked(),
+        schedule=window(epochs),
+        recovery=(FineTune(epochs=epochs, optimizer="adamw", lr=3e-5),),
+    )
+
+
+ALIASES = {
+    "magnitude": magnitude,
+    "gmp": gmp,
+    "wanda": wanda,
+    "sparsegpt": sparsegpt,
+    "obc": obc,
+    "snip": snip,
+    "grasp": grasp,
+    "synflow": synflow,
+    "lamp": lamp,
+    "erk_magnitude": erk_magnitude,
+    "woodfisher": woodfisher,
+    "obd": obd,
+    "movement": movement,
+    "ria": ria,
+}
