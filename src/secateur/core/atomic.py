@@ -39,6 +39,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,17 +48,14 @@ def new_file(path: str | Path) -> Iterator[Path]:
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill the yielded folder; it becomes ``path`` only if the block ends without an error.
 
+    An existing folder is only ever replaced by one that has all of its entries: whatever else a
+    user keeps there would be lost.
+
     Raises:
-        OutputExists: ``path`` exists and ``overwrite`` is false.
+        OutputExists: ``path`` exists and ``overwrite`` is false, or it holds other things.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise OutputExists(
-            f"writing to {str(path)!r}",
-            "it already exists",
-            "a result is never overwritten by accident",
-            "choose another folder, remove it, or ask for overwriting (--overwrite)",
-        )
+    _require_replaceable(path, overwrite, None)
     _require_parent(path)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -65,23 +63,50 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
+        entries = {entry.name for entry in temporary.iterdir()}
+        _require_replaceable(path, overwrite, entries)
+        for entry in (*temporary.iterdir(), temporary):
+            _sync(entry)
         temporary.chmod(0o777 & ~_umask())
         _put(temporary, path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def require_new(path: str | Path, *, overwrite: bool = False) -> None:
-    """Fail early, before hours of work, where :func:`new_folder` would fail at the end."""
+def require_new(path: str | Path, entries: set[str], *, overwrite: bool = False) -> None:
+    """Fail early, before hours of work, where :func:`new_folder` would fail at the end.
+
+    Args:
+        path: The folder that will be written.
+        entries: Names of the files that it will hold.
+        overwrite: As for :func:`new_folder`.
+    """
     path = Path(path)
-    with new_folder(path.with_name(path.name + ".probe"), overwrite=True):
-        pass
-    shutil.rmtree(path.with_name(path.name + ".probe"), ignore_errors=True)
-    if path.exists() and not overwrite:
-        with new_folder(path):
-            pass
+    _require_replaceable(path, overwrite, entries)
+    _require_parent(path)
+
+
+def _require_replaceable(path: Path, overwrite: bool, entries: set[str] | None) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise OutputExists(
+            f"writing to {str(path)!r}",
+            "it already exists",
+            "a result is never overwritten by accident",
+            "choose another folder, remove it, or ask for overwriting (--overwrite)",
+        )
+    others = [] if path.is_dir() else [path.name]
+    if path.is_dir() and entries is not None:
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in entries)
+    if others:
+        raise OutputExists(
+            f"overwriting {str(path)!r}",
+            f"it holds {', '.join(others[:4])}" + (", ..." if len(others) > 4 else ""),
+            "only a folder of an earlier result is ever replaced",
+            "choose another folder",
+        )
 
 
 def _put(temporary: Path, path: Path) -> None:
@@ -89,7 +114,7 @@ def _put(temporary: Path, path: Path) -> None:
         temporary.rename(path)
         return
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     if not _exchange(temporary, path):
         # No atomic exchange on this system: the old folder survives under another name
@@ -129,9 +154,13 @@ def _unwritable(path: Path, error: OSError) -> FileError:
     )
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+def _sync(entry: Path) -> None:
+    """Bring a file or folder to the disk, so that a power cut cannot undo what was promised."""
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
