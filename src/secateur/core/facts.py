@@ -33,6 +33,8 @@ class LayerFacts:
     Args:
         output_error: Relative squared output error ``||(W - W')X||² / ||WX||²`` on the
             calibration data, or ``None`` where no data was given.
+        knee: The sparsity beyond which the output error of plain masking rises steeply.
+        seconds: Time that its repair took.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerFacts:
     total: int
     kept: int
     output_error: float | None = None
+    knee: float | None = None
     seconds: float = 0.0
 
     @property

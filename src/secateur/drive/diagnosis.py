@@ -15,6 +15,7 @@ def diagnose(facts: Facts) -> None:
 
     * layers nearly emptied (over 99 % zeros);
     * the three layers with the highest output error, if it is over 10 % and three times the median;
+    * layers pruned well beyond the knee of their error curve;
     * hints after "Pruning for success" (Neural Magic): one-shot pruning beyond 70 % without
       fine-tuning, a pruning window that leaves less than a quarter of training for fine-tuning.
 
@@ -47,6 +48,13 @@ def diagnose(facts: Facts) -> None:
                 f"its output changed by {layer.output_error:.0%} (squared, relative), "
                 f"against a median of {statistics.median(errors):.0%}; prune it less",
             )
+    beyond = [x for x in facts.layers if x.knee is not None and x.sparsity > x.knee + 0.1]
+    for layer in sorted(beyond, key=lambda x: x.knee or 0)[:3]:
+        facts.note(
+            "beyond-knee",
+            layer.name,
+            f"pruned to {layer.sparsity:.0%}, but its error curve bends at about {layer.knee:.0%}",
+        )
     _hints(facts)
 
 
@@ -63,4 +71,8 @@ def _hints(facts: Facts) -> None:
     if updates and trained:
         share = facts.measures.get("finetune_share")
         if share is not None and share < _TRAINED_ENOUGH:
-            facts.note("hint", "", f"only {share:.0%} of training came after the last mask update")
+            facts.note(
+                "hint",
+                "",
+                f"only {share:.0%} of training came after the last mask update; a quarter or more is usual",
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from secateur.recover import NoRecovery, Repaired
 from secateur.stats import Sketch, Stats
 
 _CUBE = Axes(("out", "in", "tap"))
+_LEVELS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 class MaskChoice:
@@ -75,6 +77,18 @@ class MaskChoice:
     def ranked(self, scores: Tensor) -> Tensor:
         """The mask by these scores, if the criterion is the optimal-brain one; else the fixed one."""
         return self._choose(scores, slice(0, scores.shape[1])) if self.live else self._fixed()
+
+    def knee(self, stats: Stats) -> float | None:
+        """Where plain masking begins to hurt: the point of the error curve farthest below its chord."""
+        if (Sketch(), self._weight.name) not in stats:
+            return None
+        curve = [(0.0, 0.0)]
+        for level in _LEVELS:
+            mask = _matrix(self._weight, select(self._weight, self._recipe, self._groups, level))
+            values = self._weight.matrix().masked_fill(~mask, 0)
+            curve.append((level, output_error(self._weight, values, stats) or 0.0))
+        top = max(error for _, error in curve)
+        return max(curve, key=lambda p: p[0] / _LEVELS[-1] - (p[1] / top if top else 1))[0]
 
     def _fixed(self) -> Tensor:
         if self._mask is None:
@@ -134,9 +148,12 @@ def repair_(
     if shift is not None:
         _shift_bias_(model, slot, shift, facts)
     mask = dense.like(done.mask)
-    error = output_error(dense, done.values, stats)
-    seconds = time.perf_counter() - start
-    return mask, LayerFacts(slot.name, slot.shape, mask.numel(), int(mask.sum()), error, seconds)
+    kept = int(mask.sum())
+    record = LayerFacts(
+        slot.name, slot.shape, mask.numel(), kept, output_error(dense, done.values, stats)
+    )
+    record = replace(record, knee=choice.knee(stats), seconds=time.perf_counter() - start)
+    return mask, record
 
 
 def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:

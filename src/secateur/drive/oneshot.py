@@ -22,7 +22,7 @@ from secateur.drive.gradual import Gradual, mean_loss
 from secateur.drive.held import attach_, detach_, masks_of
 from secateur.drive.layerwise import MaskChoice, repair_
 from secateur.drive.money import money
-from secateur.drive.plan import note_left_out, plan, require_finite, require_something
+from secateur.drive.plan import Plan, note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
@@ -190,7 +190,6 @@ class _Run:
 
     def _round(self, share: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
         recipe, slots = self.recipe, self.plan.chosen
-        found = weights(self.model, slots)
         needs = set(recipe.criterion.needs)
         assert recipe.target is not None
         if recipe.target.unit == "macs":
@@ -199,6 +198,8 @@ class _Run:
             slots, needs | (set() if recipe.sequential else self._repair_needs(last))
         )
         stats.memory = memory.memory
+        slots = self._reached(slots, stats)
+        found = weights(self.model, slots)
         groups = {
             w.name: group_scores(score(w, recipe, stats), w, recipe, prior.get(w.name))
             for w in found
@@ -237,6 +238,22 @@ class _Run:
         if not last:
             attach_(self.model, done)
         return done
+
+    def _reached(self, slots: list[Slot], stats: Stats) -> list[Slot]:
+        """Leave out weights whose inputs the recipe needs and no data reached; never silently."""
+        needed = {*self.recipe.criterion.needs, *self._repair_needs(last=False)}
+        if not any(getattr(need, "source", "") == "inputs" for need in needed):
+            return slots
+        seen = set(stats.names())
+        if self.recipe.sequential:
+            seen = set(collect(self.model, slots, [Positions()], self.batches[:1]).names())
+        for slot in slots:
+            if slot.name not in seen:
+                self.facts.note("left-out", slot.name, "its inputs could not be seen on the data")
+        reached = [slot for slot in slots if slot.name in seen]
+        if not reached:
+            require_something(Plan(()), self.recipe)
+        return reached
 
     def _repair_needs(self, last: bool) -> set[Any]:
         if self.data is None or self.data.train is None:
@@ -278,6 +295,9 @@ class _Run:
         pruned = pruner[0].finalize()
         self.facts.layers = pruned.facts.layers
         self.facts.history = [*pruned.facts.history, *history]
+        end = self.recipe.schedule.end
+        whole = how.epochs if self.recipe.schedule.unit == "epochs" else pruner[0].steps
+        self.facts.measures["finetune_share"] = max(0.0, 1 - end / whole)
         return pruned.masks
 
     def _train(self, how: FineTune, attach: Attach | None) -> list[dict[str, Any]]:
@@ -287,18 +307,26 @@ class _Run:
         )
 
     def _after(self, masks: Masks) -> None:
+        steps = [type(step) for step in self.recipe.recovery]
+        has_data = self.data is not None and self.data.train is not None
+        if has_data and BatchNorm not in steps and FineTune not in steps:
+            self._note_drift(copy.deepcopy(self.model), advice="; add the recovery 'batchnorm'")
         trained = self.recipe.schedule.unit != "rounds"
         for step in self.recipe.recovery:
             if isinstance(step, BatchNorm):
-                for name, drift in step.reestimate_(self.model, self.batches).items():
-                    if drift > 1:
-                        self.facts.note(
-                            "batchnorm", name, f"its mean moved by {drift:.1f} standard deviations"
-                        )
+                self._note_drift(self.model)
             elif isinstance(step, FineTune) and not trained:
                 attach_(self.model, masks)
                 self.facts.history += self._train(step, None)
                 detach_(self.model)
+
+    def _note_drift(self, model: nn.Module, advice: str = "") -> None:
+        """Re-estimate BatchNorm statistics of ``model`` and note the layers that moved most."""
+        drifts = BatchNorm().reestimate_(model, self.batches)
+        for name in sorted(drifts, key=lambda n: -drifts[n])[:3]:
+            if drifts[name] > 1:
+                moved = f"an input mean moved by {drifts[name]:.1f} standard deviations"
+                self.facts.note("batchnorm-drift", name, moved + advice)
 
 
 def _silent(stage: str, done: float, total: float) -> None:

@@ -224,7 +224,7 @@ def grasp(sparsity: float = 0.9) -> Recipe:
 
 def synflow(sparsity: float = 0.9, rounds: int = 100) -> Recipe:
     """Iterative synaptic flow, ranked globally (arXiv 2006.05467)."""
-    schedule = Exponential(begin=1, end=rounds, unit="rounds") if rounds > 1 else OneShot()
+    schedule = Exponential(begin=0, end=rounds) if rounds > 1 else OneShot()
     return Recipe(
         SynFlow(), target=Target("sparsity", sparsity), allocation=Ranked(), schedule=schedule
     )
@@ -242,7 +242,7 @@ def erk_magnitude(sparsity: float = 0.9) -> Recipe:
 
 def woodfisher(sparsity: float = 0.9, rounds: int = 4) -> Recipe:
     """Block Fisher saliency, ranked globally, re-measured in rounds (arXiv 2004.14340)."""
-    schedule = Exponential(begin=0, end=rounds, unit="rounds") if rounds > 1 else OneShot()
+    schedule = Exponential(begin=0, end=rounds) if rounds > 1 else OneShot()
     return Recipe(
         WoodFisher(), target=Target("sparsity", sparsity), allocation=Ranked(), schedule=schedule
     )

@@ -10,7 +10,7 @@ from secateur.core.slots import InputRows, Slot
 from secateur.core.weight import CONV1D, CONV2D, CONV3D, LINEAR, Axes
 from secateur.frontends import rows
 
-Kind = tuple[Axes, InputRows]
+Kind = tuple[Axes, InputRows | None]
 
 # An attribute name of the module -> axes and rows, per layer class. Subclasses inherit the entry.
 _CONVOLUTIONS: dict[type[nn.Module], Axes] = {
@@ -43,7 +43,7 @@ def discover(model: nn.Module) -> list[Slot]:
         0.bias False a bias: pruning it saves nothing
         2.weight True
         2.bias False a bias: pruning it saves nothing
-        3.weight False the final classifier, left out by default
+        3.weight False the last linear layer (classifier), left out by default
         3.bias False a bias: pruning it saves nothing
     """
     names: dict[int, list[str]] = {}
@@ -103,6 +103,8 @@ def _kind(module: nn.Module, attribute: str) -> Kind | None:
         # so that the package is not imported for models that do not use it.
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             return Axes(("in", "out")), rows.linear
+    if isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight"):
+        return LINEAR, None  # a fused projection: prunable, but no hook sees its inputs
     if isinstance(module, nn.RNNBase) and attribute.startswith("weight_") and not module.proj_size:
         hidden, _, rest = attribute.removeprefix("weight_").partition("_l")
         if hidden in ("ih", "hh"):
@@ -126,8 +128,6 @@ def _vector_reason(kind: str, attribute: str) -> str:
 def _unknown_reason(module: nn.Module, kind: str) -> str:
     if isinstance(module, nn.RNNBase):
         return "a recurrent projection: its inputs cannot be seen from outside"
-    if isinstance(module, nn.MultiheadAttention):
-        return "the fused projection of MultiheadAttention: its inputs cannot be seen from outside"
     return f"no rule for parameters of {kind}"
 
 
@@ -142,7 +142,9 @@ def _mark_ends(model: nn.Module, slots: list[Slot]) -> list[Slot]:
         )
     last = weights[-1] if weights else None
     if last is not None and len(weights) > 1 and _is_classifier(model, last):
-        replaced[last.name] = _leave_out(last, "the final classifier, left out by default")
+        replaced[last.name] = _leave_out(
+            last, "the last linear layer (classifier), left out by default"
+        )
     return [replaced.get(s.name, s) for s in slots]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, evaluating, forward, to_device
+from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
 from secateur.core.slots import device_of
 
 
@@ -40,6 +40,9 @@ class BatchNorm:
             For each layer the largest move of a mean, in old standard deviations.
         """
         layers = {n: m for n, m in model.named_modules() if _tracks(m)}
+        batches = [batch for batch in batches if size_of(batch) > 1]  # one sample has no variance
+        if not layers or not batches:
+            return {}
         old = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in layers.items()}
         momenta = {n: m.momentum for n, m in layers.items()}
         with evaluating(model), torch.no_grad():
