@@ -103,6 +103,9 @@ class OneShot:
     begin: float = 0
     unit: str = "rounds"
 
+    def __post_init__(self) -> None:
+        _check(self)
+
     @property
     def end(self) -> float:
         return self.begin
@@ -143,6 +146,13 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.power <= 0:
+            raise UsageError(
+                f"Polynomial(power={self.power:g})",
+                "the power is not positive",
+                "sparsity would not rise from 0 to the target",
+                "3 is usual",
+            )
 
     def share(self, progress: float, sparsity: float) -> float:
         return float(1 - (1 - progress) ** self.power)

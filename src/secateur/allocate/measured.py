@@ -50,9 +50,11 @@ class Sensitivity:
         worst = max(max(curve) for curve in curves.values()) or 1.0
 
         def family(t: float) -> dict[str, float]:
-            # t = 1 must be sparser than any measured level, or a tight budget would be missed.
+            # Flat curves allow their highest level at no loss at all: the first hundredth of t grows
+            # to there. The last hundredth goes beyond the measured levels, for tight budgets.
+            grown, tolerance = min(1.0, t * 100), max(0.0, t - 0.01) * worst * 1.02
             return {
-                n: max(_level(c, self.levels, t * worst * 1.001), (t - 0.99) * 100)
+                n: max(grown * _level(c, self.levels, tolerance), (t - 0.99) * 100)
                 for n, c in curves.items()
             }
 

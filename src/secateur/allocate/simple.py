@@ -88,6 +88,8 @@ class ErdosRenyi:
 class Given:
     """Sparsities given per selector; the most specific one wins, ``rest`` spreads what remains.
 
+    If the levels cover every weight they decide alone and the target has no say.
+
     Example:
         >>> import torch
         >>> def item(name): return Item(name, "Linear", (2, 5), torch.empty(0), 1, 10, 1, float)
@@ -95,7 +97,7 @@ class Given:
         {'a.weight': 0.2, 'b.weight': 0.8}
     """
 
-    levels: Mapping[str, float] = field(default_factory=dict)
+    levels: Mapping[str, float] = field(default_factory=dict, hash=False)
     rest: Allocation = Uniform()
 
     needs_scores: ClassVar[bool] = True
@@ -114,10 +116,14 @@ class Given:
     def __call__(self, items: Sequence[Item], budget: Budget) -> Mapping[str, float]:
         require_hits(self.levels, [(i.name, i.kind) for i in items], "the given level for")
         found = {i.name: pick(self.levels, i.name, i.kind) for i in items}
-        fixed = {name: level for name, level in found.items() if level is not None}
+        # On the way of a gradual run the given levels are approached like the target.
+        fixed = {n: level * budget.share for n, level in found.items() if level is not None}
         free = [item for item in items if item.name not in fixed]
         if not free:
             return fixed
         spent = sum(i.cost(i.keep(fixed[i.name])) for i in items if i.name in fixed)
-        chosen = {**fixed, **self.rest(free, Budget(budget.limit - spent, budget.probe))}
+        chosen = {
+            **fixed,
+            **self.rest(free, Budget(budget.limit - spent, budget.probe, budget.share)),
+        }
         return {item.name: chosen[item.name] for item in items}

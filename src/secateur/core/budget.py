@@ -65,10 +65,17 @@ Probe = Callable[[Mapping[str, float]], float]
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent on the items, and optionally a way to try an assignment out."""
+    """What may be spent on the items, and optionally a way to try an assignment out.
+
+    Args:
+        limit: The most that the items may cost together.
+        probe: Measures the loss of an assignment.
+        share: How much of the way to the final target this is, for gradual pruning.
+    """
 
     limit: float
     probe: Probe | None = None
+    share: float = 1.0
 
     def spent(self, items: Sequence[Item], sparsity: Mapping[str, float]) -> float:
         """Cost of an assignment."""
@@ -128,6 +135,13 @@ class Target:
         """Read ``0.9``, ``"90%"``, ``"params=20000"`` or ``{"macs": "50%"}``."""
         if isinstance(text, Target):
             return text
+        if isinstance(text, (list, tuple)) or text is None or isinstance(text, bool):
+            raise UsageError(
+                f"target {text!r}",
+                f"a {type(text).__name__}",
+                "a target is a number or one unit with its value",
+                "write 0.9, '90%' or {macs: 50%}",
+            )
         if isinstance(text, Mapping):
             if len(text) != 1:
                 raise UsageError(
@@ -156,7 +170,7 @@ def number(value: str | float | int) -> float:
     """
     if isinstance(value, (int, float)):
         return float(value)
-    text = value.strip()
+    text = str(value).strip()
     try:
         return round(float(text[:-1]) / 100, 12) if text.endswith("%") else float(text)
     except ValueError:

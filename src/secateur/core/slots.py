@@ -27,6 +27,7 @@ class Slot:
         aliases: Other names of the same tensor (tied weights are scored once).
         reason: Why it is left out or not prunable; ``""`` when it takes part.
         sensitive: True for parts that are left out unless asked for.
+        density: As in :class:`~secateur.core.weight.Weight`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Slot:
     aliases: tuple[str, ...] = ()
     reason: str = ""
     sensitive: bool = False
+    density: float = 1.0
 
     @property
     def module(self) -> str:
@@ -61,7 +63,7 @@ class Slot:
     def weight(self, model: nn.Module) -> Weight:
         """The live value as a :class:`Weight` (detached, sharing memory)."""
         assert self.axes is not None, f"{self.name} has no axes"
-        return Weight(self.name, self.tensor(model).detach(), self.axes)
+        return Weight(self.name, self.tensor(model).detach(), self.axes, self.density)
 
 
 def weights(model: nn.Module, slots: Iterable[Slot]) -> list[Weight]:

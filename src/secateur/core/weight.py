@@ -79,6 +79,13 @@ class Axes:
 class Weight:
     """A named tensor whose axes have names.
 
+    Args:
+        name: Parameter name.
+        value: The tensor, in the framework's own order of axes.
+        axes: What each axis is.
+        density: Share of real values in its input rows: below 1 for a transposed convolution,
+            whose input is stuffed with zeros. Only multiply-adds depend on it.
+
     Example:
         >>> import torch
         >>> w = Weight("conv.weight", torch.arange(24.0).reshape(2, 3, 2, 2), CONV2D)
@@ -91,6 +98,7 @@ class Weight:
     name: str
     value: Tensor
     axes: Axes
+    density: float = 1.0
 
     @property
     def out(self) -> int:

@@ -15,7 +15,7 @@ from secateur.core.select import keep_top
 from secateur.core.slots import Slot
 from secateur.core.weight import Weight
 from secateur.drive.recipe import Recipe
-from secateur.score import Smoothed
+from secateur.score import Criterion, Smoothed
 from secateur.stats import Stats
 
 
@@ -30,9 +30,27 @@ def score(weight: Weight, recipe: Recipe, stats: Stats) -> Tensor:
             "they cannot be ranked",
             "check the data, or choose a more robust criterion",
         )
-    if isinstance(recipe.criterion, Smoothed):
-        stats.remember(recipe.criterion, weight.name, scores)
+    # Averages move on once per update, after everything was scored with the old ones.
+    moved = {part: part(weight, stats) for part in smoothed_parts(recipe.criterion)}
+    for part, value in moved.items():
+        stats.remember(part, weight.name, value)
     return scores
+
+
+def smoothed_parts(criterion: Criterion) -> list[Smoothed]:
+    """Every smoothed criterion inside ``criterion``, itself included.
+
+    Example:
+        >>> from secateur.score import Lamp, Magnitude
+        >>> smoothed_parts(Lamp(Smoothed(Magnitude())))
+        [Smoothed(inner=Magnitude(p=1), beta=0.85)]
+    """
+    found: list[Smoothed] = [criterion] if isinstance(criterion, Smoothed) else []
+    for name in ("inner", "parts"):
+        value = getattr(criterion, name, ())
+        for inner in value if isinstance(value, tuple) else (value,):
+            found += smoothed_parts(inner)
+    return found
 
 
 def group_scores(scores: Tensor, weight: Weight, recipe: Recipe, prior: Tensor | None) -> Tensor:

@@ -133,7 +133,7 @@ def finetune(
             "pass teacher=",
         )
     per_epoch = _length(data.train)
-    total = max(1, round(how.epochs * per_epoch))
+    total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))
     optimizer = _optimizer(model, how)
     warmup = max(1, round(0.05 * total))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, warmup, total))
@@ -178,7 +178,12 @@ def finetune(
                     "pass something that can be iterated once an epoch",
                 )
             history.append(
-                {"epoch": done / per_epoch, "loss": losses / seen, "sparsity": _sparsity(model)}
+                {
+                    "epoch": done / per_epoch,
+                    "loss": losses / seen,
+                    "lr": rate.get_last_lr()[0],
+                    "sparsity": masks_of(model).sparsity,
+                }
             )
     finally:
         for module, mode in modes.items():
@@ -253,7 +258,3 @@ def _autocast(device: torch.device, wanted: bool) -> contextlib.AbstractContextM
 def _length(batches: Iterable[Batch]) -> int:
     length = getattr(batches, "__len__", None)
     return max(1, length() if length is not None else sum(1 for _ in batches))
-
-
-def _sparsity(model: nn.Module) -> float:
-    return masks_of(model).sparsity

@@ -12,15 +12,23 @@ from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, device_of, weights
-from secateur.drive.decide import allocate, group_scores, items, probe_for, score, select
+from secateur.drive.decide import (
+    allocate,
+    group_scores,
+    items,
+    probe_for,
+    score,
+    select,
+    smoothed_parts,
+)
 from secateur.drive.held import Held, attach_, detach_, masks_of
-from secateur.drive.money import money
+from secateur.drive.money import money, uses
 from secateur.drive.plan import note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
 from secateur.schedule import Schedule, due, share_at
-from secateur.stats import Positions, Stat, Stats, collect
+from secateur.stats import Stat, Stats, collect, stream_gradients
 
 
 class Gradual:
@@ -30,8 +38,8 @@ class Gradual:
     after every step, so weight decay and momentum cannot wake them. Masks only change when the
     schedule says so; a pruned weight comes back only if the schedule is cyclic.
 
-    Gradients that a criterion needs are read from ``parameter.grad``, so call :meth:`step` before
-    ``zero_grad()``. Statistics of inputs or single samples are measured on ``data`` at each update.
+    Gradients that a criterion needs are read just before each optimizer step. Statistics of inputs
+    or of single samples are measured on ``data`` at each mask update.
 
     Args:
         model: Trained in place by the caller.
@@ -80,6 +88,15 @@ class Gradual:
                 "the pruner only sees steps",
                 "pass steps_per_epoch=len(loader)",
             )
+        if recipe.repairs or recipe.rounding is not None:
+            raise UsageError(
+                "Gradual(...) with weight-wise repairs or a rounding",
+                ", ".join(
+                    type(part).__name__ for part in (*recipe.repairs, recipe.rounding) if part
+                ),
+                "training itself repairs the weights, and would undo a rounding at the next step",
+                "leave them out, or use prune() with a schedule in rounds",
+            )
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self._data = as_data(data)
         self._per_epoch = steps_per_epoch or 1
@@ -87,7 +104,7 @@ class Gradual:
         require_something(self._plan, recipe)
         require_finite(model)
         self._slots: list[Slot] = self._plan.chosen
-        self._stats = Stats()
+        self._stats = Stats(recipe.seed)
         self.steps = 0
         self._share = 0.0
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
@@ -99,7 +116,10 @@ class Gradual:
             Masks({n: m for n, m in _ones(model, self._slots).items() if n not in masks_of(model)}),
         )
         self._held = Held(model, optimizer)
-        self._first_update()
+        self._stream = stream_gradients(optimizer, model, self._slots, self._streamed, self._stats)
+        self._uses = self._count_uses()
+        if not self._streamed:  # a schedule may start before the first step
+            self._maybe_update()
 
     def _split_needs(self) -> tuple[list[Stat], list[Any]]:
         needs: list[Any] = list(self.recipe.criterion.needs)
@@ -108,9 +128,7 @@ class Gradual:
         ]
         measured = [n for n in needs if n not in streamed]
         assert self.recipe.target is not None
-        if self.recipe.target.unit == "macs":
-            measured.append(Positions())
-        probing = self.recipe.allocation.needs_probe
+        probing = self.recipe.allocation.needs_probe or self.recipe.target.unit == "macs"
         if (measured or probing) and (self._data is None or self._data.train is None):
             raise NeedsData(
                 f"Gradual with {type(self.recipe.criterion).__name__} and "
@@ -121,9 +139,11 @@ class Gradual:
             )
         return streamed, measured
 
-    def _first_update(self) -> None:
-        if self.recipe.schedule.begin == 0 and not self._streamed:
-            self._maybe_update()
+    def _count_uses(self) -> dict[str, float]:
+        assert self.recipe.target is not None
+        if self.recipe.target.unit != "macs" or self._data is None:
+            return {}
+        return uses(self.model, self._plan.slots, self._data.sample()[0])
 
     @property
     def time(self) -> float:
@@ -140,44 +160,26 @@ class Gradual:
     def step(self) -> None:
         """Count one optimizer step, update the masks if they are due, and hold them."""
         self.steps += 1
-        if self._streamed:
-            self._stream_gradients()
-        self._maybe_update()
         self._held.hold_()
-
-    def _stream_gradients(self) -> None:
-        for slot in self._slots:
-            gradient = slot.tensor(self.model).grad
-            if gradient is None:
-                raise NeedsData(
-                    f"Gradual.step() with {type(self.recipe.criterion).__name__}",
-                    f"{slot.name!r} has no gradient",
-                    "the criterion reads parameter.grad",
-                    "call step() after optimizer.step() and before zero_grad()",
-                )
-            for need in self._streamed:
-                self._stats.update(need, slot.weight(self.model), gradient, 1)
+        self._maybe_update()
 
     def _maybe_update(self) -> None:
         schedule, time = self.recipe.schedule, self.time
-        # A frequency in epochs need not be a whole number of steps: update at the first step past it.
-        before = (
-            (self.steps - 1) / self._per_epoch if schedule.unit == "epochs" else self.steps - 1.0
-        )
         if schedule.unit == "epochs":
+            # A frequency in epochs need not be a whole number of steps: the first step past it counts.
+            before = (self.steps - 1) / self._per_epoch
             inside = schedule.begin <= time and before < schedule.end
             ticked = _ticks(schedule, time) > _ticks(schedule, before)
-            now = inside and (ticked or time >= schedule.end or before < schedule.begin)
+            now = inside and (ticked or before < schedule.begin)
         else:
             now = due(schedule, time)
-        if now:
-            assert self.recipe.target is not None
-            share = share_at(schedule, time, self.recipe.target.value)
-            if share != self._share or schedule.cyclic:
-                self._update(share)
+        late = time >= schedule.end and self._share < 1
+        # Whether anything is due does not depend on the target; at share 0 nothing is.
+        if (now or late) and share_at(schedule, time, 0.5) > 0:
+            self._update(time)
 
     @torch.no_grad()
-    def _update(self, share: float) -> None:
+    def _update(self, time: float) -> None:
         recipe, slots = self.recipe, self._slots
         found = weights(self.model, slots)
         stats = self._measure()
@@ -187,7 +189,8 @@ class Gradual:
         for weight in found:
             old = prior[weight.name] if prior is not None else None
             groups[weight.name] = group_scores(score(weight, recipe, stats), weight, recipe, old)
-        purse = money(self.model, found, recipe, stats)
+        purse = money(self.model, found, recipe, self._uses)
+        share = share_at(recipe.schedule, time, purse.sparsity)
         probe = None
         if recipe.allocation.needs_probe:
             assert self._data is not None
@@ -197,6 +200,7 @@ class Gradual:
         masks = Masks({w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found})
         attach_(self.model, masks)
         self._held.refresh()
+        self._held.hold_()
         self._share = share
         dropped, grown = before.diff(masks)
         self.facts.history.append(
@@ -215,9 +219,8 @@ class Gradual:
         fresh = collect(
             self.model, self._slots, self._measured, self._data.sample(), loss=self._data.loss
         )
-        fresh.memory = self._stats.memory
         merged = fresh.merge(self._stats)
-        merged.memory = self._stats.memory
+        merged.memory, merged.seed = self._stats.memory, self._stats.seed
         merged.keep_values(fresh)
         return merged
 
@@ -239,6 +242,7 @@ class Gradual:
                 "train longer, shorten the schedule, or call finalize(early=True)",
             )
         self._held.hold_()
+        self._stream.remove()
         masks = detach_(self.model)
         self.facts.layers = [
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
@@ -247,8 +251,13 @@ class Gradual:
         return Pruned(self.model, masks, self.facts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the schedule; the masks are in the model's own ``state_dict()``."""
-        return {"steps": self.steps, "share": self._share, "fingerprint": self.recipe.fingerprint()}
+        """Position in the schedule and streamed sums; the masks are in the model's ``state_dict()``."""
+        return {
+            "steps": self.steps,
+            "share": self._share,
+            "fingerprint": self.recipe.fingerprint(),
+            "stats": self._stats.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run: load the model's (masks and all) and optimizer's state first.
@@ -264,6 +273,9 @@ class Gradual:
                 "resume with the recipe of the run",
             )
         self.steps, self._share = int(state["steps"]), float(state["share"])
+        parts = [*self._streamed, *smoothed_parts(self.recipe.criterion)]
+        keys = [(part, slot.name) for part in parts for slot in self._slots]
+        self._stats.load_state_dict(state["stats"], keys)
         self._held.refresh()
 
 

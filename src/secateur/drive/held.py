@@ -82,7 +82,7 @@ def masks_of(model: nn.Module) -> Masks:
     parameters = dict(model.named_parameters())
     return Masks(
         {
-            name.removesuffix(SUFFIX): buffer
+            name.removesuffix(SUFFIX): buffer.clone()
             for name, buffer in model.named_buffers()
             if name.endswith(SUFFIX)
             and buffer.dtype == torch.bool

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from secateur.core.batches import Batch
 from secateur.core.budget import Budget, Cost, Probe
 from secateur.core.errors import BudgetError
+from secateur.core.slots import Slot
 from secateur.core.weight import Weight
+from secateur.drive.held import SUFFIX, masks_of
 from secateur.drive.recipe import Recipe
 from secateur.formats import smallest
-from secateur.frontends import discover
-from secateur.stats import Positions, Stats
+from secateur.stats import Positions, collect
 
 # What a tensor's entry in the file's header takes, beside its name: type, shape, offsets, layout.
 _ENTRY = 110
@@ -28,13 +30,35 @@ class Money:
     dense: float
     limit: float
 
+    @property
+    def sparsity(self) -> float:
+        """The target as a share of the dense cost that goes away."""
+        return 1 - self.limit / self.dense if self.dense else 0.0
+
     def at(self, share: float, probe: Probe | None) -> Budget:
         """The budget when ``share`` of the way from dense to the target is due."""
-        return Budget(self.dense - share * (self.dense - self.limit), probe)
+        return Budget(self.dense - share * (self.dense - self.limit), probe, share)
 
 
-def money(model: nn.Module, weights: Sequence[Weight], recipe: Recipe, stats: Stats) -> Money:
+def uses(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> dict[str, float]:
+    """Multiply-adds per weight and sample, for every weight of the model that ``batch`` reaches."""
+    seen = [slot for slot in slots if slot.rows is not None]
+    stats = collect(model, seen, [Positions()], [batch])
+    reached = set(stats.names())
+    found = [slot.weight(model) for slot in seen if slot.name in reached]
+    return {weight.name: float(stats(Positions(), weight)) for weight in found}
+
+
+def money(
+    model: nn.Module, weights: Sequence[Weight], recipe: Recipe, used: Mapping[str, float]
+) -> Money:
     """Translate the recipe's target into costs for ``weights``.
+
+    Args:
+        model: The whole model; what is not in ``weights`` is a fixed cost.
+        weights: What is pruned.
+        recipe: With the target.
+        used: From :func:`uses`, for a target in multiply-adds.
 
     Raises:
         BudgetError: What is not pruned costs more than the target; the floor is named.
@@ -49,14 +73,9 @@ def money(model: nn.Module, weights: Sequence[Weight], recipe: Recipe, stats: St
         fixed = float(sum(p.numel() for n, p in model.named_parameters() if n not in sizes))
         costs: dict[str, Cost] = dict.fromkeys(sizes, float)
     elif target.unit == "macs":
-        used = {
-            s.name: _positions(s.weight(model), stats)
-            for s in discover(model)
-            if s.rows is not None
-        }
-        tensors = dict(model.named_parameters())
-        fixed = sum(n * tensors[name].numel() for name, n in used.items() if name not in sizes)
-        costs = {name: _times(used[name]) for name in sizes}
+        others = {name: n for name, n in used.items() if name not in sizes}
+        fixed = sum(n * model.get_parameter(name).numel() for name, n in others.items())
+        costs = {name: _times(used.get(name, 0.0)) for name in sizes}
     else:
         fixed = float(_other_bytes(model, sizes))
         costs = {w.name: _stored(w) for w in weights}
@@ -72,10 +91,6 @@ def money(model: nn.Module, weights: Sequence[Weight], recipe: Recipe, stats: St
     return Money(costs, fixed, dense, min(limit - fixed, dense))
 
 
-def _positions(weight: Weight, stats: Stats) -> float:
-    return float(stats(Positions(), weight)) if (Positions(), weight.name) in stats else 0.0
-
-
 def _times(factor: float) -> Cost:
     return lambda kept: kept * factor
 
@@ -87,5 +102,14 @@ def _stored(weight: Weight) -> Cost:
 
 
 def _other_bytes(model: nn.Module, sizes: Mapping[str, int]) -> int:
-    stored = {n: t for n, t in model.state_dict().items() if n not in sizes}
-    return sum(t.numel() * t.element_size() + _ENTRY + len(n) for n, t in stored.items())
+    # Masks are stored with their weights; a tensor under two names is stored once.
+    skip = {*sizes, *(name + SUFFIX for name in masks_of(model))}
+    tensors = model.state_dict()
+    seen = {tensors[name].data_ptr() for name in sizes}
+    total = 0
+    for name, tensor in tensors.items():
+        if name in skip or (tensor.numel() and tensor.data_ptr() in seen):
+            continue
+        seen.add(tensor.data_ptr())
+        total += tensor.numel() * tensor.element_size() + _ENTRY + len(name)
+    return total

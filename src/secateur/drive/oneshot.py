@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, weights
+from secateur.core.weight import Weight
 from secateur.drive.decide import allocate, group_scores, items, probe_for, score
 from secateur.drive.diagnosis import diagnose
 from secateur.drive.finetune import Attach, FineTune, Progress, finetune
 from secateur.drive.gradual import Gradual, mean_loss
 from secateur.drive.held import attach_, detach_, masks_of
 from secateur.drive.layerwise import MaskChoice, repair_
-from secateur.drive.money import money
+from secateur.drive.money import money, uses
 from secateur.drive.plan import Plan, note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
@@ -122,11 +123,14 @@ class _Run:
         start = time.perf_counter()
         self._check()
         note_left_out(self.facts, self.plan)
-        torch.manual_seed(self.recipe.seed)
         if self.recipe.finetune is not None and self.recipe.distills and self.dense is None:
             self.dense = copy.deepcopy(self.model)
-        masks = self._gradual() if self.recipe.schedule.unit != "rounds" else self._rounds()
-        self._after(masks)
+        on = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(sorted(on, key=str)):  # the caller's random state stays
+            torch.manual_seed(self.recipe.seed)
+            trains = self.recipe.schedule.unit != "rounds"
+            masks = self._gradual() if trains else self._rounds()
+            self._after(masks)
         self.facts.measures["seconds"] = time.perf_counter() - start
         diagnose(self.facts)
         return Pruned(self.model, masks, self.facts)
@@ -172,72 +176,82 @@ class _Run:
 
     def _rounds(self) -> Masks:
         recipe = self.recipe
-        assert recipe.target is not None
-        times = [
-            t
-            for t in events(recipe.schedule)
-            if share_at(recipe.schedule, t, recipe.target.value) > 0
-        ]
+        # Whether a round does anything does not depend on the target; at share 0 nothing does.
+        times = [t for t in events(recipe.schedule) if share_at(recipe.schedule, t, 0.5) > 0]
         masks = masks_of(self.model)
-        memory = Stats()
+        memory = Stats(recipe.seed)
         for index, moment in enumerate(times):
             self.progress("pruning", index, len(times))
-            share = share_at(recipe.schedule, moment, recipe.target.value)
-            masks = self._round(share, masks, memory, last=index == len(times) - 1)
+            masks = self._round(moment, masks, memory, last=index == len(times) - 1)
         self.progress("pruning", len(times), len(times))
         detach_(self.model)
         return masks
 
-    def _round(self, share: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
-        recipe, slots = self.recipe, self.plan.chosen
-        needs = set(recipe.criterion.needs)
-        assert recipe.target is not None
-        if recipe.target.unit == "macs":
-            needs.add(Positions())
+    def _round(self, moment: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
+        recipe = self.recipe
+        whole = not recipe.sequential or recipe.allocation.needs_scores
+        needs = set(recipe.criterion.needs) if whole else set()
+        repair_needs = self._repair_needs(last)
         stats = self._collect(
-            slots, needs | (set() if recipe.sequential else self._repair_needs(last))
+            self.plan.chosen, needs | (set() if recipe.sequential else repair_needs)
         )
-        stats.memory = memory.memory
-        slots = self._reached(slots, stats)
+        stats.memory, stats.seed = memory.memory, memory.seed
+        slots = self._reached(self.plan.chosen, stats)
         found = weights(self.model, slots)
-        groups = {
-            w.name: group_scores(score(w, recipe, stats), w, recipe, prior.get(w.name))
-            for w in found
-        }
-        purse = money(self.model, found, recipe, stats)
-        probe = None
-        if recipe.allocation.needs_probe:
-            assert self.data is not None
-            probe = probe_for(
-                self.model, found, recipe, groups, mean_loss(self.model, self.data, self.batches)
-            )
-        choice = items(found, slots, recipe, groups, purse.costs)
-        levels = allocate(choice, recipe, purse.at(share, probe))
-        order = self._order(slots) if recipe.sequential else slots
+        groups = {w.name: self._ranks(w, stats, prior) for w in found} if whole else {}
+        levels = self._levels(slots, groups, moment, last)
         layers: dict[str, LayerFacts] = {}
         masks: dict[str, torch.Tensor] = {}
-        for slot in order:
-            weight = slot.weight(self.model)
+        for slot in self._order(slots) if recipe.sequential else slots:
+            weight, local = slot.weight(self.model), stats
             if recipe.sequential:
-                local = self._collect(
-                    [slot], self._repair_needs(last) | set(recipe.criterion.needs), stop=True
-                )
-                ranks = group_scores(
-                    score(weight, recipe, local), weight, recipe, prior.get(weight.name)
-                )
-            else:
-                local, ranks = stats, groups[weight.name]
-            picked = MaskChoice(weight, recipe, ranks, levels[weight.name], prior.get(weight.name))
-            mask, layers[slot.name] = repair_(
+                local = self._collect([slot], repair_needs | set(recipe.criterion.needs), stop=True)
+                local.memory, local.seed = memory.memory, memory.seed
+                groups[slot.name] = self._ranks(weight, local, prior)
+            picked = MaskChoice(
+                weight, recipe, groups.pop(slot.name), levels[slot.name], prior.get(slot.name)
+            )
+            masks[slot.name], layers[slot.name] = repair_(
                 self.model, slot, picked, recipe=recipe, stats=local, facts=self.facts
             )
-            masks[slot.name] = mask
             local.drop(slot.name)
         self.facts.layers = [layers[slot.name] for slot in slots]
         done = Masks({slot.name: masks[slot.name] for slot in slots})
         if not last:
             attach_(self.model, done)
         return done
+
+    def _ranks(self, weight: Weight, stats: Stats, prior: Masks) -> torch.Tensor:
+        scores = score(weight, self.recipe, stats)
+        return group_scores(scores, weight, self.recipe, prior.get(weight.name))
+
+    def _levels(
+        self, slots: list[Slot], groups: Mapping[str, torch.Tensor], moment: float, last: bool
+    ) -> dict[str, float]:
+        """The sparsity of every weight at this moment of the schedule."""
+        recipe, found = self.recipe, weights(self.model, slots)
+        assert recipe.target is not None
+        used = {}
+        if recipe.target.unit == "macs":
+            used = uses(self.model, self.plan.slots, self.batches[0])
+        purse = money(self.model, found, recipe, used)
+        probe = None
+        if recipe.allocation.needs_probe:
+            assert self.data is not None
+            measure = mean_loss(self.model, self.data, self.batches)
+            probe = probe_for(self.model, found, recipe, groups, measure)
+        budget = purse.at(share_at(recipe.schedule, moment, purse.sparsity), probe)
+        choice = items(found, slots, recipe, groups, purse.costs)
+        levels = allocate(choice, recipe, budget)
+        spent = budget.spent(choice, levels)
+        if last and spent > 1.02 * budget.limit:
+            self.facts.note(
+                "target",
+                "",
+                f"asked for {budget.limit:,.0f} {recipe.target.unit}, reached {spent:,.0f} in the pruned "
+                "weights: levels were given, or at least one group stays in every pool of the pattern",
+            )
+        return levels
 
     def _reached(self, slots: list[Slot], stats: Stats) -> list[Slot]:
         """Leave out weights whose inputs the recipe needs and no data reached; never silently."""

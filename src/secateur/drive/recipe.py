@@ -152,6 +152,8 @@ def describe(part: Any) -> Any:
         for f in dataclasses.fields(part):
             value = getattr(part, f.name)
             default = f.default_factory() if callable(f.default_factory) else f.default
+            if f.type == "float" and isinstance(value, int):
+                value = float(value)  # 10 and 10.0 are one value
             if value != default:
                 fields[f.name] = describe(value)
         return fields if isinstance(part, Recipe) else {type(part).__name__: fields}

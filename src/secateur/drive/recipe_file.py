@@ -18,7 +18,7 @@ from secateur.core.budget import Target
 from secateur.core.errors import FormatError, UnknownName, UsageError
 from secateur.drive.finetune import FineTune
 from secateur.drive.recipe import ALIASES, Recipe, Scope
-from secateur.pattern import PATTERNS
+from secateur.pattern import NM, PATTERNS
 from secateur.recover import RECOVERIES, ROUNDINGS
 from secateur.schedule import SCHEDULES
 from secateur.score import CRITERIA
@@ -77,13 +77,13 @@ def from_plain(data: Mapping[str, Any]) -> Recipe:
     if "method" in data:
         base = _alias(data["method"], target)
         changes = {f.name: getattr(base, f.name) for f in dataclasses.fields(Recipe)}
-        if "pattern" in data:  # another pattern may fix another sparsity
-            changes["target"] = None
-    if target is not None:
-        changes["target"] = target
     for key in CATALOGUES:
         if data.get(key) is not None and key != "recovery":
             changes[key] = part(key, data[key])
+    if isinstance(changes.get("pattern"), NM):
+        changes["target"] = None  # N:M fixes the sparsity, whatever the alias asked for
+    if target is not None:
+        changes["target"] = target
     if data.get("recovery") is not None:
         steps = data["recovery"] if isinstance(data["recovery"], list) else [data["recovery"]]
         changes["recovery"] = tuple(part("recovery", step) for step in steps)
@@ -149,6 +149,18 @@ def _construct(what: str, cls: type, arguments: Mapping[str, Any]) -> Any:
             what, f"its arguments are {arguments!r}", "arguments are a mapping", "write key: value"
         )
     _known_arguments(what, cls, arguments)
+    missing = [
+        name
+        for name, p in inspect.signature(cls).parameters.items()
+        if p.default is inspect.Parameter.empty and name not in arguments
+    ]
+    if missing:
+        raise UsageError(
+            what,
+            f"it lacks {', '.join(missing)}",
+            "it is made from other parts",
+            f"write e.g. {{lamp: {{{missing[0]}: magnitude}}}}",
+        )
     hints = typing.get_type_hints(cls)
     return cls(**{k: _value(f"{what}, argument {k!r}", hints[k], v) for k, v in arguments.items()})
 

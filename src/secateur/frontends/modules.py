@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -58,7 +60,7 @@ def discover(model: nn.Module) -> list[Slot]:
 
 def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[str, ...]) -> Slot:
     path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
+    module: Any = model.get_submodule(path)
     shape = tuple(parameter.shape)
     kind = type(module).__name__
     owners = [type(model.get_submodule(a.rpartition(".")[0])) for a in aliases]
@@ -85,7 +87,8 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
     reason = ""
     if path.rpartition(".")[2] in _ROUTERS:
         reason = "a router of experts or gates, left out by default"
-    return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason))
+    real = 1 / math.prod(module.stride) if see is rows.transposed_convolution else 1.0
+    return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason), real)
 
 
 def _kind(module: nn.Module, attribute: str) -> Kind | None:
@@ -163,16 +166,4 @@ def _is_classifier(model: nn.Module, slot: Slot) -> bool:
 
 
 def _leave_out(slot: Slot, reason: str) -> Slot:
-    if slot.reason:
-        return slot
-    return Slot(slot.name, slot.kind, slot.shape, slot.axes, slot.rows, slot.aliases, reason, True)
-
-
-def include_sensitive(slots: list[Slot], *, chosen: Callable[[Slot], bool]) -> list[Slot]:
-    """Take part again: sensitive slots for which ``chosen`` holds lose their reason."""
-    return [
-        Slot(s.name, s.kind, s.shape, s.axes, s.rows, s.aliases, "", True)
-        if s.sensitive and s.reason and chosen(s)
-        else s
-        for s in slots
-    ]
+    return slot if slot.reason else replace(slot, reason=reason, sensitive=True)

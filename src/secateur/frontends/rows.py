@@ -93,6 +93,9 @@ def _product(sizes: tuple[int, ...]) -> int:
     return result
 
 
+_CELLS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
+
+
 class Recurrent:
     """Rows of one weight of an LSTM, GRU or RNN: its layer's inputs or its previous hidden states.
 
@@ -128,7 +131,11 @@ class Recurrent:
     def _run(self, module: Any, layer: int, reverse: bool, x: Tensor, state: Any) -> Tensor:
         """Start state and outputs of one layer and direction: ``(1 + time, N, hidden)``."""
         suffix = f"l{layer}" + ("_reverse" if reverse else "")
-        single = type(module)(x.shape[-1], module.hidden_size, bias=module.bias).to(x)
+        single = torch.nn.utils.skip_init(
+            _CELLS[module.mode], x.shape[-1], module.hidden_size, bias=module.bias
+        ).to(x)
+        single.nonlinearity = getattr(module, "nonlinearity", "tanh")
+        single.mode = module.mode
         for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ())):
             getattr(single, f"{kind}_l0").copy_(getattr(module, f"{kind}_{suffix}"))
         index = layer * (2 if module.bidirectional else 1) + int(reverse)

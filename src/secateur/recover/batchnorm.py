@@ -56,6 +56,9 @@ class BatchNorm:
             finally:
                 for name, module in layers.items():
                     module.momentum = momenta[name]
+                    if not int(module.num_batches_tracked):  # never reached, or an error on the way
+                        module.running_mean.copy_(old[name][0])
+                        module.running_var.copy_(old[name][1])
         return {
             n: float(((m.running_mean - old[n][0]).abs() / (old[n][1] + m.eps).sqrt()).max())
             for n, m in layers.items()

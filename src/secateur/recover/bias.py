@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secateur.core.weight import Weight
-from secateur.recover.recovery import Choose, Recovery, Repaired, Rounding
+from secateur.recover.recovery import Choose, NoRecovery, Recovery, Repaired, Rounding
 from secateur.stats import Moments, Stat, Stats
 
 
@@ -40,11 +40,8 @@ class BiasCorrection:
     def __call__(
         self, weight: Weight, stats: Stats, choose: Choose, rounding: Rounding | None = None
     ) -> Repaired:
-        if self.inner is not None:
-            done = self.inner(weight, stats, choose, rounding)
-        else:
-            mask = choose()
-            done = Repaired(choose.values.masked_fill(~mask, 0), mask)
+        inner: Recovery = self.inner if self.inner is not None else NoRecovery()
+        done = inner(weight, stats, choose, rounding)
         mean = weight.per_row(stats(Moments(), weight)[0]).double()
         shift = ((weight.matrix().double() - done.values.double()) * mean).sum(1)
         return done._replace(shift=shift.to(weight.value.dtype))

@@ -63,7 +63,7 @@ class ExactObs:
             gram: ``(fan_in, fan_in)``.
         """
         size = len(gram)
-        damp = max(self.damp, 1e-10) * float(gram.diagonal().mean().clamp(min=1e-30))
+        damp = max(self.damp, 1e-6) * float(gram.diagonal().mean().clamp(min=1e-30))
         eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damp * eye))
         step = max(1, _CELLS // size**2)

@@ -73,7 +73,7 @@ class ColumnSweep:
         dead = int((gram.diagonal() <= 0).sum())
         if dead:
             notes.append(f"{dead} inputs are always zero in the calibration data")
-        damp = max(self.damp, 1e-10) * max(float(gram.diagonal().mean()), 1e-30)
+        damp = max(self.damp, 1e-6) * max(float(gram.diagonal().mean()), 1e-30)
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         upper: Tensor
         for attempt in range(4):

@@ -26,7 +26,7 @@ class ObsSaliency:
     still free (:meth:`rescore`), which is SparseGPT's rule.
 
     Args:
-        damp: λ, relative to the mean of the Gram matrix's diagonal.
+        damp: λ, relative to the mean of the Gram matrix's diagonal; at least 1e-6.
 
     Example:
         >>> from secateur.core.weight import LINEAR
@@ -47,10 +47,10 @@ class ObsSaliency:
         gram = stats(Gram(), weight).double()
         size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        # A feature that is always zero would make H singular at damp=0; 1e-10 keeps it invertible
-        # and leaves its saliency at w² * 1e-10 * size: last to be kept, as it should be.
+        # A feature that is always zero would make H singular at damp=0; 1e-6 keeps it invertible
+        # and leaves its saliency at w² * 1e-6 * size: last to be kept, as it should be.
         inverse = torch.cholesky_inverse(
-            torch.linalg.cholesky(gram + max(self.damp, 1e-10) * size * eye)
+            torch.linalg.cholesky(gram + max(self.damp, 1e-6) * size * eye)
         )
         pivots = inverse.diagonal(dim1=1, dim2=2)
         return weight.like(self.rescore(weight.matrix().double(), weight.per_row(pivots))).float()

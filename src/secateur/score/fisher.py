@@ -57,7 +57,7 @@ class WoodFisher:
 
     Args:
         block: Weights per block.
-        damp: λ, relative to the mean diagonal of the weight's Fisher matrix.
+        damp: λ, relative to the mean diagonal of the weight's Fisher matrix; at least 1e-6.
         samples: Samples per gradient.
 
     Example:
@@ -82,10 +82,10 @@ class WoodFisher:
         stat = BlockFisher(self.block, self.samples)
         fisher = stats(stat, weight).double()
         diagonal = fisher.diagonal(dim1=1, dim2=2)
-        # A weight without any gradient (a dead unit) has Fisher zero; the floor keeps its block
-        # invertible, and its score near zero.
-        scale = float(diagonal.mean())
-        damp = max(self.damp * scale, 1e-12 * scale, 1e-30)
+        # A weight without any gradient (a dead unit) has Fisher zero, and float32 sums are exact to
+        # about 1e-7 of the scale: the floor keeps every block invertible.
+        scale = max(float(diagonal.mean()), 1e-30)
+        damp = max(self.damp, 1e-6) * scale
         parts = []
         for chunk in fisher.split(max(1, (1 << 24) // self.block**2)):
             eye = torch.eye(self.block, dtype=torch.float64, device=chunk.device)

@@ -37,7 +37,6 @@ class Random:
         return NOTHING
 
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
-        generator = torch.Generator().manual_seed(
-            self.seed * 1_000_003 + zlib.crc32(weight.name.encode())
-        )
+        seed = (self.seed + stats.seed) * 1_000_003 + zlib.crc32(weight.name.encode())
+        generator = torch.Generator().manual_seed(seed)
         return torch.rand(weight.value.shape, generator=generator).to(weight.value.device)

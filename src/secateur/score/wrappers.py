@@ -54,14 +54,15 @@ class Normalised:
 
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
         scores = self.inner(weight, stats)
-        size = scores.abs()
+        size = scores.double().abs()  # squares of tiny scores underflow in float32
         norms: dict[str, Callable[[], Tensor]] = {
             "sum": size.sum,
             "l2": lambda: size.square().sum().sqrt(),
             "mean": size.mean,
             "max": size.max,
         }
-        return scores / norms[self.by]().clamp(min=torch.finfo(scores.dtype).tiny)
+        norm = norms[self.by]().clamp(min=torch.finfo(torch.float64).tiny)
+        return (scores / norm).to(scores.dtype)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Lamp:
     **Units** none, in [0, 1]
     **Needs** what the inner criterion needs
     **Source** LAMP, arXiv 2010.07611; on equal scores the earlier index counts as larger
+    **Differs** the paper scales magnitudes; negative scores of other criteria count as zero
 
     Example:
         >>> from secateur.core.weight import LINEAR
@@ -167,7 +169,7 @@ class Lamp:
 
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
         scores = self.inner(weight, stats)
-        squares = scores.double().square().flatten()
+        squares = scores.double().clamp(min=0).square().flatten()
         order = squares.argsort(descending=True, stable=True)
         ranked = squares[order]
         scaled = torch.empty_like(squares)

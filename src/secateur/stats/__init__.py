@@ -1,7 +1,7 @@
 """Evidence from data: streamable, mergeable statistics, and the one engine that collects them."""
 
 from secateur.stats.activations import Gram, InputNorm, Moments, Positions, Sketch
-from secateur.stats.engine import Stats, collect
+from secateur.stats.engine import Stats, collect, stream_gradients
 from secateur.stats.gradients import BlockFisher, Gradient, SquaredGradient, WeightGradient
 from secateur.stats.probes import GradientFlow, SynapticFlow
 from secateur.stats.stat import Probe, Stat, State
@@ -23,4 +23,5 @@ __all__ = [
     "SynapticFlow",
     "WeightGradient",
     "collect",
+    "stream_gradients",
 ]

@@ -7,6 +7,7 @@ output position. Grouped convolutions keep one statistic per group, ``(groups, .
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -160,7 +161,8 @@ class Positions:
         return {"rows": _count(weight), "samples": _count(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
-        return {"rows": state["rows"] + seen.shape[1], "samples": state["samples"] + samples}
+        rows = seen.shape[1] * weight.density
+        return {"rows": state["rows"] + rows, "samples": state["samples"] + samples}
 
     def value(self, state: State, weight: Weight) -> Tensor:
         return state["rows"] / state["samples"].clamp(min=1)
@@ -203,8 +205,10 @@ class Sketch:
         return {"sketch": torch.zeros(shape, device=weight.value.device), "rows": _count(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
-        # The signs depend on where in the data we are, so that no two rows share them.
-        generator = torch.Generator().manual_seed(int(state["rows"]) + 1)
+        # The signs depend on the data and the place in it, so that parts of the data that were
+        # sketched apart and merged do not share them.
+        fingerprint = zlib.crc32(seen[0, 0].detach().float().cpu().numpy().tobytes())
+        generator = torch.Generator().manual_seed(fingerprint + int(state["rows"]))
         signs = torch.randint(0, 2, (seen.shape[1], self.size), generator=generator) * 2.0 - 1.0
         product = seen.float().transpose(1, 2) @ signs.to(seen.device)
         return {"sketch": state["sketch"] + product, "rows": state["rows"] + seen.shape[1]}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,7 +37,8 @@ class Stats:
     Values are computed lazily and cached, so two criteria that need the same inverse share it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
         self._states: dict[tuple[Any, str], State] = {}
         self._values: dict[tuple[Any, str], Tensor] = {}
         self.memory: dict[tuple[Any, str], Tensor] = {}
@@ -86,6 +88,21 @@ class Stats:
     def keep_values(self, other: Stats) -> None:
         """Take over probe results, which have no state to merge."""
         self._values |= {k: v for k, v in other._values.items() if k not in self._states}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All sums and remembered scores, as nested dictionaries of tensors."""
+        states: dict[str, Any] = {f"{stat!r} {name}": s for (stat, name), s in self._states.items()}
+        memory: dict[str, Any] = {f"{key!r} {name}": t for (key, name), t in self.memory.items()}
+        return {"states": states, "memory": memory}
+
+    def load_state_dict(self, saved: Mapping[str, Any], keys: Iterable[tuple[Any, str]]) -> None:
+        """Restore what :meth:`state_dict` saved for these statistics, criteria and weights."""
+        for key in keys:
+            text = f"{key[0]!r} {key[1]}"
+            if text in saved["states"]:
+                self._states[key] = dict(saved["states"][text])
+            if text in saved["memory"]:
+                self.memory[key] = saved["memory"][text]
 
     def recall(self, key: object, name: str) -> Tensor | None:
         """What :meth:`remember` stored at the previous update (for smoothed criteria)."""
@@ -186,7 +203,9 @@ class _Watch:
     def _hook(self, path: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             self._calls[path] += 1
-            inputs = args or tuple(kwargs.values())
+            inputs = args
+            if kwargs:  # Transformers and others pass inputs by name
+                inputs = tuple(inspect.signature(module.forward).bind(*args, **kwargs).args)
             for slot in self._slots[path]:
                 self._update(slot, module, inputs, output)
             if self._expected is not None and self._calls == self._expected:
@@ -263,3 +282,28 @@ def _finite(x: Tensor, name: str, what: str) -> Tensor:
             "check the calibration data and the layers before this one",
         )
     return x
+
+
+def stream_gradients(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    slots: Sequence[Slot],
+    needs: Sequence[Stat],
+    stats: Stats,
+) -> RemovableHandle:
+    """Feed ``stats`` from a training loop: the gradients just before every optimizer step.
+
+    At that moment ``parameter.grad`` belongs to the values that the parameter still has.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+    """
+
+    def before(*_: Any) -> None:
+        for slot in slots:
+            gradient = slot.tensor(model).grad
+            if gradient is not None:
+                for need in needs:
+                    stats.update(need, slot.weight(model), gradient, 1)
+
+    return optimizer.register_step_pre_hook(before)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Loss, first_tensor, forward, inputs_of, logits_of
+from secateur.core.batches import Batch, Loss, first_tensor, forward, logits_of
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
 
@@ -18,8 +19,8 @@ from secateur.core.slots import Slot
 class GradientFlow:
     r"""Hessian times gradient: how the squared gradient norm changes with each weight.
 
-    The logits are divided by ``temperature``, which flattens the softmax as in the paper; a custom
-    loss is used as it is.
+    The logits are divided by ``temperature``, which flattens the softmax as in the paper. A model
+    that computes its own loss (Transformers with labels) is used as it is.
 
     **formula** :math:`H g,\quad g = \nabla L(w),\ H = \nabla^2 L(w)`
     **Shapes** that of the weight
@@ -66,9 +67,11 @@ class _Cooled(nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        kwargs.pop("labels", None)
-        return logits_of(self.model(*args, **kwargs)) / self.temperature
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        output = self.model(*args, **kwargs)
+        if isinstance(getattr(output, "loss", None), Tensor):
+            return output
+        return logits_of(output) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,9 @@ class SynapticFlow:
                     and module.bias is not None
                 ):
                     module.bias.zero_()
-        args, _ = inputs_of(batches[0])
-        ones = torch.ones_like(args[0][:1], dtype=torch.float64)
+        ones: Batch = torch.ones_like(sample[:1], dtype=torch.float64)
+        if isinstance(batches[0], Mapping):
+            ones = {next(k for k, v in batches[0].items() if v is sample): ones}
         parameters = [slot.tensor(linear) for slot in slots]
         with torch.enable_grad():
             total = logits_of(forward(linear, ones)).sum()
