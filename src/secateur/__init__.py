@@ -25,6 +25,8 @@ from secateur.drive.plan import plan
 from secateur.drive.pruned import Pruned, load
 from secateur.drive.recipe import Recipe, Scope
 from secateur.drive.recipe_file import read_recipe
+from secateur.evaluate import compare, measure
+from secateur.frontends import export_onnx
 
 __version__ = "0.1.0"
 
@@ -40,10 +42,13 @@ __all__ = [
     "SecateurError",
     "Target",
     "attach_",
+    "compare",
     "detach_",
+    "export_onnx",
     "finetune",
     "load",
     "masks_of",
+    "measure",
     "plan",
     "prune",
     "prune_",

@@ -34,7 +34,7 @@ class ObsSaliency:
         >>> stats = Stats()
         >>> stats.update(Gram(), w, torch.eye(2)[None] * 2.0, 2)
         >>> ObsSaliency(damp=0.0)(w, stats)
-        tensor([[8., 2.]])
+        tensor([[8.0000, 2.0000]])
     """
 
     damp: float = 0.01
