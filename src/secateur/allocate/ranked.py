@@ -58,9 +58,7 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
     if within(ties):
         return [int(t) for t in ties]
     for level in range(digits):
-        table = torch.stack([digit_counts(f, prefix, level).cpu() for f in flat])
-        above = table.flip(1).cumsum(1).flip(1)  # groups with this digit or a larger one
-        above = torch.cat([above, torch.zeros(len(items), 1, dtype=torch.int64)], 1)
+        above = _table(flat, prefix, level)
         low, high = 0, 1 << RADIX  # over the limit at low, within at high
         while high - low > 1:
             middle = (low + high) // 2
@@ -68,7 +66,7 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
                 high = middle
             else:
                 low = middle
-        ties = table[:, low]
+        ties = (above[:, low] - above[:, high]).long()
         base = base + above[:, high]
         value = low - (1 << (RADIX - 1)) if level == 0 else low
         prefix = value if prefix is None else (prefix << RADIX) | value
@@ -84,3 +82,17 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
                 step //= 2
         base[index] += more
     return [int(b) for b in base]
+
+
+def _table(flat: Sequence[Tensor], prefix: int | None, level: int) -> Tensor:
+    """For each item, how many scores have this digit or a larger one: ``(items, 65537)``.
+
+    Filled row by row in int32: with a hundred layers the intermediate copies of a plain
+    ``flip().cumsum()`` of the whole table would weigh more than the network.
+    """
+    largest = max(f.numel() for f in flat)
+    dtype = torch.int32 if largest < 1 << 31 else torch.int64
+    above = torch.zeros(len(flat), (1 << RADIX) + 1, dtype=dtype)
+    for row, scores in zip(above, flat, strict=True):
+        row[:-1] = digit_counts(scores, prefix, level).cpu().flip(0).cumsum(0).flip(0)
+    return above
