@@ -42,11 +42,11 @@ def discover(model: nn.Module) -> list[Slot]:
         >>> for slot in discover(net):
         ...     print(slot.name, slot.prunable, slot.reason)
         0.weight True
-        0.bias False a bias: pruning it saves nothing
+        0.bias False a bias
         2.weight True
-        2.bias False a bias: pruning it saves nothing
-        3.weight False the last linear layer (classifier), left out by default
-        3.bias False a bias: pruning it saves nothing
+        2.bias False a bias
+        3.weight False the last linear layer (classifier)
+        3.bias False a bias
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -77,7 +77,7 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
             LINEAR if isinstance(module, nn.Linear) else Axes(("in", "out")),
             None,
             aliases,
-            f"an embedding{tied}, left out by default",
+            f"an embedding{tied}",
             True,
         )
     found = _kind(module, attribute)
@@ -86,7 +86,7 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
     axes, see = found
     reason = ""
     if path.rpartition(".")[2] in _ROUTERS:
-        reason = "a router of experts or gates, left out by default"
+        reason = "a router of experts or a gate"
     real = 1 / math.prod(module.stride) if see is rows.transposed_convolution else 1.0
     return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason), real)
 
@@ -122,10 +122,10 @@ def _grouped(axes: Axes, module: nn.Module) -> Axes:
 
 def _vector_reason(kind: str, attribute: str) -> str:
     if any(part in kind for part in _NORMS):
-        return "a normalisation: it has one number a unit"
+        return "a normalisation"
     if "bias" in attribute:
-        return "a bias: pruning it saves nothing"
-    return "a vector: it has one number a unit"
+        return "a bias"
+    return "a vector"
 
 
 def _unknown_reason(module: nn.Module, kind: str) -> str:
@@ -141,12 +141,12 @@ def _mark_ends(model: nn.Module, slots: list[Slot]) -> list[Slot]:
     first = next((s for s in weights if s.axes is not None and len(s.axes.names) > 2), None)
     if first is not None and _reads_image(first):
         replaced[first.name] = _leave_out(
-            first, "the convolution that reads the image, left out by default"
+            first, "the convolution that reads the image"
         )
     last = weights[-1] if weights else None
     if last is not None and len(weights) > 1 and _is_classifier(model, last):
         replaced[last.name] = _leave_out(
-            last, "the last linear layer (classifier), left out by default"
+            last, "the last linear layer (classifier)"
         )
     return [replaced.get(s.name, s) for s in slots]
 
