@@ -27,7 +27,7 @@ class Slot:
         aliases: Other names of the same tensor (tied weights are scored once).
         reason: Why it is left out or not prunable; ``""`` when it takes part.
         sensitive: True for parts that are left out unless asked for.
-        density: As in :class:`~secateur.core.weight.Weight`.
+        transposed: True for transposed convolutions, whose input rows are stuffed with zeros.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Slot:
     aliases: tuple[str, ...] = ()
     reason: str = ""
     sensitive: bool = False
-    density: float = 1.0
+    transposed: bool = False
 
     @property
     def module(self) -> str:
@@ -63,7 +63,7 @@ class Slot:
     def weight(self, model: nn.Module) -> Weight:
         """The live value as a :class:`Weight` (detached, sharing memory)."""
         assert self.axes is not None, f"{self.name} has no axes"
-        return Weight(self.name, self.tensor(model).detach(), self.axes, self.density)
+        return Weight(self.name, self.tensor(model).detach(), self.axes)
 
 
 def weights(model: nn.Module, slots: Iterable[Slot]) -> list[Weight]:

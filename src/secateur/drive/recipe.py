@@ -188,7 +188,7 @@ def gmp(sparsity: float = 0.9, epochs: float = 10) -> Recipe:
 
 
 def window(epochs: float) -> Schedule:
-    """The default pruning window: cubic, over the first half of the epochs, twenty updates an epoch."""
+    """The default pruning window: cubic, over the first half of the epochs, in fifty updates."""
     return Polynomial(begin=0, end=epochs / 2, frequency=epochs / 100, unit="epochs")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -87,8 +86,8 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
     reason = ""
     if path.rpartition(".")[2] in _ROUTERS:
         reason = "a router of experts or a gate"
-    real = 1 / math.prod(module.stride) if see is rows.transposed_convolution else 1.0
-    return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason), real)
+    transposed = see is rows.transposed_convolution
+    return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason), transposed)
 
 
 def _kind(module: nn.Module, attribute: str) -> Kind | None:
@@ -140,14 +139,10 @@ def _mark_ends(model: nn.Module, slots: list[Slot]) -> list[Slot]:
     replaced: dict[str, Slot] = {}
     first = next((s for s in weights if s.axes is not None and len(s.axes.names) > 2), None)
     if first is not None and _reads_image(first):
-        replaced[first.name] = _leave_out(
-            first, "the convolution that reads the image"
-        )
+        replaced[first.name] = _leave_out(first, "the convolution that reads the image")
     last = weights[-1] if weights else None
     if last is not None and len(weights) > 1 and _is_classifier(model, last):
-        replaced[last.name] = _leave_out(
-            last, "the last linear layer (classifier)"
-        )
+        replaced[last.name] = _leave_out(last, "the last linear layer (classifier)")
     return [replaced.get(s.name, s) for s in slots]
 
 

@@ -131,9 +131,9 @@ class Recurrent:
     def _run(self, module: Any, layer: int, reverse: bool, x: Tensor, state: Any) -> Tensor:
         """Start state and outputs of one layer and direction: ``(1 + time, N, hidden)``."""
         suffix = f"l{layer}" + ("_reverse" if reverse else "")
-        single = torch.nn.utils.skip_init(
-            _CELLS[module.mode], x.shape[-1], module.hidden_size, bias=module.bias
-        ).to(x)
+        # On the meta device first: initial values would move the caller's random state.
+        cell = _CELLS[module.mode](x.shape[-1], module.hidden_size, bias=module.bias, device="meta")
+        single = cell.to_empty(device=x.device).to(x.dtype)
         single.nonlinearity = getattr(module, "nonlinearity", "tanh")
         single.mode = module.mode
         for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ())):

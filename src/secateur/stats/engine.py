@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,11 +76,12 @@ class Stats:
     def merge(self, other: Stats) -> Stats:
         """The statistics of two disjoint parts of the data as one."""
         joined = Stats()
-        joined._states = {
-            k: merge(v, other._states[k]) if k in other._states else v
-            for k, v in self._states.items()
-        }
-        joined._states |= {k: v for k, v in other._states.items() if k not in self._states}
+        for key in dict.fromkeys((*self._states, *other._states)):
+            parts = [s._states[key] for s in (self, other) if key in s._states]
+            whole = (
+                merge(*parts) if len(parts) == 2 else {k: v.clone() for k, v in parts[0].items()}
+            )
+            joined._states[key] = whole
         return joined
 
     def names(self) -> list[str]:
@@ -234,6 +237,11 @@ class _Watch:
             part = inputs if step >= total else (x[start : start + step], *inputs[1:])
             rows = _finite(slot.rows(module, part, output), slot.name, "an input")
             share = self._samples if step >= total else round(self._samples * len(part[0]) / total)
+            if self._calls[slot.module] > 1:
+                share = 0  # the same samples again: a shared module
+            if slot.transposed:
+                real = len(part[0]) * math.prod(part[0].shape[2:])
+                weight = replace(weight, density=real / rows.shape[1])
             for need in self._needs:
                 self._stats.update(need, weight, rows, share)
 
