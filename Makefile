@@ -2,7 +2,7 @@
 #
 #   make demo     the example from start to end      make check    style, types, import rule
 #   make test     tests and the examples in docs     make bench    measurements
-#   make docs     the examples in docs only          make format   let ruff rewrite the files
+#   make docs     generated pages, examples          make format   let ruff rewrite the files
 #   make lock     write requirements.lock anew       make clean    remove what was generated
 #   make distclean   the same, and .venv
 #
@@ -72,7 +72,8 @@ bench: $(STAMP)
 	$(BIN)/python -m bench
 
 docs: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) README.md $(wildcard docs)
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m pytest -n $(WORKERS) README.md CONTRIBUTING.md docs tests/test_docs.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

@@ -95,6 +95,12 @@ def events(schedule: Schedule) -> list[float]:
 class OneShot:
     """Everything at once, at ``begin``.
 
+    **formula** 1
+    **Shapes** scalar
+    **Units** ``begin`` in ``unit``
+    **Needs** nothing
+    **Source** definition
+
     Example:
         >>> share_at(OneShot(), 0, 0.9)
         1.0
@@ -162,6 +168,12 @@ class Polynomial:
 class Linear:
     """Equal steps.
 
+    **formula** :math:`p`
+    **Shapes** scalar
+    **Units** ``begin``, ``end`` and ``frequency`` in ``unit``
+    **Needs** nothing
+    **Source** common
+
     Example:
         >>> share_at(Linear(begin=0, end=100), 25, 0.9)
         0.25
@@ -214,7 +226,13 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Slow, fast, slow.
+    r"""Slow, fast, slow.
+
+    **formula** :math:`(1 - \cos \pi p) / 2`
+    **Shapes** scalar
+    **Units** ``begin``, ``end`` and ``frequency`` in ``unit``
+    **Needs** nothing
+    **Source** common
 
     Example:
         >>> round(share_at(Cosine(begin=0, end=100), 50, 0.9), 4)
@@ -236,7 +254,13 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Cyclic:
-    """Sparsity rises and falls like a wave and ends at the target; weights may come back.
+    r"""Sparsity rises and falls like a wave and ends at the target; weights may come back.
+
+    **formula** :math:`(1 - \cos 2 \pi (c - \tfrac12) p) / 2` for :math:`c` cycles
+    **Shapes** scalar
+    **Units** ``begin``, ``end`` and ``frequency`` in ``unit``
+    **Needs** nothing
+    **Source** common
 
     Example:
         >>> [round(share_at(Cyclic(begin=0, end=3, cycles=2), t, 0.9), 2) for t in (0, 1, 2, 3)]

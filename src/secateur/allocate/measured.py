@@ -13,11 +13,17 @@ from secateur.core.errors import NeedsData, UsageError
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Prune each weight alone at several levels, then give all the same loss increase.
+    r"""Prune each weight alone at several levels, then give all the same loss increase.
 
     For each weight the loss at each of ``levels`` is measured with all others dense. One tolerance,
     found by bisection, then gives every weight the highest sparsity whose (monotone, linearly
     interpolated) loss increase stays below it.
+
+    **formula** :math:`\max s_l` with :math:`\Delta L_l(s_l) \le \varepsilon`, one :math:`\varepsilon` for all
+    **Shapes** one number per weight
+    **Units** loss
+    **Needs** scores, and a forward pass per weight and level
+    **Source** Li et al., arXiv 1608.08710 (the scan)
 
     Args:
         levels: Sparsities to try, rising.
@@ -103,13 +109,19 @@ def _level(curve: Sequence[float], levels: Sequence[float], tolerance: float) ->
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Loss-tolerance bisection: layer by layer, the highest sparsity within a loss tolerance.
+    r"""Loss-tolerance bisection: layer by layer, the highest sparsity within a loss tolerance.
 
     Inner search: for each weight in turn, with those before it already pruned, bisect the highest
     sparsity whose loss stays within the tolerance. Outer search: bisect the tolerance until the
     budget is met. With ``step="each"`` every weight may add the tolerance to the loss (balanced
     filter pruning, arXiv 2010.06821); with ``step="total"`` the loss after weight l of L may have
     risen by ``tolerance * l / L`` in all (structural search of CaP, arXiv 2108.13728).
+
+    **formula** :math:`\max s_l` with :math:`L(s_1..s_l) - L(s_1..s_{l-1}) \le \varepsilon`
+    **Shapes** one number per weight
+    **Units** loss
+    **Needs** scores, and ``outer * inner`` forward passes per weight
+    **Source** arXiv 2010.06821, arXiv 2108.13728
 
     Args:
         inner: Bisection steps per weight.

@@ -21,6 +21,12 @@ class Ranked:
     The exact threshold is found by counting 16-bit digits of the scores, so nothing is concatenated
     or sorted. At the threshold, earlier weights and lower indices win.
 
+    **formula** one threshold for the scores of all weights
+    **Shapes** one number per weight
+    **Units** none
+    **Needs** scores
+    **Source** Han et al., arXiv 1506.02626; radix selection is ours
+
     Example:
         >>> def item(name, scores): return Item(
         ...     name, "Linear", (1, len(scores)), torch.tensor([scores]), 1, len(scores), 1, float)

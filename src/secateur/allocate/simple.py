@@ -17,6 +17,12 @@ from secateur.core.selectors import pick, require_hits
 class Uniform:
     """The same sparsity everywhere.
 
+    **formula** density = limit / dense cost
+    **Shapes** one number per weight
+    **Units** none
+    **Needs** nothing
+    **Source** Zhu and Gupta, arXiv 1710.01878
+
     Example:
         >>> import torch
         >>> item = Item("w", "Linear", (2, 5), torch.empty(0), 1, 10, 1, float)
@@ -89,6 +95,12 @@ class Given:
     """Sparsities given per selector; the most specific one wins, ``rest`` spreads what remains.
 
     If the levels cover every weight they decide alone and the target has no say.
+
+    **formula** given
+    **Shapes** one number per weight
+    **Units** none
+    **Needs** nothing
+    **Source** definition
 
     Example:
         >>> import torch

@@ -37,7 +37,7 @@ class Progress(Protocol):
 class FineTune:
     r"""Train the survivors with the masks held; with ``distill`` also towards the dense network.
 
-    **formula** :math:`(1-\alpha) L + \alpha T^2\\, \mathrm{KL}(p_{dense}^{1/T} \| p^{1/T})`, with a
+    **formula** :math:`(1-\alpha) L + \alpha T^2\, \mathrm{KL}(p_{dense}^{1/T} \| p^{1/T})`, with a
     linear warm-up over 5 % of the steps and a cosine to zero
     **Shapes** scalar loss
     **Units** loss

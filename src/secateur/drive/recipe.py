@@ -59,6 +59,11 @@ class Scope:
     ignore: tuple[str, ...] = ()
     sensitive: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("include", "ignore"):
+            value: Any = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -95,6 +100,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # Lists and single steps are what people write; the value itself is always a tuple.
+        steps: Any = self.recovery
+        single = not isinstance(steps, (tuple, list))
+        object.__setattr__(self, "recovery", (steps,) if single else tuple(steps))
         fixed = self.pattern.sparsity if isinstance(self.pattern, NM) else None
         if self.target is None and fixed is None:
             object.__setattr__(self, "target", Target("sparsity", 0.5))

@@ -183,6 +183,8 @@ def _value(what: str, hint: Any, value: Any) -> Any:
         inner = typing.get_args(hint)
         if inner and getattr(inner[0], "__name__", "") == name:
             if typing.get_origin(hint) is tuple:
+                if not isinstance(value, (list, tuple)):
+                    raise UsageError(what, f"{value!r} was given", "it is a list", "write [a, b]")
                 return tuple(part(kind, v) for v in value)
             return None if value is None else part(kind, value)
     if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is None:

@@ -21,6 +21,12 @@ class Blocks:
     The matrix is ``(out, in * taps)``: for a 3 x 3 convolution nine neighbouring columns belong to
     one input channel.
 
+    **formula** one pool of all ``rows x cols`` blocks of the matrix
+    **Shapes** ``(1, out / rows * in * taps / cols, rows * cols)``
+    **Units** none
+    **Needs** nothing
+    **Source** Gray et al. 2017 (block-sparse kernels); the members' mean score decides
+
     Example:
         >>> import torch
         >>> from secateur.core.weight import LINEAR
@@ -75,6 +81,12 @@ class Rows:
 
     The rows are set to zero; removing them from the network is structural pruning.
 
+    **formula** one pool of all rows
+    **Shapes** ``(1, out, in * taps)``
+    **Units** none
+    **Needs** nothing
+    **Source** Li et al., arXiv 1608.08710
+
     Example:
         >>> import torch
         >>> from secateur.core.weight import CONV2D
@@ -98,6 +110,12 @@ class Rows:
 @dataclass(frozen=True)
 class Columns:
     """Whole input channels with all their taps.
+
+    **formula** one pool of all columns
+    **Shapes** ``(1, in, out * taps)``
+    **Units** none
+    **Needs** nothing
+    **Source** He et al., arXiv 1707.06168
 
     Example:
         >>> import torch
@@ -134,6 +152,12 @@ class Columns:
 @dataclass(frozen=True)
 class Kernels:
     """Whole k x k kernels: one output's view of one input channel (intra-channel sparsity).
+
+    **formula** one pool of all kernels
+    **Shapes** ``(1, out * in, taps)``
+    **Units** none
+    **Needs** nothing
+    **Source** Anwar et al., arXiv 1512.08571
 
     Example:
         >>> import torch

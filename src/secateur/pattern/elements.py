@@ -14,6 +14,12 @@ from secateur.core.weight import Axes
 class Elements:
     """Single weights, compared over the whole weight (unstructured sparsity).
 
+    **formula** one pool of all elements
+    **Shapes** ``(1, out * in * taps, 1)``
+    **Units** none
+    **Needs** nothing
+    **Source** Han et al., arXiv 1506.02626
+
     Example:
         >>> import torch
         >>> from secateur.core.weight import LINEAR
@@ -37,6 +43,12 @@ class Elements:
 @dataclass(frozen=True)
 class PerRow:
     """Single weights, compared within each output row: every row keeps equally many.
+
+    **formula** one pool a row
+    **Shapes** ``(out, in * taps, 1)``
+    **Units** none
+    **Needs** nothing
+    **Source** Wanda, arXiv 2306.11695
 
     Example:
         >>> import torch

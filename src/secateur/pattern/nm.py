@@ -19,6 +19,12 @@ class NM:
     the *input* axis, for convolutions at each kernel position. With ``rows`` from 4 to 16 it is
     vector-wise N:M (the same choice for that many neighbouring rows), which CPUs like.
 
+    **formula** pools of ``of`` consecutive inputs, of which ``keep`` stay
+    **Shapes** ``(out / rows * taps * in / of, of, rows)``
+    **Units** none
+    **Needs** nothing
+    **Source** Mishra et al., arXiv 2104.08378 (2:4); Zhou et al., arXiv 2102.04010 (N:M)
+
     Example:
         >>> import torch
         >>> from secateur.core.weight import LINEAR

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
 from secateur.core.slots import device_of
@@ -43,7 +43,10 @@ class BatchNorm:
         batches = [batch for batch in batches if size_of(batch) > 1]  # one sample has no variance
         if not layers or not batches:
             return {}
-        old = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in layers.items()}
+        old = {
+            n: (m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone())
+            for n, m in layers.items()
+        }
         momenta = {n: m.momentum for n, m in layers.items()}
         with evaluating(model), torch.no_grad():
             try:
@@ -53,16 +56,26 @@ class BatchNorm:
                     module.train()
                 for batch in batches:
                     forward(model, to_device(batch, device_of(model)))
+            except BaseException:
+                for name, module in layers.items():
+                    _restore_(module, old[name])
+                raise
             finally:
                 for name, module in layers.items():
                     module.momentum = momenta[name]
-                    if not int(module.num_batches_tracked):  # never reached, or an error on the way
-                        module.running_mean.copy_(old[name][0])
-                        module.running_var.copy_(old[name][1])
+            for name, module in layers.items():
+                if not int(module.num_batches_tracked):  # the data never reached it
+                    _restore_(module, old[name])
         return {
             n: float(((m.running_mean - old[n][0]).abs() / (old[n][1] + m.eps).sqrt()).max())
             for n, m in layers.items()
         }
+
+
+def _restore_(module: Any, old: tuple[Tensor, Tensor, Tensor]) -> None:
+    module.running_mean.copy_(old[0])
+    module.running_var.copy_(old[1])
+    module.num_batches_tracked.copy_(old[2])
 
 
 def _tracks(module: Any) -> bool:

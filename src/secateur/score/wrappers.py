@@ -62,7 +62,7 @@ class Normalised:
             "max": size.max,
         }
         norm = norms[self.by]().clamp(min=torch.finfo(torch.float64).tiny)
-        return (scores / norm).to(scores.dtype)
+        return (scores.double() / norm).to(scores.dtype)
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ class Sketch:
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
         # The signs depend on the data and the place in it, so that parts of the data that were
         # sketched apart and merged do not share them.
-        fingerprint = zlib.crc32(seen[0, 0].detach().float().cpu().numpy().tobytes())
+        fingerprint = zlib.crc32(seen.detach().double().sum((0, 1)).cpu().numpy().tobytes())
         generator = torch.Generator().manual_seed(fingerprint + int(state["rows"]))
         signs = torch.randint(0, 2, (seen.shape[1], self.size), generator=generator) * 2.0 - 1.0
         product = seen.float().transpose(1, 2) @ signs.to(seen.device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.core.batches import Batch, Loss, first_tensor, forward, logits_of
 from secateur.core.errors import UsageError
@@ -36,7 +37,8 @@ class GradientFlow:
     ) -> dict[str, Tensor]:
         parameters = [slot.tensor(model) for slot in slots]
         cooled = _Cooled(model, self.temperature)
-        with torch.enable_grad():
+        # Fused attention has no second derivative; its plain form does.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             mean = [torch.zeros_like(p) for p in parameters]
             for batch in batches:
                 found = torch.autograd.grad(loss(cooled, batch), parameters, allow_unused=True)

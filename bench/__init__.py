@@ -1,0 +1,1 @@
+"""Measurements of secateur on real data: ``python -m bench [study ...]``."""

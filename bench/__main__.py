@@ -1,0 +1,73 @@
+"""Run the measurements: ``python -m bench [study ...] [--quick]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import cifar, global_masks, gradual, oneshot, record, sweep
+
+# In the order in which they run: the short ones first.
+STUDIES: dict[str, Callable[..., None]] = {
+    "global_masks": global_masks.run,
+    "sweep": sweep.run,
+    "oneshot": oneshot.run,
+    "gradual": gradual.run,
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the studies that are named, or all; one that lacks its data is skipped and named."""
+    given = _parser().parse_args(words)
+    torch.set_num_threads(given.threads)
+    if given.arm:
+        _run_part_of_gradual(given.arm, given.seed)
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if given.quick else record.RESULTS
+        for number, name in enumerate(given.study or STUDIES, start=1):
+            print(f"[{number}/{len(given.study or STUDIES)}] {name}", flush=True)
+            begun = time.time()
+            try:
+                options = {"depths": (given.depth,)} if name == "oneshot" and given.depth else {}
+                STUDIES[name](quick=given.quick, seed=given.seed, folder=folder, **options)
+            except cifar.DataMissing as missing:
+                print(f"skipped: {missing}")
+            print(f"[{name}] {time.time() - begun:.0f} s", flush=True)
+    return 0
+
+
+def _run_part_of_gradual(arm: str, seed: int) -> None:
+    if arm == "trunk":
+        gradual.run_trunk(seed=seed)
+    elif arm == "summary":
+        gradual.summarise()
+    else:
+        gradual.run_arm(arm, seed=seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "study", nargs="*", choices=[*STUDIES, []], help="which ones; all by default"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test; keeps no results")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="for torch")
+    parser.add_argument(
+        "--arm",
+        choices=["trunk", *gradual.ARMS, "summary"],
+        help="one part of the study 'gradual', resumable; several may run beside one another",
+    )
+    parser.add_argument("--depth", type=int, choices=(20, 56), help="one network of 'oneshot'")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

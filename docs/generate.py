@@ -1,0 +1,127 @@
+"""Write `methods.md` and `reference/` from the docstrings: python docs/generate.py."""
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from docstrings import COLUMNS, clean, entry, markdown, signature
+
+HERE = Path(__file__).parent
+PUBLIC = """secateur secateur.score secateur.pattern secateur.allocate secateur.schedule
+secateur.recover secateur.drive.recipe secateur.drive.recipe_file secateur.stats secateur.frontends
+secateur.formats secateur.report secateur.evaluate secateur.testing secateur.core.weight
+secateur.core.slots secateur.core.budget secateur.core.batches secateur.core.facts
+secateur.core.masks secateur.core.selectors secateur.core.select secateur.core.errors"""
+KINDS = ("criterion", "pattern", "allocation", "schedule", "recovery", "rounding")
+TITLES = ("Criteria", "Patterns", "Allocations", "Schedules", "Recoveries", "Roundings")
+METHODS = """# Methods
+
+Every part in the catalogues, and every published method that is assembled from them.
+The *name* is what a recipe file uses; the *call* is the same part in Python.
+Where a part departs from its source, *differs* says so.
+
+Made from the docstrings by `docs/generate.py`. Do not edit.
+"""
+REFERENCE = """# Reference
+
+Made from the docstrings by `docs/generate.py`. Do not edit.
+"""
+
+
+def page(module: Any) -> str:
+    """The reference page of a module: what it exports, or what it defines."""
+    own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
+    text = [f"# {module.__name__}\n", "<!-- fmt: off -->\n", markdown(module.__doc__)]
+    for key in getattr(module, "__all__", None) or [k for k in own if not k.startswith("_")]:
+        value = getattr(module, key)
+        if inspect.ismodule(value):
+            text.append(f"## `{key}`\n\nThe module [{value.__name__}]({value.__name__}.md).\n")
+        elif inspect.isclass(value) or inspect.isfunction(value):
+            text += entry(key, value)
+        elif isinstance(value, Mapping):
+            rows = "\n".join(f"- `{k}`: `{getattr(v, '__name__', v)}`" for k, v in value.items())
+            text.append(f"## `{key}`\n\nThe names in recipe files and their parts.\n\n{rows}\n")
+    return "\n".join(text)
+
+
+def cell(text: str) -> str:
+    """Text for a table, where a bar would end the cell."""
+    text = re.sub(r"\$[^$]*\$", lambda m: m[0].replace(r"\|", r"\Vert "), clean(text))
+    text = re.sub(r"\$[^$]*\$", lambda m: m[0].replace("|", r"\vert "), text)
+    return " ".join(text.replace("|", r"\|").split())
+
+
+def table(rows: list[list[str]]) -> str:
+    """A table; a column that nobody fills is left out."""
+    used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    lines = [[row[i] for i in used] for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def part_row(key: str, part: type) -> list[str]:
+    """Name, call, first sentence, and the fixed lines `**name** text` of the docstring."""
+    doc = inspect.cleandoc(part.__doc__ or "")
+    found = re.findall(r"\*\*(\w+)\*\* (.*?)(?=\n\*\*|\n\n|\Z)", doc, re.DOTALL)
+    lines = [dict(found).get(column, "") for column in COLUMNS]
+    call = signature(part.__name__, part)
+    return [f"`{key}`", f"`{cell(call)}`", *map(cell, (doc.split("\n")[0], *lines))]
+
+
+def brief(part: Any) -> str:
+    """A part as a call, with what differs from the defaults."""
+    if isinstance(part, tuple):
+        return ", ".join(map(brief, part))
+    if not dataclasses.is_dataclass(part):
+        return repr(part)
+    pairs = [(f, getattr(part, f.name)) for f in dataclasses.fields(part)]
+    given = ", ".join(f"{f.name}={brief(v)}" for f, v in pairs if v != f.default)
+    return f"{type(part).__name__}({given})"
+
+
+def methods() -> str:
+    """The table of everything in the catalogues."""
+    from secateur import stats
+    from secateur.drive.recipe import ALIASES, Recipe
+    from secateur.drive.recipe_file import CATALOGUES
+
+    head = ["name", "call", "what", *(c.lower() for c in COLUMNS)]
+    text = [METHODS]
+    measured = {n: getattr(stats, n) for n in stats.__all__}
+    known = {n: s for n, s in measured.items() if "**formula**" in (s.__doc__ or "")}
+    catalogues = {t: CATALOGUES[k] for k, t in zip(KINDS, TITLES, strict=True)}
+    for title, parts in (catalogues | {"Statistics (what parts need)": known}).items():
+        text += [f"## {title}\n", table([head, *(part_row(k, p) for k, p in parts.items())])]
+    rows = [["method", "what", "made of"]]
+    for name, alias in ALIASES.items():
+        recipe, plain = alias(), Recipe()
+        keys = [f.name for f in dataclasses.fields(Recipe) if f.name not in ("criterion", "target")]
+        made = [f"{k}={brief(v)}" for k in keys if (v := getattr(recipe, k)) != getattr(plain, k)]
+        call = signature(name, alias).partition(" ->")[0]
+        what = inspect.cleandoc(alias.__doc__ or "").split("\n")[0]
+        rows.append(
+            [f"`{call}`", what, " ".join(f"`{m}`" for m in (brief(recipe.criterion), *made))]
+        )
+    rows = [[cell(text) for text in row] for row in rows]
+    return "\n".join([*text, "## Methods\n", table(rows)])
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page."""
+    specs = [importlib.util.find_spec(name) for name in PUBLIC.split()]
+    modules = {s.name: importlib.import_module(s.name) for s in specs if s and s.origin}
+    index = [f"- [{n}]({n}.md): {clean(m.__doc__).splitlines()[0]}" for n, m in modules.items()]
+    made = {n: page(m) for n, m in modules.items()} | {"index": "\n".join([REFERENCE, *index, ""])}
+    paths = {HERE / "reference" / f"{name}.md": text for name, text in made.items()}
+    return {HERE / "methods.md": methods()} | paths
+
+
+if __name__ == "__main__":
+    (HERE / "reference").mkdir(exist_ok=True)
+    for old in (HERE / "reference").glob("*.md"):
+        old.unlink()
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

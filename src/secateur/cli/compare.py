@@ -1,0 +1,106 @@
+"""``secateur compare``: what was really gained from A to B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from secateur.cli import options
+from secateur.cli.screen import screen
+from secateur.core.budget import number
+from secateur.core.errors import UnknownName, UsageError
+from secateur.core.facts import environment
+from secateur.evaluate import Comparison
+from secateur.evaluate import compare as compare_networks
+from secateur.formats import is_bundle
+from secateur.frontends import load_data, load_model
+from secateur.report import comparison_table, verdict_text
+from secateur.report.jsonreport import comparison_json
+
+GAIN_MISSING = 6
+_REQUIRABLE = ("smaller", "faster", "accuracy")
+
+
+def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
+    a: Annotated[str, typer.Argument(metavar="A", help="The first model, e.g. the dense one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The second model.")],
+    data: options.Data = None,
+    weights: options.Weights = None,
+    architecture: options.Architecture = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GAIN",
+            help="Exit with 6 unless B is smaller, faster, or keeps its "
+            "accuracy: accuracy=0.5 allows a loss of 0.5 points. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Compare A with B: paired accuracy, size, and latency measured in turn.
+
+    --weights belongs to A. --model belongs to whichever is a bundle.
+
+        secateur compare net.py:build small --weights net.safetensors --data data.py:load
+    """
+    with screen("compare", json=json, threads=threads) as out:
+        claims = [_claim(text, data) for text in require or ()]
+        # --model is for bundles; a function or a folder says itself what to build.
+        first = load_model(a, weights=weights, model=architecture if is_bundle(a) else None)
+        second = load_model(b, model=architecture if is_bundle(b) else None)
+        batches = None if data is None else load_data(data)
+        masks = first.masks or None, second.masks or None
+        found = compare_networks(first.model, second.model, batches, masks=masks)
+        out.text.print(comparison_table(found, (_short(a), _short(b))))
+        out.show(verdict_text(found.verdict))
+        if found.identical:
+            out.show(Text("The two networks are identical, bit for bit."))
+        missing = [
+            text
+            for text, (name, most) in zip(require or (), claims, strict=True)
+            if not _holds(found, name, most)
+        ]
+        for text in missing:
+            out.errors.print(Text(f"required and missing: {text}", "bold red"))
+        content = {"comparison": comparison_json(found), "environment": environment()}
+        out.finish({**content, "required": list(require or ()), "missing": missing})
+        if missing:
+            raise typer.Exit(GAIN_MISSING)
+
+
+def _claim(text: str, data: str | None) -> tuple[str, float | None]:
+    """``smaller``, ``faster``, ``accuracy`` or ``accuracy=0.5``."""
+    name, equals, value = text.partition("=")
+    if name not in _REQUIRABLE:
+        raise UnknownName("gain to require", name, _REQUIRABLE)
+    if equals and name != "accuracy":
+        raise UsageError(
+            f"--require {text}",
+            f"{name} takes no value",
+            "it holds or it does not",
+            f"write {name}",
+        )
+    if data is None and name != "smaller":
+        raise UsageError(
+            f"--require {text}", "no data was given", "it is measured on data", "add --data"
+        )
+    return name, number(value) if equals else None
+
+
+def _holds(found: Comparison, name: str, most: float | None) -> bool:
+    if most is None or found.difference is None:
+        gain = found.gain(name)
+        return gain is not None and gain.real
+    # Accuracy is given in points; a metric of the user's own in its own unit.
+    scale = 100 if found.a.metric == "accuracy" else 1
+    return -found.difference * scale <= most
+
+
+def _short(spec: str) -> str:
+    name = Path(spec).name or spec
+    return name if len(name) <= 20 else name[:17] + "..."

@@ -1,0 +1,64 @@
+"""``secateur export``: write a model as ONNX."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from secateur.cli import options
+from secateur.cli.places import require_new_file
+from secateur.cli.screen import screen
+from secateur.core.errors import UsageError
+from secateur.evaluate.measure import batches_of
+from secateur.frontends import export_onnx, load_data, load_model
+from secateur.report.units import size
+
+
+def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.ONNX", help="The file to write.")
+    ],
+    data: options.Data = None,
+    weights: options.Weights = None,
+    architecture: options.Architecture = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Write MODEL as one ONNX file and check it with ONNX Runtime.
+
+    secateur export small -o small.onnx --data data.py:load
+    """
+    with screen("export", json=json, threads=threads) as out:
+        if output.suffix != ".onnx":
+            raise UsageError(
+                f"exporting to {str(output)!r}",
+                f"its suffix is {output.suffix or 'missing'}",
+                "the only format so far is ONNX",
+                "write -o name.onnx",
+            )
+        if data is None:
+            raise UsageError(
+                f"exporting {model!r}",
+                "no data was given",
+                "exporting runs an example, to see shapes and to check the result",
+                "add --data file.py:function",
+            )
+        require_new_file(output, overwrite=overwrite)
+        loaded = load_model(model, weights=weights, model=architecture)
+        example = next(iter(batches_of(load_data(data))[1]))
+        done = export_onnx(loaded.model, example, output)
+        out.say(
+            f"Written to {done.path}: {size(done.bytes)}, opset {done.opset}; ONNX Runtime differs "
+            f"from PyTorch by {done.error:.1g} of the largest output."
+        )
+        if loaded.masks:
+            text = "ONNX stores the zeros as ordinary numbers: the bundle is the small file."
+            out.say(text)
+        out.text.print(Text(f"inputs: {', '.join(done.inputs)} (any batch size)"))
+        out.finish({"onnx": dataclasses.asdict(done)})

@@ -1,0 +1,217 @@
+"""Recipes out of flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import yaml
+
+from secateur.core.errors import UsageError
+from secateur.drive.finetune import FineTune
+from secateur.drive.recipe import Recipe, window
+from secateur.drive.recipe_file import from_plain, read_recipe, to_plain
+from secateur.schedule import OneShot
+
+_SHORT_PATTERN = re.compile(r"\d+[:x]\d+")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags that make a recipe, as they were given."""
+
+    recipe: str | None = None
+    method: str | None = None
+    sparsity: str | None = None
+    target: str | None = None
+    criterion: str | None = None
+    pattern: str | None = None
+    allocation: str | None = None
+    schedule: str | None = None
+    recovery: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    epochs: float | None = None
+    lr: float | None = None
+    distill: float | None = None
+    seed: int | None = None
+
+
+def part(kind: str, text: str) -> str | dict[str, Any]:
+    """A part as plain data, from ``name`` or ``name:key=value,key=value``.
+
+    Values are read as YAML, so numbers are numbers and ``{...}`` nests.
+
+    Example:
+        >>> part("criterion", "magnitude:p=2"), part("pattern", "2:4")
+        ({'magnitude': {'p': 2}}, '2:4')
+        >>> part("criterion", "lamp:inner={magnitude: {p: 2}}")
+        {'lamp': {'inner': {'magnitude': {'p': 2}}}}
+    """
+    name, colon, rest = text.partition(":")
+    if not colon or (kind == "pattern" and _SHORT_PATTERN.fullmatch(text)):
+        return text
+    arguments: dict[str, Any] = {}
+    for piece in _pieces(rest):
+        key, equals, value = piece.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(
+                f"--{kind} {text!r}",
+                f"{piece!r} is not key=value",
+                "arguments follow the name as name:key=value,key=value",
+                f"see secateur inspect --{_plural(kind)}",
+            )
+        try:
+            arguments[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(
+                f"--{kind} {text!r}",
+                f"the value {value!r} cannot be read ({' '.join(str(error).split())[:120]})",
+                "values are read as YAML",
+                "write numbers, names, true, false, [lists] or {key: value}",
+            ) from None
+    return {name: arguments}
+
+
+def recipe_from(flags: Flags) -> Recipe:
+    """The recipe that the flags describe.
+
+    ``--epochs`` without a schedule means: prune gradually over the first half and fine-tune with
+    the masks held. Methods that prune at once (those that repair weights, measure data, or count
+    rounds) are followed by that many epochs of fine-tuning instead.
+
+    Example:
+        >>> recipe = recipe_from(Flags(sparsity="90%", epochs=4))
+        >>> type(recipe.schedule).__name__, recipe.schedule.end, recipe.finetune.epochs
+        ('Polynomial', 2.0, 4)
+    """
+    if flags.recipe is not None:
+        given = [f"--{n}" for n, v in vars(flags).items() if v not in (None, ()) and n != "recipe"]
+        if given:
+            raise UsageError(
+                f"--recipe {flags.recipe}",
+                f"{', '.join(given)} was given too",
+                "a recipe file says everything",
+                "change the file, or leave --recipe out",
+            )
+        return read_recipe(flags.recipe)
+    if flags.sparsity is not None and flags.target is not None:
+        raise UsageError(
+            f"--sparsity {flags.sparsity} --target {flags.target}",
+            "these are two targets",
+            "a run has one",
+            "leave one of them out",
+        )
+    return _trained(from_plain(_plain(flags)), flags)
+
+
+def _plain(flags: Flags) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    if flags.method is not None:
+        plain["method"] = part("method", flags.method)
+    target = flags.target if flags.target is not None else flags.sparsity
+    if target is not None:
+        plain["target"] = target
+    for kind in ("criterion", "pattern", "allocation", "schedule"):
+        text = getattr(flags, kind)
+        if text is not None:
+            plain[kind] = part(kind, text)
+    if flags.recovery:
+        plain["recovery"] = [part("recovery", text) for text in flags.recovery]
+    scope: dict[str, Any] = {}
+    if flags.ignore:
+        scope["ignore"] = list(flags.ignore)
+    if flags.include:
+        scope["include"] = list(flags.include)
+    if scope:
+        plain["scope"] = scope
+    if flags.seed is not None:
+        plain["seed"] = flags.seed
+    return plain
+
+
+def _trained(recipe: Recipe, flags: Flags) -> Recipe:
+    """Add the fine-tuning that the flags ask for."""
+    asked = {
+        key: value
+        for key in ("epochs", "lr", "distill")
+        if (value := getattr(flags, key)) is not None
+    }
+    if not asked:
+        return recipe
+    own = recipe.finetune
+    if own is None and "epochs" not in asked:
+        raise UsageError(
+            " ".join(f"--{key} {value:g}" for key, value in asked.items()),
+            "the run does not train",
+            "these are settings of fine-tuning",
+            "add --epochs N",
+        )
+    how = replace(own, **asked) if own is not None else FineTune(**asked)
+    rest = tuple(step for step in recipe.recovery if not isinstance(step, FineTune))
+    schedule = recipe.schedule
+    if flags.schedule is None and "epochs" in asked and _may_be_gradual(recipe):
+        schedule = window(how.epochs)
+    return replace(recipe, schedule=schedule, recovery=(*rest, how))
+
+
+def _may_be_gradual(recipe: Recipe) -> bool:
+    if recipe.schedule.unit == "epochs":
+        return True
+    # What repairs weights or is measured on the untrained network is meant to happen at once.
+    at_once = isinstance(recipe.schedule, OneShot) and not recipe.sequential
+    return at_once and not recipe.repairs and not recipe.criterion.needs
+
+
+def _pieces(text: str) -> list[str]:
+    """Split at commas outside brackets."""
+    pieces, depth, start = [], 0, 0
+    for index, letter in enumerate(text):
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            pieces.append(text[start:index])
+            start = index + 1
+    return [*pieces, text[start:]]
+
+
+def _plural(kind: str) -> str:
+    return {"criterion": "criteria", "recovery": "recoveries"}.get(kind, kind + "s")
+
+
+def describe(recipe: Recipe) -> list[tuple[str, str]]:
+    """A recipe as lines of name and value, for people; defaults are left out.
+
+    Example:
+        >>> describe(Recipe())[0]
+        ('criterion', 'magnitude')
+    """
+    plain = to_plain(recipe)
+    rows = []
+    for kind in ("criterion", "pattern", "allocation", "schedule"):
+        rows.append((kind, _words(plain[kind], getattr(recipe, kind))))
+    pairs = zip(plain.get("recovery", []), recipe.recovery, strict=True)
+    rows.append(("recovery", ", then ".join(_words(*pair) for pair in pairs) or "none"))
+    if recipe.rounding is not None:
+        rows.append(("rounding", _words(plain["rounding"], recipe.rounding)))
+    return rows
+
+
+def _words(spec: Any, value: Any) -> str:
+    """A part in the form of a flag, with the arguments that are not defaults."""
+    if not isinstance(spec, Mapping):
+        return str(spec)
+    ((name, arguments),) = spec.items()
+    defaults = {f.name: f.default for f in fields(value)}
+    inside = []
+    for key, text in (arguments or {}).items():
+        own = getattr(value, key)
+        if own != defaults.get(key):
+            nested = isinstance(text, Mapping) and is_dataclass(own)
+            inside.append(f"{key}={_words(text, own) if nested else _number(text)}")
+    return f"{name} ({', '.join(inside)})" if inside else str(name)
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

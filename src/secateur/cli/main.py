@@ -1,0 +1,77 @@
+"""The console entry point and what all commands share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from secateur.cli import compare, evaluate, export, inspect, prune
+from secateur.cli.screen import INTERRUPTED, version
+from secateur.core.errors import UsageError
+from secateur.report import error_document
+
+_EXIT_CODES = """Exit codes: 0 done; 1 internal error; 2 usage; 3 unusable data or weights;
+4 a file is missing, damaged or in the way; 5 an extra is missing, or not built yet;
+6 a gain asked for with --require is missing; 130 interrupted (Ctrl-C)."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    epilog=_EXIT_CODES.replace("\n", " "),
+)
+app.command("inspect")(inspect.inspect)
+app.command("prune")(prune.prune)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("export")(export.export)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"secateur {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Prune neural networks, and prove what was gained.
+
+    MODEL is file.py:function (without arguments, returns a torch module), a Transformers folder,
+    or a bundle that prune wrote. --data is file.py:function, too.
+
+    Start with: secateur inspect MODEL
+    """
+
+
+def run() -> None:
+    """Run the command line; the entry point of the console script."""
+    if "--json" not in sys.argv[1:]:
+        try:
+            app(prog_name="secateur")
+        except KeyboardInterrupt:  # outside any command
+            sys.stderr.write("Interrupted.\n")
+            sys.exit(INTERRUPTED)
+        return
+    # Wrong options are found before any command runs; they must give a document, too.
+    try:
+        code = app(prog_name="secateur", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        wrong = UsageError(
+            "the command line", error.format_message(), "", f"see secateur {command} --help"
+        )
+        sys.stdout.write(error_document(version(), command, wrong, UsageError.exit_code) + "\n")
+        sys.exit(UsageError.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

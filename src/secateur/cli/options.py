@@ -1,0 +1,62 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="file.py:function, a Transformers folder, or a bundle.",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.PY:FUNCTION",
+        help="Returns Data, a mapping with train and test, or (train, test[, metric]).",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Weights for file.py:function: a .safetensors file or a bundle.",
+        show_default=False,
+    ),
+]
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FILE.PY:FUNCTION",
+        help="What to build for a bundle, if it does not say or the file moved.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Threads that PyTorch uses.", show_default=False),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Write one JSON document to stdout, all else to stderr.")
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SELECTOR",
+        help="Leave dense: a name, a glob, re:expression or a class name. Repeatable.",
+        show_default=False,
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SELECTOR", help="Prune only what matches. Repeatable.", show_default=False
+    ),
+]

@@ -1,0 +1,38 @@
+"""Checks of output places before hours of work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from secateur.core.errors import FileError, OutputExists
+
+
+def require_new_file(path: Path, *, overwrite: bool = False) -> None:
+    """Fail early where writing ``path`` would fail, or would replace something, at the end.
+
+    Raises:
+        OutputExists: It is there and ``overwrite`` is false, or it is a folder.
+        FileError: Its folder cannot be written.
+
+    Example:
+        >>> require_new_file(Path("no-such-file.onnx"))
+    """
+    asked = f"writing to {str(path)!r}"
+    if path.is_dir():
+        raise OutputExists(asked, "it is a folder", "a file is written", "name a file")
+    if path.exists() and not overwrite:
+        raise OutputExists(
+            asked,
+            "it already exists",
+            "a result is never overwritten by accident",
+            "choose another name, remove it, or ask for overwriting (--overwrite)",
+        )
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise FileError(
+            asked,
+            f"{nearest} cannot be written",
+            "the file is built there",
+            "choose a folder that you may write to",
+        )

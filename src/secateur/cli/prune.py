@@ -1,0 +1,227 @@
+"""``secateur prune``: prune a model, prove what was gained, write the bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from secateur.cli import options
+from secateur.cli.flags import Flags, describe, recipe_from
+from secateur.cli.places import require_new_file
+from secateur.cli.screen import Screen, screen
+from secateur.core.atomic import require_new
+from secateur.core.batches import Batch, Data
+from secateur.core.errors import UsageError
+from secateur.drive.held import attach_
+from secateur.drive.oneshot import prune as run
+from secateur.drive.plan import plan
+from secateur.drive.pruned import Pruned
+from secateur.drive.recipe import Recipe
+from secateur.evaluate import Comparison
+from secateur.evaluate import compare as compare_networks
+from secateur.evaluate.measure import batches_of
+from secateur.formats.bundle import FACTS, MODEL, RECIPE
+from secateur.frontends import Exported, Loaded, export_onnx, load_data, load_model
+from secateur.report import comparison_table, layer_table, notes_text, verdict_text
+from secateur.report.jsonreport import comparison_json
+from secateur.report.units import count, percent
+
+_FILES = (MODEL, RECIPE, FACTS)
+_RECIPE = "What to do"
+_TRAIN = "Training"
+
+
+def _part(name: str, example: str) -> Any:
+    text = f"{example} See inspect --{name}."
+    return typer.Option(metavar="NAME[:KEY=VALUE,...]", help=text, rich_help_panel=_RECIPE)
+
+
+def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle is written.")
+    ],
+    data: options.Data = None,
+    weights: options.Weights = None,
+    architecture: options.Architecture = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.YAML", help="Everything in a file.", rich_help_panel=_RECIPE),
+    ] = None,
+    method: Annotated[str | None, _part("methods", "A published method to start from.")] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of zeros among the pruned weights, e.g. 90% or 0.9. Default: 50%.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UNIT=VALUE",
+            help="Instead: what the whole model may keep, e.g. macs=50%, params=20000, bytes=1e6.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    criterion: Annotated[str | None, _part("criteria", "How much a weight matters.")] = None,
+    pattern: Annotated[str | None, _part("patterns", "Which go together, e.g. 2:4, 4x1.")] = None,
+    allocation: Annotated[str | None, _part("allocations", "How much where.")] = None,
+    schedule: Annotated[str | None, _part("schedules", "When.")] = None,
+    recovery: Annotated[
+        list[str] | None, _part("recoveries", "Repair of the survivors. Repeatable.")
+    ] = None,
+    ignore: options.Ignore = None,
+    include: options.Include = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Train: prune during the first half, fine-tune to the end.",
+            rich_help_panel=_TRAIN,
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Peak learning rate.", rich_help_panel=_TRAIN),
+    ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the loss, 0 to 1, that follows the dense network.",
+            rich_help_panel=_TRAIN,
+        ),
+    ] = None,
+    calibration: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples that statistics are read from.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write an ONNX file too (needs --data).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Prune MODEL and write a bundle: the weights, the recipe, and the facts of the run.
+
+    Without flags: magnitude, half of each layer. With --data and --epochs: gradually, with training.
+
+        secateur prune net.py:build -o small --sparsity 90% --data data.py:load --epochs 5
+    """
+    with screen("prune", json=json, threads=threads) as out:
+        flags = Flags(
+            recipe=recipe,
+            method=method,
+            sparsity=sparsity,
+            target=target,
+            criterion=criterion,
+            pattern=pattern,
+            allocation=allocation,
+            schedule=schedule,
+            recovery=tuple(recovery or ()),
+            ignore=tuple(ignore or ()),
+            include=tuple(include or ()),
+            epochs=epochs,
+            lr=lr,
+            distill=distill,
+            seed=seed,
+        )
+        wanted = recipe_from(flags)
+        _require_places(output, onnx, data, overwrite=overwrite)
+        loaded = load_model(model, weights=weights, model=architecture)
+        batches = None if data is None else load_data(data)
+        if batches is not None and calibration is not None:
+            batches = dataclasses.replace(batches, calibration=calibration)
+        _announce(out, loaded, wanted, model)
+        pruned = _run(out, loaded, wanted, batches)
+        found = compare_networks(loaded.model, pruned, _measurable(batches))
+        pruned.facts.measures["comparison"] = comparison_json(found)
+        # Checked before it is written: an ONNX file that fails leaves no bundle either.
+        exported = None if onnx is None else export_onnx(pruned.model, _example(batches), onnx)
+        pruned.save(output, overwrite=overwrite)
+        _report(out, pruned, found, exported, output=output)
+
+
+def _require_places(output: Path, onnx: Path | None, data: str | None, *, overwrite: bool) -> None:
+    """Fail now where writing would fail at the end."""
+    require_new(output, set(_FILES), overwrite=overwrite)
+    if onnx is not None:
+        if data is None:
+            raise UsageError(
+                f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
+            )
+        require_new_file(onnx, overwrite=overwrite)
+
+
+def _announce(out: Screen, loaded: Loaded, recipe: Recipe, name: str) -> None:
+    chosen = plan(loaded.model, recipe).chosen
+    inside = sum(slot.tensor(loaded.model).numel() for slot in chosen)
+    whole = sum(p.numel() for p in loaded.model.parameters())
+    target = recipe.target
+    assert target is not None
+    amount = percent(target.value) if target.value < 1 else count(target.value)
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("model", name),
+        ("takes part", f"{len(chosen)} weights, {count(inside)} of {count(whole)} parameters"),
+        ("target", f"{target.unit} {amount}"),
+        *describe(recipe),
+    ]
+    for key, value in rows:
+        table.add_row(Text(key, "bold"), Text(value))
+    out.text.print(table)
+
+
+def _run(out: Screen, loaded: Loaded, recipe: Recipe, data: Data | None) -> Pruned:
+    if loaded.masks:  # prune a pruned model further: what is gone stays gone
+        attach_(loaded.model, loaded.masks)
+    with out.progress() as progress:
+        pruned = run(loaded.model, recipe, data, progress=progress)
+    pruned.facts.environment["source"] = dict(loaded.source)
+    return dataclasses.replace(pruned, masks=pruned.masks & loaded.masks)
+
+
+def _report(
+    out: Screen, pruned: Pruned, found: Comparison, exported: Exported | None, *, output: Path
+) -> None:
+    facts = pruned.facts
+    out.show(layer_table(facts), comparison_table(found), verdict_text(found.verdict))
+    if facts.notes:
+        out.show(notes_text(facts.notes))
+    out.show(Text(f"Written to {output} in {facts.measures['seconds']:.1f} s of pruning."))
+    if exported is not None:
+        text = f"ONNX: {exported.path}, differs from PyTorch by {exported.error:.1g} (relative)."
+        out.say(text)
+    layers = [{**dataclasses.asdict(x), "sparsity": x.sparsity} for x in facts.layers]
+    out.finish(
+        {
+            "output": str(output),
+            "recipe": facts.recipe,
+            "fingerprint": facts.fingerprint,
+            "sparsity": facts.sparsity,
+            "layers": layers,
+            "comparison": comparison_json(found),
+            "notes": [dataclasses.asdict(note) for note in facts.notes],
+            "history": facts.history,
+            "seconds": facts.measures["seconds"],
+            "environment": facts.environment,
+            "onnx": None if exported is None else dataclasses.asdict(exported),
+        }
+    )
+
+
+def _measurable(data: Data | None) -> Data | None:
+    return data if data is not None and (data.test or data.train) is not None else None
+
+
+def _example(data: Data | None) -> Batch:
+    assert data is not None
+    return next(iter(batches_of(data)[1]))

@@ -1,0 +1,151 @@
+"""Where a command writes: text or one JSON document on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import torch
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from secateur.core.errors import SecateurError
+from secateur.report import document, error_document
+
+INTERRUPTED = 130
+INTERNAL = 1
+#: A bar appears for what takes longer than this.
+PATIENCE = 2.0
+_LABELS = {"asked": "asked", "found": "found", "why": "why", "do": "do"}
+
+
+def version() -> str:
+    """The version of the package."""
+    import secateur
+
+    return secateur.__version__
+
+
+@dataclass
+class Screen:
+    """What a command writes to.
+
+    Args:
+        command: Its name.
+        json: Whether stdout gets one JSON document and nothing else.
+        stdout: The real one; while the command runs with ``json``, ``sys.stdout`` is stderr, so
+            that what the user's own functions print cannot spoil the document.
+    """
+
+    command: str
+    json: bool
+    stdout: TextIO
+    text: Console = field(init=False)
+    errors: Console = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.errors = Console(stderr=True, highlight=False)
+        self.text = self.errors if self.json else Console(file=self.stdout, highlight=False)
+
+    def show(self, *parts: RenderableType) -> None:
+        """Show parts with an empty line before each."""
+        for part in parts:
+            self.text.print()
+            self.text.print(part)
+
+    def say(self, line: str) -> None:
+        """One line of progress."""
+        self.text.print(Text(line))
+
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Write the JSON document, if one was asked for."""
+        if self.json:
+            self.stdout.write(document(version(), self.command, content) + "\n")
+            self.stdout.flush()
+
+    @contextmanager
+    def progress(self) -> Iterator[Any]:
+        """A function ``(stage, done, total)`` that draws a bar for what takes long."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=self.errors, transient=True)
+        tasks: dict[str, Any] = {}
+        start, shown = time.monotonic(), False
+
+        def report(stage: str, done: float, total: float) -> None:
+            nonlocal shown
+            if not self.errors.is_terminal:
+                return
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+            if not shown and time.monotonic() - start > PATIENCE:
+                bar.start()
+                shown = True
+
+        try:
+            yield report
+        finally:
+            if shown:
+                bar.stop()
+
+
+@contextmanager
+def screen(command: str, *, json: bool, threads: int | None = None) -> Iterator[Screen]:
+    """The screen of a command. Errors inside are rendered, and end the command with their code."""
+    found = Screen(command, json, sys.stdout)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+            yield found
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt as error:
+        if json:
+            found.stdout.write(error_document(version(), command, error, INTERRUPTED) + "\n")
+        sys.stderr.write("Interrupted. Nothing half-written was left.\n")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        raise typer.Exit(_failed(found, error)) from None
+
+
+def _failed(found: Screen, error: Exception) -> int:
+    """Render an error and return its exit code."""
+    known = isinstance(error, SecateurError)
+    code = error.exit_code if isinstance(error, SecateurError) else INTERNAL
+    if os.environ.get("SECATEUR_DEBUG") == "1":
+        found.errors.print_exception()
+    if found.json:
+        found.stdout.write(error_document(version(), found.command, error, code) + "\n")
+        return code
+    if isinstance(error, SecateurError):
+        found.errors.print(Text(f"error ({type(error).__name__})", "bold red"))
+        lines = Table.grid(padding=(0, 2))
+        for key, text in error.parts().items():
+            if text:
+                lines.add_row(Text(f"  {_LABELS[key]}", "bold"), Text(text))
+        found.errors.print(lines)
+    if not known:
+        found.errors.print(Text("internal error", "bold red"))
+        found.errors.print(Text(f"  {type(error).__name__}: {error}"))
+        found.errors.print(
+            "  This is a defect of secateur, or of code that it called. SECATEUR_DEBUG=1 shows "
+            "where."
+        )
+    return code

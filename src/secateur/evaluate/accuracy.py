@@ -1,0 +1,164 @@
+"""What a model answers on a batch, and how many of its answers are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.core.batches import Batch, Loss, forward, logits_of, size_of, to_device
+from secateur.core.slots import device_of
+
+#: Targets that count for nothing, as everywhere in PyTorch and Transformers.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one model to one batch, one row per *unit* (a sample, a token, a pixel).
+
+    Args:
+        logits: ``(units, classes)`` of the units that count, or ``None`` if the model does not
+            classify.
+        sample: ``(units,)`` the sample of each unit.
+        right: ``(units,)`` whether the unit is right, or ``None`` without integer targets.
+        loss: Mean loss, or ``None`` if there is none.
+        samples: Samples in the batch.
+    """
+
+    logits: Tensor | None
+    sample: Tensor
+    right: Tensor | None
+    loss: float | None
+    samples: int
+
+
+@torch.no_grad()
+def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
+    """Run ``model`` (as it is, in whatever mode) on a batch and judge its answers.
+
+    The right class is the last element of a tuple, or ``labels`` of a mapping; ``-100`` does not
+    count. Logits may be ``(N, classes)``, per token ``(N, T, classes)``, or per pixel
+    ``(N, classes, H, W)``; a single logit is right when its sign is. Labels of causal language
+    models are shifted by one, as those models do themselves.
+
+    Example:
+        >>> net = nn.Identity()
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+        >>> answer(net, (x, torch.tensor([0, 0, -100]))).right.tolist()
+        [True, False]
+    """
+    batch = to_device(batch, device_of(model))
+    output = forward(model, batch)
+    logits, target = logits_of(output).float(), targets_of(batch)
+    samples = size_of(batch)
+    found = None if loss is None else float(loss(model, batch))
+    if target is not None and target.dtype.is_floating_point:
+        if found is None:
+            found = _own(output)
+        if found is None:
+            found = float(F.mse_loss(logits, target.float()))
+        return Answers(None, torch.arange(samples), None, found, samples)
+    if target is not None and _shifts(model, batch, target):
+        logits, target = logits[:, :-1], target[:, 1:]
+    rows, labels = _units(logits, target)
+    which = torch.arange(samples).repeat_interleave(max(1, len(rows) // max(1, samples)))
+    if found is None:
+        found = _own(output)
+    if labels is None:
+        classifies = getattr(output, "last_hidden_state", None) is None and rows.shape[1] > 1
+        return Answers(rows if classifies else None, which, None, found, samples)
+    counted = labels != IGNORED
+    rows, labels, which = rows[counted], labels[counted], which[counted.cpu()]
+    if found is None and len(rows):
+        found = float(_loss(rows, labels))
+    return Answers(rows, which, choices(rows) == labels, found, samples)
+
+
+def targets_of(batch: Batch) -> Tensor | None:
+    """The targets inside a batch, or ``None``.
+
+    Example:
+        >>> targets_of((torch.zeros(1, 3), torch.tensor([2]))).item()
+        2
+        >>> targets_of(torch.zeros(1, 3)) is None
+        True
+    """
+    found = None
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[-1]
+    return found if isinstance(found, Tensor) else None
+
+
+def choices(rows: Tensor) -> Tensor:
+    """The class each row of logits chooses; with one logit, whether it is positive.
+
+    Example:
+        >>> choices(torch.tensor([[0.1, 0.9]])).item(), choices(torch.tensor([[-1.0]])).item()
+        (1, 0)
+    """
+    return (rows[:, 0] > 0).long() if rows.shape[1] == 1 else rows.argmax(1)
+
+
+def divergence(a: Tensor, b: Tensor) -> Tensor:
+    """KL(a || b) of each row of logits, in nats.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> bool(divergence(x, x).abs().max() < 1e-6), bool((divergence(x, x.flip(1)) > 0.1).all())
+        (True, True)
+    """
+    if a.shape[1] == 1:  # the other class of a single logit has logit 0
+        a, b = (torch.cat([torch.zeros_like(x), x], 1) for x in (a, b))
+    p, q = F.log_softmax(a.double(), 1), F.log_softmax(b.double(), 1)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(1).clamp(min=0)
+
+
+def _units(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Logits as ``(units, classes)``, samples first, and the targets in the same order."""
+    if logits.ndim == 1:
+        logits = logits[:, None]
+    # Per pixel the classes are axis 1; per token they are the last axis.
+    per_pixel = logits.ndim > 3 or (
+        target is not None
+        and logits.ndim == 3
+        and target.ndim == 2
+        and logits.shape[:2] != target.shape
+    )
+    if per_pixel:
+        logits = logits.movedim(1, -1)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if target is None or target.numel() != len(rows):
+        return rows, None
+    return rows, target.reshape(-1)
+
+
+def _shifts(model: nn.Module, batch: Batch, target: Tensor) -> bool:
+    """Whether the labels are the inputs themselves, each to be predicted from those before it."""
+    if not isinstance(batch, Mapping) or target.ndim != 2:
+        return False
+    name = type(model).__name__
+    if "CausalLM" in name or "LMHead" in name:
+        return True
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.shape != target.shape:
+        return False
+    counted = target != IGNORED
+    return bool(counted.any()) and bool((ids == target)[counted].all())
+
+
+def _own(output: Any) -> float | None:
+    own = getattr(output, "loss", None)
+    return float(own) if isinstance(own, Tensor) and own.numel() == 1 else None
+
+
+def _loss(rows: Tensor, labels: Tensor) -> Tensor:
+    if rows.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(rows[:, 0], labels.float())
+    return F.cross_entropy(rows, labels)

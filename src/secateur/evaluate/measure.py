@@ -1,0 +1,174 @@
+"""One network, measured: accuracy, loss, cost and latency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.core.batches import Batch, Data, as_data, evaluating, narrow, size_of, to_device
+from secateur.core.errors import DataError, UsageError
+from secateur.core.masks import Masks
+from secateur.core.slots import device_of
+from secateur.drive.held import masks_of
+from secateur.drive.pruned import Pruned
+from secateur.evaluate.accuracy import Answers, answer
+from secateur.evaluate.cost import Cost, cost_of
+from secateur.evaluate.latency import Latency, latency_of
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a network can do and what it costs.
+
+    Args:
+        cost: Parameters, non-zeros, multiply-adds, bytes.
+        accuracy: Share of right answers (0 to 1), or the value of the user's metric; ``None``
+            without targets.
+        metric: ``"accuracy"``, or the name of the user's metric.
+        loss: Mean loss over the samples, or ``None``.
+        samples: How many samples were seen.
+        split: Where they came from: ``"test"``, ``"train"``, or ``""`` without data.
+        latency: Of one batch, or ``None`` if it was not asked for.
+    """
+
+    cost: Cost
+    accuracy: float | None = None
+    metric: str = "accuracy"
+    loss: float | None = None
+    samples: int = 0
+    split: str = ""
+    latency: Latency | None = None
+
+
+def measure(
+    model: nn.Module | Pruned,
+    data: Any = None,
+    *,
+    masks: Masks | None = None,
+    example: Batch | None = None,
+    latency: bool = True,
+) -> Measurement:
+    """Measure one network. It is left as it was.
+
+    Args:
+        model: Any torch module, or the result of a pruning run.
+        data: :class:`~secateur.core.batches.Data` (its ``test``, or else its ``train`` batches are
+            used), or an iterable of batches.
+        masks: The weights that were pruned; they are what the file stores sparse. By default those
+            that the model carries.
+        example: The batch to time and to count multiply-adds with; by default the first sample of
+            the data.
+        latency: Whether to time it.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> net = nn.Linear(2, 2, bias=False)
+        >>> _ = net.weight.data.copy_(torch.eye(2))
+        >>> found = measure(net, [(x, torch.tensor([0, 0]))], latency=False)
+        >>> found.accuracy, found.cost.nonzeros
+        (0.5, 2)
+    """
+    network, masks = opened(model, masks)
+    data = as_data(data)
+    tally = Tally()
+    if data is not None:
+        split, batches = batches_of(data)
+        with evaluating(network):
+            for batch in batches:
+                tally.add(answer(network, batch, data.loss), batch)
+        tally.require_samples()
+        example = tally.example if example is None else example
+    else:
+        split = ""
+    accuracy, metric = quality(network, data, tally)
+    return Measurement(
+        cost=cost_of(network, masks, example),
+        accuracy=accuracy,
+        metric=metric,
+        loss=tally.loss,
+        samples=tally.samples,
+        split=split,
+        latency=latency_of(network, example) if latency and example is not None else None,
+    )
+
+
+@dataclass
+class Tally:
+    """Running sums over batches."""
+
+    samples: int = 0
+    right: int = 0
+    units: int = 0
+    losses: float = 0.0
+    weighed: int = 0
+    example: Batch | None = None
+    judged: bool = field(default=False)
+
+    def add(self, answers: Answers, batch: Batch) -> None:
+        """Count one batch."""
+        if self.example is None and answers.samples:
+            self.example = narrow(batch, 1)
+        self.samples += answers.samples
+        if answers.right is not None:
+            self.judged = True
+            self.right += int(answers.right.sum())
+            self.units += len(answers.right)
+        if answers.loss is not None:
+            self.losses += answers.loss * answers.samples
+            self.weighed += answers.samples
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers."""
+        return self.right / self.units if self.units else None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss over samples."""
+        return self.losses / self.weighed if self.weighed else None
+
+    def require_samples(self) -> None:
+        """Raise if nothing was seen."""
+        if not self.samples:
+            raise DataError(
+                "measuring a network",
+                "the loader yielded no samples",
+                "there is nothing to measure on",
+                "check the loader, and whether it can be iterated more than once",
+            )
+
+
+def opened(model: nn.Module | Pruned, masks: Masks | None) -> tuple[nn.Module, Masks | None]:
+    """The module itself and its masks."""
+    if isinstance(model, Pruned):
+        return model.model, masks or model.masks
+    return model, masks or (masks_of(model) or None)
+
+
+def batches_of(data: Data) -> tuple[str, Iterable[Batch]]:
+    """The batches to measure on, and their name. Training batches stand in for missing test ones."""
+    if data.test is not None:
+        return "test", data.test
+    if data.train is not None:
+        return "train", data.train
+    raise UsageError(
+        "measuring on data",
+        "it has neither test nor train batches",
+        "accuracy is counted over batches",
+        "pass Data(test=...)",
+    )
+
+
+def quality(model: nn.Module, data: Data | None, tally: Tally) -> tuple[float | None, str]:
+    """Value and name of the metric."""
+    if data is None or data.metric is None:
+        return tally.accuracy, "accuracy"
+    device = device_of(model)
+    _, batches = batches_of(data)
+    with evaluating(model), torch.no_grad():
+        value = float(data.metric(model, (to_device(b, device) for b in batches if size_of(b))))
+    return value, getattr(data.metric, "__name__", type(data.metric).__name__)

@@ -1,0 +1,100 @@
+"""Which gains are real, in plain words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from secateur.evaluate.latency import Speed
+
+if TYPE_CHECKING:
+    from secateur.evaluate.measure import Measurement
+
+_SMALLER = 1.02
+_NOISE = 2.0  # standard errors
+_COARSE = 0.01
+#: Zeros that a file or a runtime could use at all.
+_SPARSE = 0.05
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One claim and whether it holds.
+
+    Args:
+        name: ``"smaller"``, ``"faster"`` or ``"accuracy"``.
+        real: True: it holds (for accuracy: no loss beyond noise); False: it does not.
+        text: The claim with its numbers, and what to do if it does not hold.
+    """
+
+    name: str
+    real: bool
+    text: str
+
+
+def verdict(
+    a: Measurement,
+    b: Measurement,
+    difference: float | None,
+    error: float | None,
+    speed: Speed | None,
+) -> tuple[Gain, ...]:
+    """Judge file size, accuracy and speed; what was not measured is left out."""
+    gains = [_smaller(a, b)]
+    if difference is not None:
+        gains.append(_accuracy(difference, error, a))
+    if speed is not None:
+        gains.append(_faster(speed, b.cost.sparsity - a.cost.sparsity))
+    return tuple(gains)
+
+
+def _smaller(a: Measurement, b: Measurement) -> Gain:
+    ratio = a.cost.bytes / b.cost.bytes
+    if ratio > _SMALLER:
+        return Gain("smaller", True, f"The file is {ratio:.1f}x smaller.")
+    larger = ratio < 1 / _SMALLER
+    text = f"The file is {1 / ratio:.1f}x larger." if larger else "The file is not smaller."
+    if b.cost.sparsity - a.cost.sparsity > _SPARSE and b.cost.pruned_sparsity is None:
+        text += (
+            f" {b.cost.sparsity:.0%} of the weights are zeros, and they are stored as such: "
+            "save it as a bundle, which stores only what was kept."
+        )
+    return Gain("smaller", False, text)
+
+
+def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
+    if a.metric == "accuracy":
+        change = f"{100 * difference:+.2f} points"
+        spread = "" if error is None else f" ± {100 * error:.2f}"
+    else:
+        change, spread = f"{difference:+.4g}", ""
+    name = a.metric.capitalize()
+    where = " (on training data)" if a.split == "train" else ""
+    if error is None:
+        kept = difference >= 0
+        tail = "" if kept else " How much of this is chance is not known for this metric."
+        return Gain("accuracy", kept, f"{name}{where} changed by {change}.{tail}")
+    if abs(difference) <= _NOISE * error or difference == 0:
+        text = f"{name}{where} is kept: {change}{spread} (standard error), within noise."
+        if error > _COARSE:
+            text += f" With {a.samples:,} samples, smaller losses cannot be seen."
+        return Gain("accuracy", True, text)
+    if difference > 0:
+        return Gain("accuracy", True, f"{name}{where} is better: {change}{spread}.")
+    text = f"{name}{where} is lost: {change}{spread}, more than noise. Fine-tune, or prune less."
+    return Gain("accuracy", False, text)
+
+
+def _faster(speed: Speed, sparser: float) -> Gain:
+    spread = f"{speed.ratio:.2f}x, 95 % range {speed.low:.2f} to {speed.high:.2f}"
+    if speed.verdict == "faster":
+        return Gain("faster", True, f"It is faster: {spread}.")
+    text = (
+        f"It is slower: {spread}." if speed.verdict == "slower" else f"It is not faster: {spread}."
+    )
+    if sparser > _SPARSE:
+        text += (
+            " PyTorch multiplies the zeros too. Structural pruning (removing whole channels) or a "
+            "runtime with sparse kernels is what makes it faster."
+        )
+    return Gain("faster", False, text)

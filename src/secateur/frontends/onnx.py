@@ -1,0 +1,208 @@
+"""Writing ONNX files, and checking that they compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.atomic import new_file
+from secateur.core.batches import (
+    Batch,
+    evaluating,
+    inputs_of,
+    logits_of,
+    narrow,
+    size_of,
+    to_device,
+)
+from secateur.core.errors import DataError, MissingExtra, UsageError
+from secateur.core.slots import device_of
+
+#: Largest allowed difference, relative to the largest output.
+TOLERANCE = 1e-4
+# Keyword inputs that belong to training.
+_NOT_INPUTS = ("labels",)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        path: The file.
+        bytes: Its size.
+        opset: Version of the operators.
+        error: Largest difference between ONNX Runtime and PyTorch on the example, relative to the
+            largest output.
+        inputs: Names of the inputs.
+    """
+
+    path: str
+    bytes: int
+    opset: int
+    error: float
+    inputs: tuple[str, ...]
+
+
+def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
+    """Write ``model`` as one ONNX file, and run it to check that it computes the same.
+
+    The batch axis of every input is dynamic. Zeros are stored as ordinary numbers: the file is as
+    large as that of the dense network.
+
+    Args:
+        model: Run in evaluation mode; left as it was.
+        example: A batch, as in training; targets are left out. One sample is doubled, since a batch
+            of one would be taken for a constant.
+        path: The file; it appears whole and checked, or not at all.
+
+    Raises:
+        MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+        UsageError: PyTorch cannot export the model.
+        DataError: The file computes something else; it is not kept.
+
+    Example:
+        >>> import tempfile
+        >>> out = tempfile.mkdtemp() + "/net.onnx"
+        >>> done = export_onnx(nn.Linear(4, 2), torch.randn(3, 4), out)
+        >>> done.error < 1e-4, Path(out).stat().st_size == done.bytes
+        (True, True)
+    """
+    onnx, runtime = _packages()
+    path = Path(path)
+    asked = f"exporting a {type(model).__name__} to {path.name!r}"
+    args, kwargs = _inputs(model, example)
+    with (
+        evaluating(model),
+        new_file(path) as temporary,
+        tempfile.TemporaryDirectory(prefix=".secateur-", dir=path.parent) as place,
+    ):
+        file = Path(place) / "model.onnx"
+        _write(model, args, kwargs, file=file, asked=asked)
+        onnx.checker.check_model(str(file))
+        opset = max(o.version for o in onnx.load(str(file)).opset_import if not o.domain)
+        session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        error = _difference(session, model, args, kwargs)
+        if not error <= TOLERANCE:
+            raise DataError(
+                asked,
+                f"ONNX Runtime differs from PyTorch by {error:.2g} of the largest output",
+                f"at most {TOLERANCE:g} is rounding; the exporter changed the model",
+                "report the model to PyTorch; the file was not kept",
+            )
+        temporary.write_bytes(file.read_bytes())
+        names = tuple(i.name for i in session.get_inputs())
+    return Exported(str(path), path.stat().st_size, int(opset), error, names)
+
+
+def _packages() -> tuple[Any, Any]:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            __import__(name)
+        except ImportError:
+            raise MissingExtra(name, "onnx", "exporting to ONNX") from None
+    import onnx
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    return onnx, onnxruntime
+
+
+def _inputs(model: nn.Module, example: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if size_of(example) == 1:
+        example = _doubled(example)
+    elif size_of(example) > 2:
+        example = narrow(example, 2)
+    args, kwargs = inputs_of(to_device(example, device_of(model)))
+    return args, {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS}
+
+
+def _doubled(batch: Batch) -> Batch:
+    if isinstance(batch, Tensor):
+        return torch.cat([batch, batch])
+    if isinstance(batch, Mapping):
+        return {k: _doubled(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return tuple(_doubled(v) if isinstance(v, Tensor) else v for v in batch)
+
+
+def _write(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, file: Path, asked: str
+) -> None:
+    size = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape[0]
+    batch = torch.export.Dim.AUTO
+
+    def axes(x: Any) -> Any:
+        return {0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else None
+
+    try:
+        with _silent():
+            torch.onnx.export(
+                model,
+                args,
+                str(file),
+                kwargs=kwargs or None,
+                dynamo=True,
+                external_data=False,
+                dynamic_shapes=(*map(axes, args), *map(axes, kwargs.values())),
+                verbose=False,
+            )
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        raise UsageError(
+            asked,
+            f"PyTorch's exporter failed ({type(error).__name__}: {first[:300]})",
+            "it traces the model with torch.export, which cannot follow everything",
+            "see docs.pytorch.org/docs/stable/onnx_export.html for what it can follow",
+        ) from error
+
+
+@torch.no_grad()
+def _difference(
+    session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float:
+    """Largest relative difference over the example and a batch of another size."""
+    names = [i.name for i in session.get_inputs()]
+    worst = 0.0
+    for repeat in (1, 3):
+        many = [_repeated(x, repeat) for x in args]
+        named = {k: _repeated(v, repeat) for k, v in kwargs.items()}
+        expected = logits_of(model(*many, **named)).float().cpu()
+        tensors = [x for x in (*many, *named.values()) if isinstance(x, Tensor)]
+        feed = {n: x.cpu().numpy() for n, x in zip(names, tensors, strict=True)}
+        got = torch.from_numpy(session.run(None, feed)[0]).float()
+        if got.shape != expected.shape:
+            return float("inf")
+        scale = float(expected.abs().max()) or 1.0
+        worst = max(worst, float((got - expected).abs().max()) / scale)
+    return worst
+
+
+def _repeated(x: Any, times: int) -> Any:
+    return torch.cat([x] * times) if isinstance(x, Tensor) and x.ndim else x
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter reports its progress on stdout, in warnings and in logs; none of it is news."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,90 @@
+"""Putting the weights of a file or a bundle into a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from secateur.core.errors import FileError, FormatError, UsageError
+from secateur.core.facts import Facts
+from secateur.core.masks import Masks
+from secateur.formats import Bundle, is_bundle, load_into_, read_bundle, read_tensors
+
+
+def load_weights_(network: nn.Module, path: str, bundle: Bundle | None = None) -> Masks:
+    """Load a bundle, or a ``.safetensors`` file, into ``network`` in place.
+
+    Args:
+        network: Any module.
+        path: The folder or file.
+        bundle: The bundle, if it was read already.
+
+    Returns:
+        The masks of a bundle; none for a plain file.
+
+    Raises:
+        FileError: The file is missing or damaged.
+        UsageError: Names, shapes or types differ; the network is unchanged.
+
+    Example:
+        >>> load_weights_(nn.Linear(1, 1), "gone.safetensors")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.FileError: the weights 'gone.safetensors': there is no such file. ...
+    """
+    found = bundle or _read(Path(path), network)
+    try:
+        load_into_(network, found)
+    except UsageError as error:
+        do = "use the weights and the network of the same model; nothing was loaded"
+        raise UsageError(f"the weights {path!r}", error.found, error.why, do) from error
+    return found.masks
+
+
+def _read(path: Path, network: nn.Module) -> Bundle:
+    asked = f"the weights {str(path)!r}"
+    if is_bundle(path):
+        return read_bundle(path)
+    if not path.exists():
+        raise FileError(
+            asked, "there is no such file", "weights come from a file", "check the path"
+        )
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            asked,
+            f"it is a {path.suffix or 'file without a suffix'}" if path.is_file() else "a folder",
+            "weights are a .safetensors file or a bundle; pickles are never read",
+            "convert it to safetensors",
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            ours = "secateur" in (file.metadata() or {})
+            names = [] if ours else list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise FormatError(
+            asked,
+            f"it is no whole safetensors file ({str(error)[:200]})",
+            "it is truncated or altered",
+            "copy it again from where it came",
+        ) from error
+    if ours:  # the file of a bundle, taken out of its folder
+        tensors, masks = read_tensors(path)
+        return Bundle(tensors, masks, {}, Facts())
+    return Bundle(_with_tied(network, tensors), Masks({}), {}, Facts())
+
+
+def _with_tied(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the other names of tied weights: files store them under one name only."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    full = dict(tensors)
+    for names in groups.values():
+        stored = next((name for name in names if name in tensors), None)
+        if stored is not None:
+            full |= {name: tensors[stored] for name in names if name not in full}
+    return full

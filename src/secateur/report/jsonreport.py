@@ -1,0 +1,102 @@
+"""One JSON document per command, with keys that stay.
+
+Every document has ``secateur`` (version of the package), ``schema`` (1), ``command``, and ``ok``.
+
+* ``ok`` true: the keys of the command, e.g. ``measurement`` or ``comparison``. Shares are 0 to 1,
+  sizes bytes, times milliseconds (``seconds`` where the key says so); what was not measured is
+  ``null``.
+* ``ok`` false: ``error`` with ``type``, ``asked``, ``found``, ``why``, ``do`` and ``exit_code``.
+
+``measurement`` has ``accuracy``, ``metric``, ``loss``, ``samples``, ``split``, ``parameters``,
+``nonzeros``, ``sparsity``, ``pruned_sparsity``, ``macs_dense``, ``macs``, ``bytes``, ``uncounted``
+and ``latency`` (``median``, ``p10``, ``p90``, ``batch``, ``threads``, ``repetitions``).
+
+``comparison`` has ``a``, ``b`` (measurements), ``identical``, ``difference``, ``difference_error``,
+``agreement``, ``kl``, ``size_ratio``, ``speed`` (``ratio``, ``low``, ``high``, ``verdict``) and
+``verdict``, a list of ``name``, ``real`` and ``text``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.core.errors import SecateurError
+from secateur.evaluate import Comparison, Measurement
+
+SCHEMA = 1
+
+
+def document(version: str, command: str, content: Mapping[str, Any]) -> str:
+    """The document of a command that did what it was asked.
+
+    Example:
+        >>> print(document("0.1.0", "export", {"bytes": 12}))
+        {
+          "secateur": "0.1.0",
+          "schema": 1,
+          "command": "export",
+          "ok": true,
+          "bytes": 12
+        }
+    """
+    return _text(version, command, True, content)
+
+
+def error_document(version: str, command: str, error: BaseException, exit_code: int) -> str:
+    """The document of a command that failed.
+
+    Example:
+        >>> from secateur.core.errors import UsageError
+        >>> text = error_document("0.1.0", "prune", UsageError("a", "b", "c", "d"), 2)
+        >>> json.loads(text)["error"]["found"]
+        'b'
+    """
+    parts = {"asked": "", "found": str(error), "why": "", "do": ""}
+    if isinstance(error, SecateurError):
+        parts = error.parts()
+    content = {"type": type(error).__name__, **parts, "exit_code": exit_code}
+    return _text(version, command, False, {"error": content})
+
+
+def measurement_json(found: Measurement) -> dict[str, Any]:
+    """A measurement as plain data."""
+    flat = dataclasses.asdict(found)
+    cost = flat.pop("cost")
+    return {**flat, **cost, "sparsity": found.cost.sparsity}
+
+
+def comparison_json(found: Comparison) -> dict[str, Any]:
+    """A comparison as plain data."""
+    plain = dataclasses.asdict(found)
+    plain["a"], plain["b"] = measurement_json(found.a), measurement_json(found.b)
+    plain["size_ratio"] = found.size_ratio
+    if found.speed is not None:
+        plain["speed"]["verdict"] = found.speed.verdict
+    return plain
+
+
+def _text(version: str, command: str, ok: bool, content: Mapping[str, Any]) -> str:
+    head = {"secateur": version, "schema": SCHEMA, "command": command, "ok": ok}
+    return json.dumps(plain({**head, **content}), indent=2, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """Values that JSON has: infinities and NaN become null, tuples lists, all else text.
+
+    Example:
+        >>> plain({"a": (1, float("nan")), "b": 2.5})
+        {'a': [1, None], 'b': 2.5}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,234 @@
+"""The documentation tells the truth: commands run, links lead somewhere, generated pages are fresh.
+
+The examples in Python (`>>>`) run by themselves, since pytest collects every Markdown page.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import secateur
+from secateur.cli.main import app
+from secateur.drive.recipe_file import CATALOGUES, read_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Made by `make demo`; the README shows it.
+PICTURE = "docs/demo.svg"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language on a page."""
+    return [text for kind, text in BLOCK.findall(page.read_text("utf-8")) if kind == language]
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a console block; a line that ends with a backslash goes on."""
+    joined = block.replace("\\\n", " ")
+    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return kept.replace(" ", "-")
+
+
+def targets(text: str) -> list[str]:
+    """Where the links and pictures of a page lead, without those into the web."""
+    prose = BLOCK.sub("", text)
+    prose = re.sub(r"`[^`\n]*`|\$[^$\n]*\$", "", prose)
+    found = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return [link for link in found if "://" not in link]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script `docs/generate.py` as a module."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("generate")
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A copy of the examples, and the files that README tells to write."""
+    junk = shutil.ignore_patterns("__pycache__", ".*", "out")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=junk)
+    for block in blocks(ROOT / "README.md", "python"):
+        if block.startswith("# few.py\n"):
+            (tmp_path / "examples" / "fashion_mnist" / "few.py").write_text(block, "utf-8")
+    return tmp_path
+
+
+def run(line: str) -> int:
+    """Run one command line in this process: starting Python and torch for each takes too long."""
+    program, *words = shlex.split(line)
+    if program == "cd":
+        os.chdir(words[0])
+        return 0
+    assert program == "secateur", f"cannot run {line!r} here"
+    try:
+        code = app(words, prog_name="secateur", standalone_mode=False)
+    except SystemExit as end:
+        code = end.code
+    return int(code or 0)
+
+
+@pytest.mark.parametrize("number", range(len(blocks(ROOT / "README.md", "console"))))
+def test_readme_commands_run(
+    number: int,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(elsewhere)
+    lines = commands(blocks(ROOT / "README.md", "console")[number])
+    assert lines
+    for line in lines:
+        assert run(line) == 0, f"{line}\n{capsys.readouterr()}"
+
+
+def test_a_command_that_fails_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("secateur inspect no-such-file.py:build") == 4
+    assert "no-such-file" in "".join(capsys.readouterr())
+
+
+def test_readme_shows_every_command_of_the_program() -> None:
+    shown = "\n".join(blocks(ROOT / "README.md", "console"))
+    for command in app.registered_commands:
+        assert f"secateur {command.name} " in shown, f"README does not show {command.name!r}"
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=IDS[:2])
+def test_make_targets_exist(page: Path) -> None:
+    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)\b(?=[`\n ]|$)", "\n".join(blocks(page, "sh"))))
+    assert named
+    assert named <= known, f"no such targets: {sorted(named - known)}"
+
+
+def test_commands_are_joined_and_prompts_removed() -> None:
+    assert commands("$ a b \\\n    c\nshown\n$ d\n") == ["a b      c", "d"]
+
+
+# --- generated pages -----------------------------------------------------------------------------
+
+
+def test_generated_pages_are_up_to_date(made: ModuleType) -> None:
+    pages = made.pages()
+    stale = [
+        str(path.relative_to(ROOT))
+        for path, text in pages.items()
+        if not path.exists() or path.read_text("utf-8") != text
+    ]
+    assert stale == [], "run `make docs`, which calls docs/generate.py"
+    there = set((ROOT / "docs" / "reference").glob("*.md"))
+    assert there - set(pages) == set(), "pages of modules that are gone: run `make docs`"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "reference" / "secateur.md").read_text("utf-8")
+    missing = [name for name in secateur.__all__ if f"\n## `{name}`\n" not in text]
+    assert missing == []
+
+
+def test_every_part_is_on_the_methods_page() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    names = [name for catalogue in CATALOGUES.values() for name in catalogue]
+    missing = [name for name in names if f"| `{name}` |" not in text]
+    assert missing == []
+
+
+def test_the_generator_reads_docstrings_as_markdown(made: ModuleType) -> None:
+    doc = (
+        "Sum.\n\n    **formula** :math:`a |b|`\n    **Needs** ``x``\n\n    Args:\n        a: One.\n"
+    )
+    expected = "Sum.\n\n- **formula** $a |b|$\n- **Needs** `x`\n\n**Args**\n\n- `a`: One.\n"
+    assert made.markdown(doc) == expected
+    assert made.cell(":math:`a |b|` | c") == r"$a \vert b\vert $ \| c"
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in targets(page.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() and target == ROOT / PICTURE:
+            pytest.xfail(f"{PICTURE} is made by `make demo`")
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            text = BLOCK.sub("", target.read_text("utf-8"))
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page.name}: no heading for {link}"
+
+
+def test_links_are_found() -> None:
+    text = "[a](b.md#c) `[x](y)`\n```sh\n[q](r)\n```\n![p](q.svg) [w](https://example.org)"
+    assert targets(text) == ["b.md#c", "q.svg"]
+    assert slug("Sparsity: of what?") == "sparsity-of-what"
+
+
+def test_every_page_can_be_reached() -> None:
+    seen: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in seen or page.suffix != ".md":
+            continue
+        seen.add(page)
+        links = (link.partition("#")[0] for link in targets(page.read_text("utf-8")))
+        waiting += [(page.parent / link).resolve() for link in links if link]
+    assert set(PAGES) - seen == set()
+
+
+def machine_paths(text: str) -> list[str]:
+    """Absolute paths that only exist on somebody's machine."""
+    return re.findall(r"(?<![\w.])/(?:work|home|root|tmp|Users|mnt)\b\S*", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_no_page_names_a_machine_path(page: Path) -> None:
+    assert machine_paths(page.read_text("utf-8")) == []
+
+
+def test_machine_paths_are_found() -> None:
+    assert machine_paths("in `/home/me/x` or docs/work/y, https://example.org/tmp/z") == [
+        "/home/me/x`"
+    ]
+
+
+def recipe_files() -> list[tuple[str, str]]:
+    """Every YAML block that the pages show as a recipe."""
+    pages = [page for page in PAGES if "formats" not in page.parts]
+    return [(page.name, text) for page in pages for text in blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize(("name", "text"), recipe_files())
+def test_recipe_files_can_be_read(name: str, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, "utf-8")
+    assert read_recipe(file).target is not None, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_examples_leave_a_line_before_the_fence(page: Path) -> None:
+    # Doctest reads the fence as output otherwise. (Generated pages are not run: they use `pycon`.)
+    for text in blocks(page, "python"):
+        if ">>> " in text:
+            assert text.endswith("\n\n"), f"{page.name}: {text[-80:]!r}"

@@ -1,0 +1,206 @@
+"""Models and data from files, Transformers folders, and ONNX files that compute the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur.core.errors import DataError, FormatError, NotYet, SecateurError, UsageError
+from secateur.frontends import export_onnx, load_data, load_model, onnx
+from secateur.frontends.weights import load_weights_
+
+
+def test_two_projects_may_have_files_of_the_same_names(tmp_path: Path) -> None:
+    before = set(sys.path), {n for n in sys.modules if not n.startswith("_secateur_")}
+    for size in (3, 5):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / "sizes_of_mine.py").write_text(f"SIZE = {size}\n")
+        (folder / "net.py").write_text(
+            "import torch, sizes_of_mine\n"
+            "def build(): return torch.nn.Linear(sizes_of_mine.SIZE, 1)\n"
+            "def late():\n    from sizes_of_mine import SIZE\n    return torch.nn.Linear(SIZE, 2)\n"
+        )
+    for function, out in (("build", 1), ("late", 2)):
+        for size in (3, 5):
+            net = load_model(f"{tmp_path / str(size) / 'net.py'}:{function}").model
+            assert (net.in_features, net.out_features) == (size, out)
+    after = set(sys.path), {n for n in sys.modules if not n.startswith("_secateur_")}
+    assert before == after
+
+
+def test_forms_of_data(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text(
+        "from secateur import Data\n"
+        "def metric(model, batches): return 1.0\n"
+        "def a(): return Data(test=[1])\n"
+        "def b(): return {'train': [0], 'test': [1], 'calibration': 7}\n"
+        "def c(): return [0], [1], metric\n"
+        "def d(): return [1]\n"
+    )
+    load = lambda name: load_data(f"{tmp_path / 'data.py'}:{name}")  # noqa: E731
+    assert [load(name).test for name in "abc"] == [[1]] * 3
+    assert load("b").calibration == 7
+    assert load("c").metric.__name__ == "metric"
+    with pytest.raises(UsageError, match="returned a list"):
+        load("d")
+
+
+def test_tied_weights_are_stored_once_and_loaded_twice(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    def tied() -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+        net[1].weight = net[0].weight
+        return net
+
+    first, second = tied(), tied()
+    save_file({"0.weight": first[0].weight.detach()}, tmp_path / "w.safetensors")
+    load_weights_(second, str(tmp_path / "w.safetensors"))
+    assert torch.equal(second[1].weight, first[0].weight)
+    untied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    with pytest.raises(UsageError, match="1 missing"):
+        load_weights_(untied, str(tmp_path / "w.safetensors"))
+
+
+# --- Transformers ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_a_transformers_folder_and_its_bundle(llama: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(llama))
+    assert type(loaded.model).__name__ == "LlamaForCausalLM"
+    ids = torch.randint(0, 50, (4, 12))
+    batches = [{"input_ids": ids, "labels": ids}]
+    pruned = secateur.prune(loaded.model, secateur.recipes.wanda(0.5), batches)
+    pruned.facts.environment["source"] = dict(loaded.source)
+    pruned.save(tmp_path / "out")
+    again = load_model(str(tmp_path / "out"))
+    found = secateur.compare(pruned, again.model, batches, latency=False)
+    assert found.identical
+    assert found.a.loss == found.b.loss
+    assert again.masks == pruned.masks
+    dense = secateur.compare(loaded.model, pruned, batches, latency=False)
+    assert not dense.identical
+    assert dense.kl is not None
+    assert dense.kl > 0
+
+
+def copied(folder: Path, to: Path, **changes: Any) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, **changes}))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("changes", "piece"),
+    [
+        ({"architectures": ["NoSuchModel"]}, "NoSuchModel"),
+        ({"architectures": ["logging"]}, "logging"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"hidden_size": 32}, "Transformers"),
+        ({"num_hidden_layers": 3}, "missing"),
+    ],
+)
+def test_folders_that_cannot_be_right(
+    llama: Path, tmp_path: Path, changes: dict[str, Any], piece: str
+) -> None:
+    folder = copied(llama, tmp_path / "copy", **changes)
+    with pytest.raises(SecateurError) as caught:
+        load_model(str(folder))
+    assert piece in str(caught.value)
+
+
+def test_damaged_weights_and_pickles_are_refused(llama: Path, tmp_path: Path) -> None:
+    folder = copied(llama, tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(FormatError):
+        load_model(str(folder))
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(FormatError):
+        load_model(str(folder))
+
+
+def test_other_formats_are_not_yet() -> None:
+    with pytest.raises(NotYet):
+        load_model("net.onnx")
+
+
+# --- ONNX --------------------------------------------------------------------------------------
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+def test_export_is_checked_quiet_and_takes_any_batch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    net = convolutional().train()
+    batch = torch.randn(5, 1, 8, 8), torch.zeros(5, dtype=torch.long)
+    done = export_onnx(net, batch, tmp_path / "net.onnx")
+    assert done.error < 1e-4
+    assert done.bytes == (tmp_path / "net.onnx").stat().st_size
+    assert net.training
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    many = torch.randn(11, 1, 8, 8)
+    got = session.run(None, {done.inputs[0]: many.numpy()})[0]
+    with torch.no_grad():
+        expected = net.eval()(many)
+    assert torch.allclose(torch.from_numpy(got), expected, atol=1e-5)
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err == ""
+
+
+def test_an_export_that_computes_something_else_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    write = onnx._write
+
+    def planted(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        write(nn.Sequential(model, Scaled()), *args, **kwargs)
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1.001
+
+    monkeypatch.setattr(onnx, "_write", planted)
+    with pytest.raises(DataError, match="ONNX Runtime differs"):
+        export_onnx(nn.Linear(4, 2), torch.randn(3, 4), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
