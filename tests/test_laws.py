@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from secateur.allocate import (
     Uniform,
 )
 from secateur.core.budget import Budget, Item
+from secateur.core.errors import MissingExtra
 from secateur.core.masks import Masks
 from secateur.core.select import quota
 from secateur.core.weight import Axes, Weight
@@ -769,3 +771,13 @@ def test_sketch_breaks_the_merge_law_to_the_bit_but_not_in_the_mean() -> None:
 def test_the_kit_names_everything_it_ships() -> None:
     assert all(hasattr(testing, name) for name in testing.__all__)
     assert dataclasses.is_dataclass(testing.FixedMask)
+
+
+def test_hypothesis_is_only_needed_for_the_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys, secateur.testing; print('hypothesis' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    monkeypatch.delitem(sys.modules, "secateur.testing.strategies")
+    with pytest.raises(MissingExtra, match=r"secateur\[dev\]"):
+        importlib.import_module("secateur.testing.strategies")

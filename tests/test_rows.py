@@ -280,7 +280,8 @@ def mixed() -> nn.Module:
     )  # fmt: skip
 
 
-BATCHES = [(torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])) for _ in range(2)]
+FIXED = torch.Generator().manual_seed(0)
+BATCHES = [(torch.randn(4, 3, 6, 6, generator=FIXED), torch.tensor([0, 1, 0, 1])) for _ in range(2)]
 NEEDS = [InputNorm(), Gram(), Sketch(8), Gradient(), SquaredGradient(), SynapticFlow(), Positions()]
 
 

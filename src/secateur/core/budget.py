@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -131,17 +132,10 @@ class Target:
             )
 
     @staticmethod
-    def parse(text: str | float | int | Mapping[str, str | float] | Target) -> Target:
+    def parse(text: Any) -> Target:
         """Read ``0.9``, ``"90%"``, ``"params=20000"`` or ``{"macs": "50%"}``."""
         if isinstance(text, Target):
             return text
-        if isinstance(text, (list, tuple)) or text is None or isinstance(text, bool):
-            raise UsageError(
-                f"target {text!r}",
-                f"a {type(text).__name__}",
-                "a target is a number or one unit with its value",
-                "write 0.9, '90%' or {macs: 50%}",
-            )
         if isinstance(text, Mapping):
             if len(text) != 1:
                 raise UsageError(
@@ -155,7 +149,14 @@ class Target:
         if isinstance(text, str) and "=" in text:
             unit, _, value = text.partition("=")
             return Target(unit.strip(), number(value))
-        return Target("sparsity", number(text))
+        if isinstance(text, (str, int, float)) and not isinstance(text, bool):
+            return Target("sparsity", number(text))
+        raise UsageError(
+            f"target {text!r}",
+            f"a {type(text).__name__}",
+            "a target is a number, or one unit with its value",
+            "write 0.9, '90%' or {macs: 50%}",
+        )
 
 
 UNITS = ("sparsity", "params", "macs", "bytes")
