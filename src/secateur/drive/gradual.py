@@ -213,6 +213,13 @@ class Gradual:
         )
 
     def _measure(self) -> Stats:
+        if self._streamed and not self._stats.names():
+            raise NeedsData(
+                f"Gradual with {type(self.recipe.criterion).__name__}",
+                f"no gradient was seen in {self.steps} steps",
+                "the criterion reads parameter.grad just before every optimizer step",
+                "call loss.backward() before optimizer.step(), and train the pruned weights",
+            )
         if not self._measured:
             return self._stats
         assert self._data is not None
