@@ -161,6 +161,23 @@ def logits_of(output: Any) -> Tensor:
     return next(item for item in output if isinstance(item, Tensor))
 
 
+def task_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy on class indices (``-100`` is ignored), squared error on numbers.
+
+    Classes lie on the last axis if the other axes are those of the target (one label a token), else
+    on the second, as torch has it (one label a pixel).
+
+    Example:
+        >>> task_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
+        tensor(1.3863)
+    """
+    if target.dtype.is_floating_point:
+        return F.mse_loss(logits.float(), target.float())
+    if logits.ndim > 2 and logits.shape[:-1] == target.shape:
+        logits, target = logits.flatten(0, -2), target.flatten()
+    return F.cross_entropy(logits.float(), target)
+
+
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss if it returns one, else cross-entropy on ``(inputs, targets)``."""
     output = forward(model, batch)
@@ -168,10 +185,7 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     if isinstance(own, Tensor):
         return own
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        target = batch[-1]
-        if not target.dtype.is_floating_point:
-            return F.cross_entropy(logits_of(output).float(), target)
-        return F.mse_loss(logits_of(output).float(), target.float())
+        return task_loss(logits_of(output), batch[-1])
     raise NeedsData(
         "a loss",
         f"a batch of type {type(batch).__name__} carries no target and the model returned no loss",

@@ -20,6 +20,7 @@ from secateur.core.batches import (
     forward,
     logits_of,
     size_of,
+    task_loss,
     to_device,
 )
 from secateur.core.errors import DataError, NeedsData, UsageError
@@ -223,12 +224,8 @@ def _objective(
 
 def _task(logits: Tensor, model: nn.Module, batch: Batch) -> Tensor:
     # The usual case needs no second forward pass.
-    if (
-        isinstance(batch, (tuple, list))
-        and not batch[-1].dtype.is_floating_point
-        and logits.ndim == 2
-    ):
-        return F.cross_entropy(logits, batch[-1])
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return task_loss(logits, batch[-1])
     return default_loss(model, batch)
 
 

@@ -109,6 +109,7 @@ class _Run:
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
         self._batches: list[Batch] | None = None
+        self._step = (0, 1)
 
     @property
     def batches(self) -> list[Batch]:
@@ -182,6 +183,7 @@ class _Run:
         memory = Stats(recipe.seed)
         for index, moment in enumerate(times):
             self.progress("pruning", index, len(times))
+            self._step = (index, len(times))
             masks = self._round(moment, masks, memory, last=index == len(times) - 1)
         self.progress("pruning", len(times), len(times))
         detach_(self.model)
@@ -203,6 +205,7 @@ class _Run:
         layers: dict[str, LayerFacts] = {}
         masks: dict[str, torch.Tensor] = {}
         for slot in self._order(slots) if recipe.sequential else slots:
+            self.progress("pruning", self._step[0] + len(masks) / len(slots), self._step[1])
             weight, local = slot.weight(self.model), stats
             if recipe.sequential:
                 local = self._collect([slot], repair_needs | set(recipe.criterion.needs), stop=True)
