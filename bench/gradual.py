@@ -4,9 +4,9 @@ One trunk is trained dense from scratch. Four arms (dense, 80 %, 90 %, 95 %) the
 with the same batches, learning rates and epochs. The pruned arms prune over the first half of
 those epochs and only train over the second. All commands can be cut off and taken up:
 
-    python -m bench gradual --arm trunk
-    python -m bench gradual --arm dense
-    python -m bench gradual --arm 0.9
+    python -m bench --arm trunk
+    python -m bench --arm dense
+    python -m bench --arm 0.9
 
 The recipe was fixed before the first run, and the network after the last epoch is the one
 reported. The test images play no part in any choice.

@@ -8,7 +8,15 @@ from secateur.recover.batchnorm import BatchNorm
 from secateur.recover.bias import BiasCorrection
 from secateur.recover.exact import ExactObs
 from secateur.recover.least_squares import LeastSquares
-from secateur.recover.recovery import Choose, Grid, NoRecovery, Recovery, Repaired, Rounding
+from secateur.recover.recovery import (
+    Choose,
+    FixedMask,
+    Grid,
+    NoRecovery,
+    Recovery,
+    Repaired,
+    Rounding,
+)
 from secateur.recover.rounding import ROUNDINGS, Integer
 from secateur.recover.sweep import ColumnSweep, row_errors
 
@@ -29,6 +37,7 @@ __all__ = [
     "Choose",
     "ColumnSweep",
     "ExactObs",
+    "FixedMask",
     "Grid",
     "Integer",
     "LeastSquares",

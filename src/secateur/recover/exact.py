@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.core.weight import Weight
 from secateur.recover.least_squares import LeastSquares
-from secateur.recover.recovery import Choose, Repaired, Rounding
+from secateur.recover.recovery import Choose, FixedMask, Repaired, Rounding
 from secateur.stats import Gram, Stat, Stats
 
 _CELLS = 1 << 24  # entries of inverse Hessians held at once
@@ -52,7 +52,7 @@ class ExactObs:
         gram = stats(Gram(), weight).double()
         rows = weight.matrix().double().reshape(len(gram), -1, weight.fan_in)
         scores = torch.cat([self.trace(w, g) for w, g in zip(rows, gram, strict=True)])
-        fixed = _Fixed(choose.values, choose.ranked(scores))
+        fixed = FixedMask(choose.values, choose.ranked(scores))
         return LeastSquares()(weight, stats, fixed, rounding)
 
     def trace(self, rows: Tensor, gram: Tensor) -> Tensor:
@@ -90,21 +90,3 @@ class ExactObs:
             w[gone] = 0.0
             h.diagonal(dim1=1, dim2=2)[gone] = 1.0  # never chosen again; keeps the division finite
         return scores
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    values: Tensor
-    mask: Tensor
-    unit: int = 1
-
-    def __call__(
-        self,
-        columns: slice | None = None,
-        current: Tensor | None = None,
-        pivots: Tensor | None = None,
-    ) -> Tensor:
-        return self.mask if columns is None else self.mask[:, columns]
-
-    def ranked(self, scores: Tensor) -> Tensor:
-        return self.mask

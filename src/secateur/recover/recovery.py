@@ -48,6 +48,39 @@ class Choose(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class FixedMask:
+    """Answers a recovery's questions with a mask that is already decided.
+
+    Args:
+        values: Current values ``(out, fan_in)``.
+        mask: The mask, of the same shape.
+        unit: Column blocks are multiples of this.
+
+    Example:
+        >>> import torch
+        >>> FixedMask(torch.ones(1, 2), torch.tensor([[True, False]]))(slice(1, 2)).tolist()
+        [[False]]
+    """
+
+    values: Tensor
+    mask: Tensor
+    unit: int = 1
+
+    def __call__(
+        self,
+        columns: slice | None = None,
+        current: Tensor | None = None,
+        pivots: Tensor | None = None,
+    ) -> Tensor:
+        """The mask of some columns."""
+        return self.mask if columns is None else self.mask[:, columns]
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """The mask, whatever the scores."""
+        return self.mask
+
+
 class Rounding(Protocol):
     """Values that a format can hold, e.g. int8 with a scale per row. Zero must stay zero."""
 

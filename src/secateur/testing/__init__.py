@@ -10,13 +10,14 @@ over its own catalogues; run them on yours:
 ``secateur.testing.strategies`` draws inputs with Hypothesis; nothing else here needs it.
 """
 
+from secateur.recover import FixedMask
 from secateur.testing.allocations import check_allocation, sample_items
 from secateur.testing.criteria import check_criterion
 from secateur.testing.evidence import evidence, sample_rows
 from secateur.testing.layouts import check_layout
 from secateur.testing.masks import check_masks
 from secateur.testing.patterns import check_pattern, check_refusal
-from secateur.testing.recoveries import FixedMask, check_recovery, check_reestimation
+from secateur.testing.recoveries import check_recovery, check_reestimation
 from secateur.testing.roundings import check_rounding
 from secateur.testing.samples import KINDS, sample_weight
 from secateur.testing.schedules import check_schedule

@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.weight import Weight
-from secateur.recover import BatchNorm, Recovery, Repaired, row_errors
+from secateur.recover import BatchNorm, FixedMask, Recovery, Repaired, row_errors
 from secateur.stats import Gram, Moments, Stats
 from secateur.testing.evidence import sample_rows
 from secateur.testing.law import require, same
 from secateur.testing.samples import sample_weight
-
-
-@dataclass(frozen=True)
-class FixedMask:
-    """Answers a recovery's questions with a mask that is already decided.
-
-    Args:
-        values: Current values ``(out, fan_in)``.
-        mask: The mask, of the same shape.
-        unit: Column blocks are multiples of this.
-
-    Example:
-        >>> FixedMask(torch.ones(1, 2), torch.tensor([[True, False]]))(slice(1, 2)).tolist()
-        [[False]]
-    """
-
-    values: Tensor
-    mask: Tensor
-    unit: int = 1
-
-    def __call__(
-        self,
-        columns: slice | None = None,
-        current: Tensor | None = None,
-        pivots: Tensor | None = None,
-    ) -> Tensor:
-        """The mask of some columns."""
-        return self.mask if columns is None else self.mask[:, columns]
-
-    def ranked(self, scores: Tensor) -> Tensor:
-        """The mask, whatever the scores."""
-        return self.mask
 
 
 def check_recovery(
