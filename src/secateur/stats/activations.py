@@ -45,7 +45,7 @@ class InputNorm:
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
         return {
-            "squares": state["squares"] + seen.double().square().sum(1),
+            "squares": state["squares"] + _sum(seen, square=True),
             "rows": state["rows"] + seen.shape[1],
         }
 
@@ -79,10 +79,9 @@ class Moments:
         return {"sum": _zeros(weight), "squares": _zeros(weight), "rows": _count(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
-        x = seen.double()
         return {
-            "sum": state["sum"] + x.sum(1),
-            "squares": state["squares"] + x.square().sum(1),
+            "sum": state["sum"] + _sum(seen),
+            "squares": state["squares"] + _sum(seen, square=True),
             "rows": state["rows"] + seen.shape[1],
         }
 
@@ -168,6 +167,19 @@ class Positions:
         return state["rows"] / state["samples"].clamp(min=1)
 
 
+# Rows that are summed in float64 at a time: a piece fits the caches, the whole often no memory.
+_PIECE = 4096
+
+
+def _sum(seen: Tensor, *, square: bool = False) -> Tensor:
+    """Sum over rows in float64, ``(groups, fan_in)``."""
+    total = seen.new_zeros(seen.shape[0], seen.shape[2], dtype=torch.float64)
+    for piece in seen.split(_PIECE, dim=1):
+        wide = piece.double()
+        total += (wide.square() if square else wide).sum(1)
+    return total
+
+
 def _zeros(weight: Weight) -> Tensor:
     shape = (weight.axes.groups, weight.fan_in)
     return torch.zeros(shape, dtype=torch.float64, device=weight.value.device)
@@ -197,6 +209,7 @@ class Sketch:
     """
 
     size: int = 64
+    rows: int = 4096
     source: ClassVar[Literal["inputs"]] = "inputs"
     samples: ClassVar[None] = None
 
@@ -205,12 +218,14 @@ class Sketch:
         return {"sketch": torch.zeros(shape, device=weight.value.device), "rows": _count(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
-        # The signs depend on the data and the place in it, so that parts of the data that were
-        # sketched apart and merged do not share them.
-        fingerprint = zlib.crc32(seen.detach().double().sum((0, 1)).cpu().numpy().tobytes())
+        # At most ``rows`` of what is seen at a time, evenly spread: errors are ratios, so a sample
+        # will do. The signs depend on the data and the place in it, so that parts of the data that
+        # were sketched apart and merged do not share them.
+        taken = seen[:, :: -(-seen.shape[1] // self.rows)].float()
+        fingerprint = zlib.crc32(taken.sum((0, 1)).cpu().numpy().tobytes())
         generator = torch.Generator().manual_seed(fingerprint + int(state["rows"]))
-        signs = torch.randint(0, 2, (seen.shape[1], self.size), generator=generator) * 2.0 - 1.0
-        product = seen.float().transpose(1, 2) @ signs.to(seen.device)
+        signs = torch.randint(0, 2, (taken.shape[1], self.size), generator=generator) * 2.0 - 1.0
+        product = taken.transpose(1, 2) @ signs.to(seen.device)
         return {"sketch": state["sketch"] + product, "rows": state["rows"] + seen.shape[1]}
 
     def value(self, state: State, weight: Weight) -> Tensor:
