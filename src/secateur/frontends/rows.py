@@ -81,16 +81,11 @@ def _windows(
     # x is now (N, C, positions, taps), with as many axes each as there are dimensions.
     if flip:
         x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
-    batch, channels = x.shape[:2]
-    x = x.reshape(batch, groups, channels // groups, -1, _product(kernel))
-    return x.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+    # Reordered as a view first, so that the overlapping windows are copied once.
+    x = x.unflatten(1, (groups, -1))  # (N, groups, C / groups, positions, taps)
+    positions = range(3, 3 + dims)
+    x = x.permute(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims))
+    return x.flatten(2 + dims).flatten(1, -2)
 
 
 _CELLS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
