@@ -1,6 +1,6 @@
 """Turn what a command printed into an SVG picture, for the README.
 
-FORCE_COLOR=1 COLUMNS=92 make demo > demo.log
+FORCE_COLOR=1 COLUMNS=100 make demo > demo.log
 python docs/picture.py demo.log docs/demo.svg
 """
 
@@ -25,7 +25,7 @@ def picture(log: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9?]*[A-Za-ln-z]", "", line) for line in log.splitlines()]
     start = next(i for i, line in enumerate(lines) if "before" in line and "after" in line)
     end = next(i for i, line in enumerate(lines) if i > start and "Left dense" in line)
-    console = Console(record=True, width=92, file=io.StringIO())
+    console = Console(record=True, width=100, file=io.StringIO())
     for line in lines[start:end]:
         console.print(Text.from_ansi(line.split("\r")[-1]))
     svg = console.export_svg(title="secateur prune: Fashion-MNIST, 90 % sparse")
