@@ -90,8 +90,9 @@ def is_met(found: float, sense: str, limit: float) -> bool:
 
 
 def _used() -> float:
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    return own.ru_utime + own.ru_stime
+    """Processor seconds of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, as_data
+from secateur.core.batches import Batch, Data, as_data, micro_batches, size_of
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
@@ -91,6 +91,9 @@ def prune_(
     return _Run(model, recipe or Recipe(), as_data(data), dense, progress).run()
 
 
+_FEW = 128
+
+
 class _Run:
     """One pruning run from start to end."""
 
@@ -118,6 +121,16 @@ class _Run:
             assert self.data is not None
             self._batches = self.data.sample()
         return self._batches
+
+    @property
+    def few(self) -> list[Batch]:
+        """At most ``_FEW`` samples, enough to say where the damage is."""
+        taken: list[Batch] = []
+        for batch in micro_batches(self.batches, _FEW):
+            taken.append(batch)
+            if sum(size_of(b) for b in taken) >= _FEW:
+                break
+        return taken
 
     def run(self) -> Pruned:
         """Check everything first, then prune, then train."""
@@ -279,10 +292,17 @@ class _Run:
         return needs | ({Sketch()} if last else set())
 
     def _collect(self, slots: Sequence[Slot], needs: set[Any], *, stop: bool = False) -> Stats:
-        if not needs:
-            return Stats()
+        """Gather statistics; what only serves the diagnosis is read from a few samples."""
         loss = self.data.loss if self.data is not None else None
-        return collect(self.model, slots, needs, self.batches, loss=loss, stop_early=stop)
+        diagnosis = needs & {Sketch()}
+        stats = Stats()
+        if needs - diagnosis:
+            wanted = needs - diagnosis
+            stats = collect(self.model, slots, wanted, self.batches, loss=loss, stop_early=stop)
+        if diagnosis:
+            few = collect(self.model, slots, diagnosis, self.few, stop_early=stop)
+            stats = few.merge(stats).keep_values(stats)
+        return stats
 
     def _order(self, slots: Sequence[Slot]) -> list[Slot]:
         """Slots in the order in which data reaches them; those it never reaches come last."""
@@ -327,19 +347,20 @@ class _Run:
         steps = [type(step) for step in self.recipe.recovery]
         has_data = self.data is not None and self.data.train is not None
         if has_data and BatchNorm not in steps and FineTune not in steps:
-            self._note_drift(copy.deepcopy(self.model), advice="; add the recovery 'batchnorm'")
+            spare = copy.deepcopy(self.model)
+            self._note_drift(spare, self.few, advice="; add the recovery 'batchnorm'")
         trained = self.recipe.schedule.unit != "rounds"
         for step in self.recipe.recovery:
             if isinstance(step, BatchNorm):
-                self._note_drift(self.model)
+                self._note_drift(self.model, self.batches)
             elif isinstance(step, FineTune) and not trained:
                 attach_(self.model, masks)
                 self.facts.history += self._train(step, None)
                 detach_(self.model)
 
-    def _note_drift(self, model: nn.Module, advice: str = "") -> None:
+    def _note_drift(self, model: nn.Module, batches: list[Batch], advice: str = "") -> None:
         """Re-estimate BatchNorm statistics of ``model`` and note the layers that moved most."""
-        drifts = BatchNorm().reestimate_(model, self.batches)
+        drifts = BatchNorm().reestimate_(model, batches)
         for name in sorted(drifts, key=lambda n: -drifts[n])[:3]:
             if drifts[name] > 1:
                 moved = f"an input mean moved by {drifts[name]:.1f} standard deviations"

@@ -88,9 +88,10 @@ class Stats:
         """Names of the weights that were seen, in the order in which data reached them."""
         return list(dict.fromkeys(name for _, name in self._states))
 
-    def keep_values(self, other: Stats) -> None:
-        """Take over probe results, which have no state to merge."""
+    def keep_values(self, other: Stats) -> Stats:
+        """Take over probe results, which have no state to merge; returns itself."""
         self._values |= {k: v for k, v in other._values.items() if k not in self._states}
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         """All sums and remembered scores, as nested dictionaries of tensors."""
