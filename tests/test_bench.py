@@ -400,3 +400,21 @@ def test_sweep_goals_follow_from_the_rows() -> None:
     }
     ratios = [errors[p, "sweep"] / errors[p, "magnitude"] for p in sweep.PATTERNS]
     assert [goal["found"] for goal in whole["goals"]] == pytest.approx(ratios)
+
+
+def test_the_page_of_tables_is_up_to_date() -> None:
+    from bench import tables
+
+    page = Path(tables.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert page == tables.page(), "run: python -m bench.tables > bench/README.md"
+
+
+def test_the_page_of_tables_follows_the_results(tmp_path: Path) -> None:
+    from bench import tables
+
+    assert tables.page(tmp_path).count("|") == 0
+    (tmp_path / "gradual.json").write_text(
+        (record.RESULTS / "gradual.json").read_text(encoding="utf-8").replace("90.22", "12.34"),
+        encoding="utf-8",
+    )
+    assert "12.34" in tables.page(tmp_path)

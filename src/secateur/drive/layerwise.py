@@ -19,6 +19,7 @@ from secateur.recover import NoRecovery, Repaired
 from secateur.stats import Sketch, Stats
 
 _CUBE = Axes(("out", "in", "tap"))
+_LARGE = 1 << 20
 _LEVELS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
@@ -79,8 +80,12 @@ class MaskChoice:
         return self._choose(scores, slice(0, scores.shape[1])) if self.live else self._fixed()
 
     def knee(self, stats: Stats) -> float | None:
-        """Where plain masking begins to hurt: the point of the error curve farthest below its chord."""
-        if (Sketch(), self._weight.name) not in stats:
+        """Where plain masking begins to hurt: the point of the error curve farthest below its chord.
+
+        Not looked for in weights of over a million elements, where it would cost more than pruning.
+        """
+        size = self._weight.value.numel()
+        if (Sketch(), self._weight.name) not in stats or size > _LARGE:
             return None
         curve = [(0.0, 0.0)]
         for level in _LEVELS:

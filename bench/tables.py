@@ -1,0 +1,149 @@
+"""Write the results as tables: ``python -m bench.tables > bench/README.md``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS
+
+HEAD = """# Measurements
+
+Made by `python -m bench.tables` from the files in `results`, which have the machine, the versions, the
+seeds and the load beside every figure. `make bench` measures again; `python -m bench --quick` only shows
+that everything runs. CIFAR-10 and the trained networks are not part of the project: the studies that need
+them look in `$SECATEUR_DATA`.
+"""
+
+
+def page(folder: Path = RESULTS) -> str:
+    """Give the whole page; a study without results is left out."""
+    made = (_global_masks, _sweep, _gradual, _oneshot)
+    parts = [part for make in made if (part := make(folder))]
+    return "\n".join([HEAD, *parts])
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _goals(study: dict[str, Any]) -> str:
+    rows = [
+        [
+            g["name"],
+            f"{g['found']:.3g}",
+            f"{g['sense']} {g['limit']:g}",
+            "yes" if g["met"] else "no",
+        ]
+        for g in study["goals"]
+    ]
+    return _table(["goal", "found", "asked", "met"], rows)
+
+
+def _where(study: dict[str, Any]) -> str:
+    machine, versions = study["machine"], study["versions"]
+    return (
+        f"{machine['processor']}, {machine['instructions']}, {study['threads']} thread(s), "
+        f"torch {versions['torch']}, {study['time']['date']}.\n"
+    )
+
+
+def _global_masks(folder: Path) -> str:
+    study = _read(folder, "global_masks")
+    if not study:
+        return ""
+    found = study["result"]
+    rows = [
+        [
+            name,
+            f"{found['seconds'][name]['median']:.2f} s",
+            f"{found['seconds'][name]['least']:.2f} to {found['seconds'][name]['most']:.2f}",
+            f"{found['peak_extra_over_weights'][name]:.2f}",
+        ]
+        for name in ("secateur", "torch")
+    ]
+    head = ["global magnitude masks", "median", "range", "peak extra memory / weights"]
+    title = f"## Global masks: {found['network']}, {found['prunable']:,} weights\n"
+    return "\n".join([title, _where(study), _table(head, rows), _goals(study)])
+
+
+def _sweep(folder: Path) -> str:
+    study = _read(folder, "sweep")
+    if not study:
+        return ""
+    rows = [
+        [
+            row["pattern"],
+            row["method"],
+            f"{row['relative_output_error']:.4f}",
+            f"{row['seconds']:.1f} s",
+            f"{row['peak_extra_bytes'] / 1e6:,.0f} MB",
+        ]
+        for row in study["result"]["rows"]
+    ]
+    head = ["pattern", "method", "output error", "time", "peak extra memory"]
+    width = study["result"]["width"]
+    title = f"## Column sweep: one {width} x {width} layer, correlated inputs\n"
+    return "\n".join([title, _where(study), _table(head, rows), _goals(study)])
+
+
+def _gradual(folder: Path) -> str:
+    study = _read(folder, "gradual")
+    if not study:
+        return ""
+    rows = []
+    for arm in study["result"]["arms"]:
+        drop, error = arm.get("drop"), arm.get("drop_standard_error")
+        below = "" if drop is None else f"{drop:.2f} ± {error:.2f}"
+        rows.append([arm["arm"], f"{arm['accuracy']:.2f} %", below])
+    text = (
+        "ResNet-20 on CIFAR-10: 40,000 training and 11,000 test images, a dense trunk of 14 epochs, then 12\n"
+        "epochs for every arm with the same schedule; the pruned ones prune over the first six.\n"
+    )
+    head = ["arm", "accuracy", "points below dense"]
+    return "\n".join(
+        ["## Gradual magnitude pruning\n", text, _where(study), _table(head, rows), _goals(study)]
+    )
+
+
+def _oneshot(folder: Path) -> str:
+    parts = []
+    for depth in (20, 56):
+        study = _read(folder, f"oneshot-resnet{depth}")
+        if not study:
+            continue
+        rows = study["result"]["rows"]
+        levels = sorted({row["target"] for row in rows})
+        for family in dict.fromkeys(row["allocation"] for row in rows):
+            lines = []
+            for method in dict.fromkeys(r["method"] for r in rows if r["allocation"] == family):
+                found = {
+                    r["target"]: r
+                    for r in rows
+                    if r["method"] == method and r["allocation"] == family
+                }
+                cells = [f"{found[s]['accuracy']:.1f}" if s in found else "" for s in levels]
+                lines.append([method, *cells])
+            head = [f"ResNet-{depth}, {family}", *(f"{s:.0%}" for s in levels)]
+            parts += [_where(study), _table(head, lines)]
+        parts.append(_goals(study))
+    if not parts:
+        return ""
+    text = (
+        "## One-shot pruning without training\n\nAccuracy in % on the 1,000 test images (standard error "
+        "0.8 points; the files have loss and\nagreement too), 1,024 calibration images. Dense: 91.5 for "
+        "ResNet-20, 92.6 for ResNet-56.\n"
+    )
+    return "\n".join([text, *parts])
+
+
+if __name__ == "__main__":
+    print(page(), end="")
