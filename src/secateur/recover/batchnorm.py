@@ -20,6 +20,9 @@ class BatchNorm:
     All layers are measured in one pass of training-mode normalisation; each running statistic is
     the plain average over batches.
 
+    The data must look as in training, augmentation included: the statistics of plain images can cost
+    a network that was trained on cropped ones several points.
+
     **formula** mean over batches of the batch mean and unbiased batch variance
     **Shapes** one number per channel
     **Units** those of the activations
