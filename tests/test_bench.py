@@ -414,7 +414,9 @@ def test_the_page_of_tables_follows_the_results(tmp_path: Path) -> None:
 
     assert tables.page(tmp_path).count("|") == 0
     (tmp_path / "gradual.json").write_text(
-        (record.RESULTS / "gradual.json").read_text(encoding="utf-8").replace("90.22727", "12.34000"),
+        (record.RESULTS / "gradual.json")
+        .read_text(encoding="utf-8")
+        .replace("90.22727", "12.34000"),
         encoding="utf-8",
     )
     assert "12.34" in tables.page(tmp_path)

@@ -615,3 +615,13 @@ def test_positions_of_a_convolutional_network() -> None:
     stats = collect(net, slots, [Positions()], [IMAGES[0][0]])
     found = [float(stats(Positions(), s.weight(net))) for s in slots]
     assert found == [64.0, 64.0, 16.0, 1.0, 1.0]
+
+
+def test_masks_of_an_earlier_run_on_other_weights_are_kept() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 2))
+    first = secateur.prune(net, Recipe(scope=Scope(include=("0",))))
+    secateur.attach_(first.model, first.masks)
+    second = secateur.prune(first.model, Recipe(scope=Scope(include=("2",))))
+    assert set(second.masks) == {"0.weight", "2.weight"}
+    assert torch.equal(second.masks["0.weight"], first.masks["0.weight"])
+    assert not secateur.masks_of(second.model)

@@ -111,10 +111,9 @@ class Gradual:
         self.facts.environment = environment()
         note_left_out(self.facts, self._plan)
         self._streamed, self._measured = self._split_needs()
-        attach_(
-            model,
-            Masks({n: m for n, m in _ones(model, self._slots).items() if n not in masks_of(model)}),
-        )
+        already = masks_of(model)
+        fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
+        attach_(model, Masks(fresh))
         self._held = Held(model, optimizer)
         self._stream = stream_gradients(optimizer, model, self._slots, self._streamed, self._stats)
         self._uses = self._count_uses()

@@ -192,7 +192,7 @@ class _Run:
         recipe = self.recipe
         # Whether a round does anything does not depend on the target; at share 0 nothing does.
         times = [t for t in events(recipe.schedule) if share_at(recipe.schedule, t, 0.5) > 0]
-        masks = masks_of(self.model)
+        before = masks = masks_of(self.model)
         memory = Stats(recipe.seed)
         for index, moment in enumerate(times):
             self.progress("pruning", index, len(times))
@@ -200,7 +200,7 @@ class _Run:
             masks = self._round(moment, masks, memory, last=index == len(times) - 1)
         self.progress("pruning", len(times), len(times))
         detach_(self.model)
-        return masks
+        return before & masks  # what was pruned earlier and takes no part now stays pruned
 
     def _round(self, moment: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
         recipe = self.recipe
