@@ -21,7 +21,9 @@ from secateur import (
     Recipe,
     Scope,
     Target,
+    attach_,
     load,
+    masks_of,
     plan,
     prune,
     recipes,
@@ -619,9 +621,9 @@ def test_positions_of_a_convolutional_network() -> None:
 
 def test_masks_of_an_earlier_run_on_other_weights_are_kept() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 2))
-    first = secateur.prune(net, Recipe(scope=Scope(include=("0",))))
-    secateur.attach_(first.model, first.masks)
-    second = secateur.prune(first.model, Recipe(scope=Scope(include=("2",))))
+    first = prune(net, Recipe(scope=Scope(include=("0",))))
+    attach_(first.model, first.masks)
+    second = prune(first.model, Recipe(scope=Scope(include=("2",))))
     assert set(second.masks) == {"0.weight", "2.weight"}
     assert torch.equal(second.masks["0.weight"], first.masks["0.weight"])
-    assert not secateur.masks_of(second.model)
+    assert not masks_of(second.model)
