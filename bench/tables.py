@@ -140,8 +140,8 @@ def _oneshot(folder: Path) -> str:
     text = (
         "## One-shot pruning without training\n\nAccuracy in % on the 1,000 test images (standard error "
         "0.8 points; the files have loss and\nagreement too), 1,024 calibration images. Dense: 91.5 for "
-        "ResNet-20, 92.6 for ResNet-56. The\ncalibration images are not augmented, but the networks were "
-        "trained on augmented ones. That is why the\nbatchnorm rows are poor: calibrate as you trained.\n"
+        "ResNet-20, 92.6 for ResNet-56. The\nBatchNorm rows see the calibration images shifted and "
+        "mirrored, as in training.\n"
     )
     return "\n".join([text, *parts])
 
