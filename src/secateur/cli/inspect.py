@@ -67,9 +67,9 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
 ) -> None:
     """List every parameter of MODEL: prunable, left out, or not prunable, and why.
 
-        secateur inspect net.py:build
+    secateur inspect net.py:build
 
-        secateur inspect --criteria
+    secateur inspect --criteria
     """
     with screen("inspect", json=json) as out:
         chosen = [

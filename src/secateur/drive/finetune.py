@@ -141,14 +141,12 @@ def finetune(
     stepper = attach(optimizer, per_epoch) if attach else _Hold(model, optimizer)
     device, modes = device_of(model), {m: m.training for m in model.modules()}
     history: list[dict[str, Any]] = []
-    done, losses = 0, 0.0
+    done = 0
     model.train()
     try:
         while done < total:
-            seen_any = False
             losses, seen = 0.0, 0
             for drawn in data.train:
-                seen_any = True
                 batch = to_device(drawn, device)
                 optimizer.zero_grad(set_to_none=True)
                 with _autocast(device, how.bfloat16):
@@ -171,7 +169,7 @@ def finetune(
                     progress("fine-tuning", done, total)
                 if done >= total:
                     break
-            if not seen_any:
+            if not seen:
                 raise DataError(
                     "fine-tuning",
                     "the training loader yielded no batches",

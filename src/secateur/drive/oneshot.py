@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, as_data, micro_batches, size_of
+from secateur.core.batches import Batch, Data, as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
@@ -125,12 +125,7 @@ class _Run:
     @property
     def few(self) -> list[Batch]:
         """At most ``_FEW`` samples, enough to say where the damage is."""
-        taken: list[Batch] = []
-        for batch in micro_batches(self.batches, _FEW):
-            taken.append(batch)
-            if sum(size_of(b) for b in taken) >= _FEW:
-                break
-        return taken
+        return Data(train=self.batches, calibration=_FEW).sample()
 
     def run(self) -> Pruned:
         """Check everything first, then prune, then train."""

@@ -134,7 +134,7 @@ class Recurrent:
         for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ())):
             getattr(single, f"{kind}_l0").copy_(getattr(module, f"{kind}_{suffix}"))
         index = layer * (2 if module.bidirectional else 1) + int(reverse)
-        start = _start(state, index, x, module.hidden_size)
+        start = _start(state, index)
         outputs, _ = single(x.flip(0) if reverse else x, start)
         first = start[0] if isinstance(start, tuple) else start
         if first is None:
@@ -142,9 +142,9 @@ class Recurrent:
         return torch.cat([first, outputs.flip(0) if reverse else outputs])
 
 
-def _start(state: Any, index: int, x: Tensor, hidden: int) -> Any:
+def _start(state: Any, index: int) -> Any:
     if state is None:
         return None
     if isinstance(state, (tuple, list)):
-        return tuple(_start(s, index, x, hidden) for s in state)
+        return tuple(_start(s, index) for s in state)
     return state[index : index + 1] if state.ndim == 3 else state[index][None, None]
