@@ -1,0 +1,87 @@
+// Finished rows of an image: residual, activation, and the way to the output.
+#pragma once
+
+#include "activations.h"
+
+namespace secateur {
+namespace SECATEUR_ISA {
+
+// Copies count floats, fewer than a vector.
+static inline Vec load_some(const float *p, int count) {
+  float some[kLanes] = {};
+  memcpy(some, p, sizeof(float) * static_cast<size_t>(count));
+  return load(some);
+}
+static inline void store_some(float *p, Vec v, int count) {
+  float some[kLanes];
+  store(some, v);
+  memcpy(p, some, sizeof(float) * static_cast<size_t>(count));
+}
+
+// One row of y from sums. The activation is known here, so that no loop asks for it.
+//
+// The pieces of a row go out in ascending order, so a vector may run over the end of its piece:
+// the next piece overwrites what it spilled. The last piece stops exactly.
+template <int Kind>
+static inline void finish_as(const Work &work, uint32_t row, const float *sums) {
+  const Activation how = {Kind, work.activation.alpha, work.activation.beta};
+  float *const y = work.y + row * work.plane;
+  const float *const residual = work.residual ? work.residual + row * work.plane : nullptr;
+  const Piece &last = work.pieces[work.piece_count - 1];
+  for (int i = 0; i < work.piece_count; ++i) {
+    const Piece &piece = work.pieces[i];
+    const float *const from = sums + piece.from;
+    int j = 0;
+    for (; j + kLanes <= piece.length; j += kLanes) {
+      Vec v = load(from + j);
+      if (residual) v += load(residual + piece.to + j);
+      store(y + piece.to + j, activate(v, how));
+    }
+    const int rest = piece.length - j;
+    if (rest == 0) continue;
+    const bool room = last.to + last.length >= piece.to + j + kLanes;
+    Vec v = load(from + j);
+    if (residual) {
+      v += room ? load(residual + piece.to + j) : load_some(residual + piece.to + j, rest);
+    }
+    v = activate(v, how);
+    if (room) {
+      store(y + piece.to + j, v);
+    } else {
+      store_some(y + piece.to + j, v, rest);
+    }
+  }
+}
+
+static inline void finish_row(const Work &work, uint32_t row, const float *sums) {
+  switch (work.activation.kind) {
+    case 1: return finish_as<1>(work, row, sums);
+    case 2: return finish_as<2>(work, row, sums);
+    case 3: return finish_as<3>(work, row, sums);
+    case 4: return finish_as<4>(work, row, sums);
+    case 5: return finish_as<5>(work, row, sums);
+    default: return finish_as<0>(work, row, sums);
+  }
+}
+
+// Whether the tile is one piece without a rest, and the activation is none or ReLU: then sums go
+// from registers to y.
+static inline bool finishes_whole(const Work &work) {
+  return work.y && work.piece_count == 1 && work.pieces[0].length == work.vectors * kLanes &&
+         work.activation.kind <= 1;
+}
+
+template <int V>
+static inline void finish_whole(const Work &work, uint32_t row, Vec (&sum)[V]) {
+  const int64_t at = row * work.plane + work.pieces[0].to;
+  if (work.residual) {
+#pragma GCC unroll 14
+    for (int j = 0; j < V; ++j) sum[j] += load(work.residual + at + j * kLanes);
+  }
+  const Vec low = all(work.activation.kind == 1 ? 0.0f : -__builtin_inff());
+#pragma GCC unroll 14
+  for (int j = 0; j < V; ++j) store(work.y + at + j * kLanes, at_least(sum[j], low));
+}
+
+}  // namespace SECATEUR_ISA
+}  // namespace secateur

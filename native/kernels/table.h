@@ -1,0 +1,116 @@
+// What a layer asks of the kernels of one instruction set. Plain data: shared by all of them.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "gemv_types.h"
+
+namespace secateur {
+
+// Widest tile, in vectors: 14 accumulators, a weight and a spare fit into 16 registers.
+constexpr int kMostVectors = 14;
+constexpr int kPanelRows = 4;
+
+// An entry of a stream: where in the packed panel, in bytes, and the weight. The head of a record
+// takes the place of an entry: its row and flags, and how many entries follow.
+struct Entry {
+  uint32_t where;
+  float weight;
+};
+struct Head {
+  uint32_t row_and_flags;
+  uint32_t count;
+};
+// The first and the last record of a row (or of a group of rows) among all blocks of channels.
+constexpr uint32_t kFirst = 1u << 30;
+constexpr uint32_t kLast = 1u << 31;
+constexpr uint32_t kRowMask = kFirst - 1;
+
+// Positions of a tile that lie side by side in the output.
+struct Piece {
+  int32_t from;    // position in the tile
+  int32_t length;  // floats
+  int64_t to;      // position in the plane of an output channel
+};
+
+struct Activation {
+  int32_t kind;
+  float alpha, beta;
+};
+
+// One block of channels of one tile.
+struct Work {
+  const void *stream, *stream_end;
+  const char *panel;     // packed activations
+  float *sums;           // [row][vectors]: where sums wait between blocks
+  uint32_t first_row;    // row of sums[0]
+  const float *bias;     // one a row
+  int32_t vectors;       // width of the tile
+  int32_t rows;          // of a block
+  // Where finished rows go. For tokens, y is null: they stay in sums until all are there.
+  float *y;
+  const float *residual;
+  int64_t plane;         // floats from one output channel to the next
+  const Piece *pieces;
+  int32_t piece_count;
+  Activation activation;
+};
+
+// Channels [channel, channel + channels) of the window of input that a tile needs, cut into phases:
+// panel[c][phase][row][col] = x[c][(row0 + row) * stride + phase.y][(col0 + col) * stride + phase.x]
+// and 0 outside the image.
+struct Window {
+  const float *x, *x_end;  // one image; nothing at or past x_end is read
+  int64_t height, width;
+  int32_t channel, channels;
+  int32_t stride_y, stride_x;
+  int64_t row0, col0;      // first row and column of the output's tile
+  int32_t rows, cols;      // of a phase in the panel
+  int32_t pad_y, pad_x;
+  int32_t phase_count;
+  const int32_t *phases;   // pairs y, x
+  int64_t channel_floats;  // from one channel of the panel to the next
+};
+
+// features [feature, feature + features) of tokens [0, tokens), as panel[feature][vectors].
+struct Tokens {
+  const float *x;
+  int64_t stride;  // floats from one token to the next
+  int32_t tokens, vectors;
+  int32_t feature, features;
+};
+
+// Finished sums of rows [row, row + rows) go to y[token][row].
+struct TokensOut {
+  const float *sums;
+  const float *residual;
+  float *y;
+  int64_t stride;
+  int32_t tokens, vectors;
+  int32_t row, rows;
+  Activation activation;
+};
+
+struct KernelTable {
+  const char *name;
+  int lanes;
+  int registers;
+  void (*list)(const Work &);
+  void (*panels)(const Work &);
+  void (*blocks)(const Work &);
+  void (*half_list)(const Work &);  // null where the machine does not multiply float16
+  void (*halve)(const float *from, int64_t count, void *to);
+  // channels x vectors of a plane whose rows lie at x + c * plane; floats past valid are 0.
+  void (*pack_plane)(const float *x, int64_t plane, int32_t channels, int32_t valid,
+                     int32_t vectors, float *panel);
+  void (*pack_window)(const Window &, float *panel);
+  void (*pack_tokens)(const Tokens &, float *panel);
+  void (*unpack_tokens)(const TokensOut &);
+  GemvKernel gemv_f32, gemv_bf16;
+};
+
+extern const KernelTable table_baseline, table_avx2, table_avx512, table_avx512fp16, table_neon,
+    table_neonfp16;
+
+}  // namespace secateur

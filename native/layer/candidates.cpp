@@ -1,0 +1,55 @@
+// Which variants are worth timing.
+#include <algorithm>
+#include <cmath>
+
+#include "layer.h"
+
+namespace secateur {
+
+std::vector<secateur_variant> candidates(const secateur_spec &spec, int64_t positions,
+                                         double density, const KernelTable &table) {
+  std::vector<secateur_variant> out;
+  const auto add = [&](int family, int rows, int vectors, int columns) {
+    const secateur_variant made = {family, rows, vectors, columns};
+    for (const auto &known : out) {
+      if (known.family == family && known.rows == rows && known.vectors == vectors &&
+          known.columns == columns) {
+        return;
+      }
+    }
+    out.push_back(made);
+  };
+  if (spec.kind == SECATEUR_LINEAR && positions <= 16) add(SECATEUR_GEMV, 1, 1, 0);
+  // Wide tiles read the weights less often; narrow ones let more channels stay in the first cache,
+  // and may fill a small image better. Tiles wider than the image are all alike.
+  const int whole = static_cast<int>(
+      std::min<int64_t>(kMostVectors, std::max<int64_t>(1, (positions + table.lanes - 1) / table.lanes)));
+  const int channels = spec.inputs * spec.groups;
+  const int of_group = spec.outputs / spec.groups;
+  // Where four rows share most of their columns, lists load everything again for each row.
+  const bool shared = density > 0.6 && of_group % kPanelRows == 0;
+  for (const int vectors : {8, 4, 14, 6, 11}) {
+    if (shared) break;
+    const int narrowed = std::min(vectors, whole);
+    add(SECATEUR_LIST, 1, narrowed, 0);
+    // Sums are written and read again once a block of channels: with few weights a block, larger
+    // blocks pay even where they leave the first cache.
+    const int64_t panel = int64_t{narrowed} * table.lanes * 4 * spec.kernel[0] * spec.kernel[1];
+    const int fits = static_cast<int>(std::max<int64_t>(1, 24 * 1024 / panel));
+    if (2 * fits < channels) add(SECATEUR_LIST, 1, narrowed, 2 * fits);
+  }
+  if (density > 0.1 && of_group % kPanelRows == 0) {
+    for (const int vectors : {8, 4, 11}) {
+      const int narrowed = std::min(vectors, whole);
+      const int64_t panel = int64_t{narrowed} * table.lanes * 4 * spec.kernel[0] * spec.kernel[1];
+      const int fits = static_cast<int>(std::max<int64_t>(1, 24 * 1024 / panel));
+      add(SECATEUR_PANELS, kPanelRows, narrowed, std::min(channels, 3 * fits));
+    }
+  }
+  for (const int rows : {4, 8, 16}) {
+    if (of_group % rows == 0) add(SECATEUR_BLOCKS, rows, std::min(rows == 4 ? 12 : 6, whole), 0);
+  }
+  return out;
+}
+
+}  // namespace secateur

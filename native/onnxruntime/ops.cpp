@@ -1,0 +1,378 @@
+// The operators SparseConv and SparseLinear of ONNX Runtime, on top of the C interface of
+// secateur.h. A kernel is made from constants alone: its attributes and its packed weights.
+// Whatever is wrong with them becomes an error of the session's creation, and whatever is wrong
+// with an input an error of the run. Nothing here is thrown across the C interface.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include "node.h"
+#include "ort.h"
+#include "secateur.h"
+
+namespace secateur::ops {
+namespace {
+
+constexpr const char *DOMAIN = "secateur";
+// secateur.runtime.session writes it: ONNX Runtime does not tell operators how many threads it has.
+constexpr const char *THREADS_ENTRY = "secateur.threads";
+// Tells that options know our operators: to register them twice is an error of ONNX Runtime.
+constexpr const char *REGISTERED_ENTRY = "secateur.registered";
+constexpr int MAX_THREADS = 1024;
+
+// One of our operators, as one copy of ONNX Runtime knows it.
+struct Operator : ort::CustomOp {
+  int32_t kind = SECATEUR_CONV;
+  bool has_config_entries = false;
+};
+
+secateur_spec read_spec(const Node &node, int32_t kind) {
+  secateur_spec spec = {};
+  spec.kind = kind;
+  spec.outputs = node.integer("outputs");
+  spec.inputs = node.integer("inputs");
+  spec.activation = node.integer("activation");
+  spec.alpha = node.real("alpha");
+  spec.beta = node.real("beta");
+  spec.groups = 1;
+  for (int axis = 0; axis < 2; ++axis) {
+    spec.kernel[axis] = spec.stride[axis] = spec.dilation[axis] = 1;
+  }
+  if (kind == SECATEUR_CONV) {
+    spec.groups = node.integer("group");
+    node.integers("kernel", spec.kernel);
+    node.integers("strides", spec.stride);
+    node.integers("dilations", spec.dilation);
+    node.integers("pads", spec.pads);
+  }
+  return spec;
+}
+
+secateur_weights read_weights(const Node &node, const secateur_spec &spec) {
+  secateur_weights weights = {};
+  const Tensor values = node.constant(VALUES), index = node.constant(INDEX);
+  weights.layout = node.integer("layout");
+  weights.values = values.data;
+  weights.count = values.dims[0];
+  if (values.type == ort::FLOAT) {
+    weights.dtype = SECATEUR_FLOAT32;
+  } else if (values.type == ort::BFLOAT16) {
+    weights.dtype = SECATEUR_BFLOAT16;
+  } else if (values.type == ort::FLOAT16) {
+    weights.dtype = SECATEUR_FLOAT16;
+  } else {
+    node.refuse("its input 'values' has ONNX's type " + std::to_string(values.type) +
+                ". Weights are float32 (1), float16 (10) or bfloat16 (16).");
+  }
+  if (index.type != ort::UINT8) {
+    node.refuse("its input 'index' has ONNX's type " + std::to_string(index.type) +
+                ". An index is a row of bytes, uint8 (2).");
+  }
+  weights.index = static_cast<const uint8_t *>(index.data);
+  weights.index_bytes = index.dims[0];
+  if (node.has(BIAS)) {
+    const Tensor bias = node.constant(BIAS);
+    if (bias.type != ort::FLOAT || bias.dims[0] != spec.outputs) {
+      node.refuse("its input 'bias' has ONNX's type " + std::to_string(bias.type) + " and " +
+                  std::to_string(bias.dims[0]) + " entries. A bias is float32 (1) with one entry "
+                  "for each of the " + std::to_string(spec.outputs) + " outputs.");
+    }
+    weights.bias = static_cast<const float *>(bias.data);
+  }
+  return weights;
+}
+
+// The variant that the file asks for, or our first guess if the file was made for vectors of
+// another width: what was fastest there says little here.
+secateur_variant read_variant(const Node &node, const secateur_spec &spec,
+                              const secateur_weights &weights) {
+  secateur_variant variant = {node.integer("family"), node.integer("rows"),
+                              node.integer("vectors"), node.integer("columns")};
+  if (node.integer("isa_lanes") == secateur_lanes(nullptr)) return variant;
+  const double entries =
+      1.0 * spec.outputs * spec.inputs * spec.kernel[0] * spec.kernel[1];
+  const double density = entries > 0 ? std::min(1.0, weights.count / entries) : 1.0;
+  const int positions = std::max(1, node.integer_or("positions", 196));
+  secateur_variant first = {};
+  return secateur_candidates(&spec, positions, density, nullptr, &first, 1) > 0 ? first : variant;
+}
+
+int processors() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+int threads_of(const Node &node, bool has_config_entries) {
+  const int here = processors();
+  if (!has_config_entries) return here;
+  const int asked = std::atoi(node.config_entry(THREADS_ENTRY).c_str());
+  return asked > 0 ? std::min(asked, MAX_THREADS) : here;
+}
+
+struct Kernel {
+  const ort::Api *api;
+  secateur_spec spec;
+  int threads;
+  std::string who;
+  std::unique_ptr<secateur_layer, void (*)(secateur_layer *)> layer{nullptr,
+                                                                  secateur_layer_destroy};
+
+  void run(ort::KernelContext *context) const;
+  [[noreturn]] void refuse(const std::string &found) const {
+    throw Refusal{ort::INVALID_ARGUMENT, who + ": " + found};
+  }
+};
+
+std::unique_ptr<Kernel> make_kernel(const Operator &op, const ort::Api &api,
+                                    const ort::KernelInfo *info) {
+  const Node node(api, info, op.kind);
+  const int32_t abi = node.integer("abi");
+  if (abi != SECATEUR_ABI) {
+    throw Refusal{ort::INVALID_GRAPH,
+                  node.who() + ": the file was written for version " + std::to_string(abi) +
+                      " of the operators, and this library has version " +
+                      std::to_string(SECATEUR_ABI) +
+                      ". Install the secateur that wrote it, or write it again with this one."};
+  }
+  auto kernel = std::make_unique<Kernel>();
+  kernel->api = &api;
+  kernel->spec = read_spec(node, op.kind);
+  kernel->threads = threads_of(node, op.has_config_entries);
+  kernel->who = node.who();
+  const secateur_weights weights = read_weights(node, kernel->spec);
+  const secateur_variant variant = read_variant(node, kernel->spec, weights);
+  secateur_layer *layer = nullptr;
+  const int code = secateur_layer_create(&kernel->spec, &weights, &variant, nullptr, &layer);
+  if (code != SECATEUR_OK) {
+    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_GRAPH,
+                  node.who() + ": " + secateur_last_error() + "."};
+  }
+  kernel->layer.reset(layer);
+  return kernel;
+}
+
+// ONNX Runtime's threads, as secateur_layer_run wants them. A task that runs out of memory must not
+// take the whole process with it, which an exception in a thread of the pool would do.
+struct Spread {
+  const ort::Api &api;
+  ort::KernelContext *context;
+  ort::Status *status = nullptr;
+
+  struct Job {
+    void (*task)(void *, size_t);
+    void *user;
+    std::atomic<bool> failed{false};
+  };
+
+  static void run(void *self, void (*task)(void *, size_t), size_t count, void *user) {
+    Spread &spread = *static_cast<Spread *>(self);
+    Job job{task, user};
+    spread.keep(spread.api.KernelContext_ParallelFor(
+        spread.context,
+        [](void *at, size_t i) {
+          Job &mine = *static_cast<Job *>(at);
+          try {
+            mine.task(mine.user, i);
+          } catch (...) {
+            mine.failed = true;
+          }
+        },
+        count, 0, &job));
+    if (job.failed) {
+      spread.keep(spread.api.CreateStatus(ort::FAIL, "there is not enough memory for this input."));
+    }
+  }
+
+  // The first error is the one that is told.
+  void keep(ort::Status *found) {
+    if (!status) {
+      status = found;
+    } else if (found) {
+      api.ReleaseStatus(found);
+    }
+  }
+};
+
+void Kernel::run(ort::KernelContext *context) const {
+  const ort::Value *input = nullptr;
+  require(*api, api->KernelContext_GetInput(context, X, &input), who);
+  if (!input) refuse("it got no X.");
+  const Tensor x = read_tensor(*api, input, who);
+  const int64_t features = static_cast<int64_t>(spec.inputs) * spec.groups;
+  int64_t dims[3] = {1, 1, 1}, out[3] = {};
+  std::vector<int64_t> shape = x.dims;
+  if (x.type != ort::FLOAT) {
+    refuse("X has ONNX's type " + std::to_string(x.type) +
+           ", and this operator takes float32 (1).");
+  }
+  if (spec.kind == SECATEUR_CONV) {
+    if (x.dims.size() != 4 || x.dims[1] != features) {
+      refuse("X has the shape " + text(x.dims) + ", and this layer takes [batch, " +
+             std::to_string(features) + ", height, width].");
+    }
+    dims[0] = x.dims[0], dims[1] = x.dims[2], dims[2] = x.dims[3];
+  } else {
+    if (x.dims.empty() || x.dims.back() != features) {
+      refuse("X has the shape " + text(x.dims) + ", and this layer takes [..., " +
+             std::to_string(features) + "].");
+    }
+    for (size_t axis = 0; axis + 1 < x.dims.size(); ++axis) dims[0] *= x.dims[axis];
+  }
+  if (spec.kind == SECATEUR_CONV) {
+    // The shape of one image, so that an empty batch has a shape too.
+    const int64_t image[3] = {1, dims[1], dims[2]};
+    if (secateur_layer_shape(layer.get(), image, out) != SECATEUR_OK) {
+      refuse("X has the shape " + text(x.dims) + ": " + secateur_last_error() + ".");
+    }
+    shape = {dims[0], spec.outputs, out[1], out[2]};
+  } else {
+    shape.back() = spec.outputs;
+  }
+
+  size_t inputs = 0;
+  const ort::Value *added = nullptr;
+  require(*api, api->KernelContext_GetInputCount(context, &inputs), who);
+  if (inputs > RESIDUAL) require(*api, api->KernelContext_GetInput(context, RESIDUAL, &added), who);
+  Tensor residual;
+  if (added) {
+    residual = read_tensor(*api, added, who);
+    if (residual.type != ort::FLOAT || residual.dims != shape) {
+      refuse("the residual has ONNX's type " + std::to_string(residual.type) + " and the shape " +
+             text(residual.dims) + ", and it must be float32 (1) like the output, " + text(shape) +
+             ".");
+    }
+  }
+
+  ort::Value *output = nullptr;
+  void *y = nullptr;
+  require(*api, api->KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output), who);
+  require(*api, api->GetTensorMutableData(output, &y), who);
+  if (dims[0] == 0) return;
+
+  Spread spread{*api, context};
+  const int code = secateur_layer_run(layer.get(), static_cast<const float *>(x.data), dims,
+                                      static_cast<const float *>(residual.data),
+                                      static_cast<float *>(y), threads > 1 ? Spread::run : nullptr,
+                                      &spread, threads);
+  require(*api, spread.status, who);
+  if (code != SECATEUR_OK) {
+    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_ARGUMENT,
+                  who + ": " + secateur_last_error() + "."};
+  }
+}
+
+ort::Status *create_kernel(const ort::CustomOp *op, const ort::Api *api,
+                           const ort::KernelInfo *info, void **out) {
+  *out = nullptr;
+  return guarded(*api, [&] {
+    *out = make_kernel(*static_cast<const Operator *>(op), *api, info).release();
+  });
+}
+
+ort::Status *compute(void *self, ort::KernelContext *context) {
+  const Kernel &kernel = *static_cast<const Kernel *>(self);
+  return guarded(*kernel.api, [&] { kernel.run(context); });
+}
+
+// Everything that every operator answers alike. ONNX Runtime checks the types that are stated here
+// before it makes a kernel; UNDEFINED stands for any, and then we check.
+Operator make_operator(int32_t kind, bool has_config_entries) {
+  Operator op = {};
+  op.version = ort::VERSION;
+  op.kind = kind;
+  op.has_config_entries = has_config_entries;
+  op.GetName = [](const ort::CustomOp *self) {
+    return operator_name(static_cast<const Operator *>(self)->kind);
+  };
+  op.GetExecutionProviderType = [](const ort::CustomOp *) {
+    return "CPUExecutionProvider";
+  };
+  op.GetInputTypeCount = [](const ort::CustomOp *) -> size_t { return INPUTS; };
+  op.GetInputType = [](const ort::CustomOp *, size_t index) -> ort::ElementType {
+    return index == VALUES ? ort::UNDEFINED : index == INDEX ? ort::UINT8 : ort::FLOAT;
+  };
+  op.GetInputCharacteristic = [](const ort::CustomOp *, size_t index) -> ort::Characteristic {
+    return index >= BIAS ? ort::OPTIONAL : ort::REQUIRED;
+  };
+  op.GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return 1; };
+  op.GetOutputType = [](const ort::CustomOp *, size_t) -> ort::ElementType { return ort::FLOAT; };
+  op.GetOutputCharacteristic = [](const ort::CustomOp *, size_t) -> ort::Characteristic {
+    return ort::REQUIRED;
+  };
+  op.GetInputMemoryType = [](const ort::CustomOp *, size_t) -> int32_t { return 0; };
+  op.GetStartVersion = [](const ort::CustomOp *) { return 1; };
+  op.GetEndVersion = [](const ort::CustomOp *) { return std::numeric_limits<int>::max(); };
+  op.CreateKernelV2 = create_kernel;
+  op.KernelComputeV2 = compute;
+  op.KernelDestroy = [](void *kernel) { delete static_cast<Kernel *>(kernel); };
+  return op;
+}
+
+// The operators as one copy of ONNX Runtime got them. All its sessions share them, and they are
+// never freed: a session may outlive every moment that we could choose.
+struct Registration {
+  const ort::ApiBase *base;
+  Operator conv, linear;
+  ort::CustomOpDomain *domain = nullptr;
+};
+
+ort::CustomOpDomain *domain_of(const ort::ApiBase *base, const ort::Api &api) {
+  static std::mutex mutex;
+  static auto *registrations = new std::vector<std::unique_ptr<Registration>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const auto &known : *registrations) {
+    if (known->base == base) return known->domain;
+  }
+  // Of "1.31.1" the second number. Asking for a table that is too new would print an error.
+  const char *minor = std::strchr(base->GetVersionString(), '.');
+  const bool recent = minor && std::atoi(minor + 1) >= ort::VERSION_OF_CONFIG_ENTRIES;
+  auto made = std::make_unique<Registration>();
+  made->base = base;
+  made->conv = make_operator(SECATEUR_CONV, recent);
+  made->linear = make_operator(SECATEUR_LINEAR, recent);
+  require(api, api.CreateCustomOpDomain(DOMAIN, &made->domain), "secateur");
+  require(api, api.CustomOpDomain_Add(made->domain, &made->conv), "secateur");
+  require(api, api.CustomOpDomain_Add(made->domain, &made->linear), "secateur");
+  registrations->push_back(std::move(made));
+  return registrations->back()->domain;
+}
+
+}  // namespace
+}  // namespace secateur::ops
+
+// What ONNX Runtime looks up in a library of operators.
+extern "C" SECATEUR_EXPORT secateur::ort::Status *RegisterCustomOps(
+    secateur::ort::SessionOptions *options, const secateur::ort::ApiBase *base) {
+  using namespace secateur;
+  using namespace secateur::ops;
+  const ort::Api *api = base->GetApi(ort::VERSION);
+  if (!api) {
+    const std::string message =
+        std::string("secateur needs ONNX Runtime 1.17 or newer, and this is ") +
+        base->GetVersionString() + ".";
+    return base->GetApi(1)->CreateStatus(ort::FAIL, message.c_str());
+  }
+  return guarded(*api, [&] {
+    int known = 0;
+    require(*api, api->HasSessionConfigEntry(options, REGISTERED_ENTRY, &known), "secateur");
+    if (known) return;
+    require(*api, api->AddCustomOpDomain(options, domain_of(base, *api)), "secateur");
+    require(*api, api->AddSessionConfigEntry(options, REGISTERED_ENTRY, "1"), "secateur");
+  });
+}
