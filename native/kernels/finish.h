@@ -64,23 +64,29 @@ static inline void finish_row(const Work &work, uint32_t row, const float *sums)
   }
 }
 
-// Whether the tile is one piece without a rest, and the activation is none or ReLU: then sums go
-// from registers to y.
-static inline bool finishes_whole(const Work &work) {
-  return work.y && work.piece_count == 1 && work.pieces[0].length == work.vectors * kLanes &&
-         work.activation.kind <= 1;
+// Whether the tile is one piece, and the activation but two bounds: then sums go from registers to y.
+static inline bool finishes_directly(const Work &work) {
+  return work.y && work.piece_count == 1 && work.activation.kind <= 2;
 }
 
 template <int V>
-static inline void finish_whole(const Work &work, uint32_t row, Vec (&sum)[V]) {
+static inline void finish_directly(const Work &work, uint32_t row, Vec (&sum)[V]) {
   const int64_t at = row * work.plane + work.pieces[0].to;
-  if (work.residual) {
+  const int32_t kind = work.activation.kind, length = work.pieces[0].length;
+  const float infinity = __builtin_inff();
+  const Vec low = all(kind == 0 ? -infinity : kind == 1 ? 0.0f : work.activation.alpha);
+  const Vec high = all(kind == 2 ? work.activation.beta : infinity);
 #pragma GCC unroll 14
-    for (int j = 0; j < V; ++j) sum[j] += load(work.residual + at + j * kLanes);
+  for (int j = 0; j < V; ++j) {
+    const int rest = length - j * kLanes;
+    if (rest >= kLanes) {
+      if (work.residual) sum[j] += load(work.residual + at + j * kLanes);
+      store(work.y + at + j * kLanes, at_most(at_least(sum[j], low), high));
+    } else if (rest > 0) {
+      if (work.residual) sum[j] += load_some(work.residual + at + j * kLanes, rest);
+      store_some(work.y + at + j * kLanes, at_most(at_least(sum[j], low), high), rest);
+    }
   }
-  const Vec low = all(work.activation.kind == 1 ? 0.0f : -__builtin_inff());
-#pragma GCC unroll 14
-  for (int j = 0; j < V; ++j) store(work.y + at + j * kLanes, at_least(sum[j], low));
 }
 
 }  // namespace SECATEUR_ISA

@@ -22,7 +22,7 @@ static void list_of(const Work &work) {
   const Entry *at = static_cast<const Entry *>(work.stream);
   const Entry *const end = static_cast<const Entry *>(work.stream_end);
   const char *const panel = work.panel;
-  const bool whole = finishes_whole(work);
+  const bool direct = finishes_directly(work);
   while (at < end) {
     const uint32_t head = at->where;
     uint32_t count;
@@ -63,8 +63,8 @@ static void list_of(const Work &work) {
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[0][j] += sum[kSets - 1][j];
     }
-    if (whole && (head & kLast)) {
-      finish_whole<V>(work, row, sum[0]);
+    if (direct && (head & kLast)) {
+      finish_directly<V>(work, row, sum[0]);
       continue;
     }
 #pragma GCC unroll 14

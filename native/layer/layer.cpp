@@ -33,7 +33,7 @@ class Scratch {
 };
 
 // What the sums of a task may take of the second cache, beside weights that stream through it.
-constexpr int64_t kSecondCache = 128 * 1024;
+constexpr int64_t kSecondCache = 512 * 1024;
 
 // How many parts to cut the rows into, so that sums stay in the second cache and the tasks keep
 // all threads busy. Every part packs the input again, so as few as will do.
