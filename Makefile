@@ -13,6 +13,7 @@
 #                     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                 Left empty, torch comes from wherever pip is configured to look.
 #   WORKERS       test processes
+#   CXX           the C++ compiler. Without one, everything but the sparse runtime works.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -22,17 +23,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
+LIBRARY := src/secateur/runtime/libsecateur.so
+NATIVE := $(shell find native -path native/inplace -prune -o -path native/tests -prune -o -type f -print)
+
+# make sets CXX to g++ itself; cmake would take that for a wish and look for no other.
+ifneq ($(origin CXX),default)
+export CXX
+endif
+# Both are in requirements.lock.
+CMAKE := CMAKE_GENERATOR=Ninja PATH="$(CURDIR)/$(BIN):$$PATH" cmake
+COMPILER := $(shell command -v $(CXX) c++ clang++ 2>/dev/null | head -n 1)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench docs format lock clean distclean
+.PHONY: help install native check-native demo test check bench docs format lock clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-install: $(STAMP)
+install: $(STAMP) $(LIBRARY)
 
 # torch goes first, because only it may come from another index. --no-deps everywhere else: the
 # lock is complete, so pip installs what it lists and nothing more.
@@ -53,13 +64,29 @@ else
 	$(BIN)/pip install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
 endif
 	$(BIN)/pip install --no-deps --requirement requirements.lock
-	$(BIN)/pip install --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install --no-deps --no-build-isolation --config-settings=wheel.cmake=false --editable .
 	@touch $@
+
+# Built beside its Python loader, where an editable install looks for it. Without a compiler this
+# says so and goes on; a compiler that fails is an error.
+native $(LIBRARY): $(STAMP) $(NATIVE)
+ifeq ($(COMPILER),)
+	@echo "No C++ compiler was found: the sparse runtime is left out. On Debian: apt install g++"
+else
+	@mkdir -p build
+	@$(CMAKE) -S native -B build/native -DSECATEUR_INPLACE=ON >build/native.log 2>&1 || { \
+	  cat build/native.log; exit 1; }
+	@$(CMAKE) --build build/native
+	@touch $(LIBRARY)
+endif
+
+check-native: $(STAMP)
+	CMAKE_GENERATOR=Ninja PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/check.sh build/native-check
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/fashion_mnist/demo.sh
 
-test: $(STAMP)
+test: $(STAMP) $(LIBRARY)
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(STAMP)
@@ -68,10 +95,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)
+bench: $(STAMP) $(LIBRARY)
 	$(BIN)/python -m bench
 
-docs: $(STAMP)
+docs: $(STAMP) $(LIBRARY)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m pytest -n $(WORKERS) README.md CONTRIBUTING.md docs tests/test_docs.py
 
@@ -84,7 +111,8 @@ lock: $(STAMP)
 
 clean:
 	rm -rf build dist out docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
-	  .hypothesis src/*.egg-info
+	  .hypothesis src/*.egg-info $(LIBRARY)
+	find native/inplace -mindepth 1 ! -path native/inplace/CMakeLists.txt -delete
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

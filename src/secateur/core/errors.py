@@ -15,6 +15,7 @@
     │   ├── FormatError                truncated, altered or oversized
     │   └── OutputExists               the output folder is already there
     ├── MissingExtra (ImportError)     an optional dependency is not installed       exit 5
+    ├── MissingNative (ImportError)    the native library is missing or unusable     exit 5
     └── NotYet (NotImplementedError)   planned, not built                            exit 5
 
 Each message has four parts: what was asked, what was found, why it cannot be, what to do.
@@ -128,6 +129,29 @@ class MissingExtra(SecateurError, ImportError):
             f"the package {package!r} is not installed",
             f"it belongs to the optional extra {extra!r}",
             f"run: pip install 'secateur[{extra}]'",
+        )
+
+
+class MissingNative(SecateurError, ImportError):
+    """The native library was not built, or this machine cannot load it.
+
+    Args:
+        found: What is there instead of a library that works.
+
+    Example:
+        >>> MissingNative("it was not built").exit_code
+        5
+    """
+
+    exit_code = 5
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "the sparse runtime",
+            found,
+            "its kernels are a native library, built when secateur is installed with a C++17 compiler",
+            "install a compiler (Debian: apt install g++), then secateur again, with pip's options "
+            "--force-reinstall --no-deps --no-cache-dir (in a checkout: make native)",
         )
 
 

@@ -1,0 +1,128 @@
+"""ONNX Runtime's own session, with our operators registered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError
+
+#: Under this key of a session's options our operators find how many threads it has. ONNX Runtime
+#: itself does not tell them; without it they ask the operating system for its processors.
+THREADS_ENTRY = "secateur.threads"
+_PROVIDERS = ("CPUExecutionProvider",)
+
+
+def session(
+    path: str | Path | bytes,
+    threads: int | None = None,
+    *,
+    options: Any = None,
+    providers: Sequence[Any] = _PROVIDERS,
+) -> Any:
+    """Open a compiled ONNX model in ONNX Runtime.
+
+    What comes back is the stock ``onnxruntime.InferenceSession``. Models without operators of
+    ours open as well.
+
+    Args:
+        path: The file, or its contents.
+        threads: How many threads one run uses; None: as ``options`` say, and if they say nothing,
+            as many as ONNX Runtime finds right.
+        options: An ``onnxruntime.SessionOptions`` to start from. The library is registered there
+            too, so the same options can open more models.
+        providers: ONNX Runtime's execution providers. Our operators run on the CPU.
+
+    Returns:
+        ``onnxruntime.InferenceSession``
+
+    Raises:
+        FileError: There is no such file.
+        FormatError: The file is truncated or altered, or it was written for another version of
+            the operators. The message of ONNX Runtime is part of it.
+        UsageError: ``threads`` is below 1.
+        MissingExtra: ONNX Runtime is not installed.
+        MissingNative: secateur was installed without its native part.
+
+    Example:
+        >>> session("missing.onnx")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.FileError: opening 'missing.onnx': there is no such file. A session ...
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtra("onnxruntime", "onnx", "opening a compiled ONNX model") from None
+    options = session_options(threads, options)
+    if not isinstance(path, bytes):
+        if not Path(path).is_file():
+            raise FileError(
+                f"opening {str(path)!r}",
+                "there is no such file",
+                "a session is made from an ONNX file",
+                "check the name, or write the file: secateur compile model.onnx -o FILE",
+            )
+        path = str(path)
+    # Its fallback opens the file again after an error and prints a banner; here it cannot help.
+    fallback = tuple(providers) != _PROVIDERS
+    try:
+        return onnxruntime.InferenceSession(
+            path, options, providers=list(providers), enable_fallback=fallback
+        )
+    except Exception as error:
+        # Its errors have no common class; it may also quote a damaged name, which is no text.
+        if not type(error).__module__.startswith("onnxruntime") and not isinstance(
+            error, UnicodeDecodeError
+        ):
+            raise
+        raise FormatError(
+            f"opening {'a model in memory' if isinstance(path, bytes) else repr(path)}",
+            f"ONNX Runtime refuses it: {str(error).strip()}",
+            "the file is damaged, or this version does not know what it contains",
+            "copy it again from where it came, or write it again: secateur compile",
+        ) from error
+
+
+def session_options(threads: int | None = None, options: Any = None) -> Any:
+    """Options of a session that knows our operators, for those who open it themselves.
+
+    Args:
+        threads: How many threads one run uses; None: as ``options`` say.
+        options: An ``onnxruntime.SessionOptions`` to complete; None: new ones.
+
+    Returns:
+        ``options``, or new ones
+
+    Raises:
+        UsageError: ``threads`` is below 1.
+        MissingNative: secateur was installed without its native part.
+
+    Example:
+        >>> session_options(threads=2).intra_op_num_threads
+        2
+    """
+    from onnxruntime import SessionOptions
+
+    from secateur.runtime.library import library_path, load
+
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads={threads}", "a run needs a thread", do="give 1 or more")
+    load()  # says what is wrong with a library that cannot be used
+    options = SessionOptions() if options is None else options
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    count, before = str(options.intra_op_num_threads), _threads_entry(options)
+    if before != count:  # ONNX Runtime warns of an entry that is written again
+        options.add_session_config_entry(THREADS_ENTRY, count)
+    if before is None:  # else these options know the library, and must not be told twice
+        options.register_custom_ops_library(str(library_path()))
+    return options
+
+
+def _threads_entry(options: Any) -> str | None:
+    try:
+        return str(options.get_session_config_entry(THREADS_ENTRY))
+    except RuntimeError:
+        return None
