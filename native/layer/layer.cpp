@@ -102,8 +102,10 @@ Layer::Layer(const secateur_spec &spec, const secateur_weights &stored,
     refuse("the gemv family is for linear layers");
   }
   weights_ = decode(spec, stored);
+  nonzeros_ = weights_.nonzeros();
   if (variant.family == SECATEUR_GEMV) {
     gemv_ = std::make_unique<Gemv>(spec, weights_, stored.dtype, table.gemv_f32, table.gemv_bf16);
+    weights_ = Weights();  // it has its own
   }
 }
 
@@ -252,7 +254,7 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
 int64_t Layer::bytes() const {
   if (gemv_) return gemv_->bytes();
   const std::lock_guard<std::mutex> lock(mutex_);
-  int64_t all = weights_.nonzeros() * 8 + weights_.rows * 12;
+  int64_t all = nonzeros_ * 8 + weights_.rows * 12;
   for (const auto &[shape, streams] : streams_) all += streams->bytes();
   return all;
 }

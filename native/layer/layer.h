@@ -22,7 +22,7 @@ class Layer {
   void shape(const int64_t dims[3], int64_t out[3]) const;
   void run(const float *x, const int64_t dims[3], const float *residual, float *y,
            const Parallel &parallel) const;
-  int64_t nonzeros() const { return weights_.nonzeros(); }
+  int64_t nonzeros() const { return nonzeros_; }
   int64_t bytes() const;
 
  private:
@@ -38,7 +38,8 @@ class Layer {
   secateur_spec spec_;
   secateur_variant variant_;
   const KernelTable &table_;
-  Weights weights_;
+  Weights weights_;  // empty for GEMV
+  int64_t nonzeros_;
   std::unique_ptr<Gemv> gemv_;
   // Streams depend on the tile's shape alone, so that sequences of many lengths share them.
   using Shape = std::tuple<int, int32_t, int32_t, int>;

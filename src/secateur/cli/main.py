@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import compare, evaluate, export, inspect, prune
+from secateur.cli import bench, compare, doctor, evaluate, export, inspect, prune
+from secateur.cli import compile as compiling
 from secateur.cli.screen import INTERRUPTED, version
 from secateur.core.errors import UsageError
 from secateur.report import error_document
@@ -29,6 +30,9 @@ app.command("prune")(prune.prune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
+app.command("compile")(compiling.compile_model)
+app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 
 
 def _show_version(wanted: bool) -> None:

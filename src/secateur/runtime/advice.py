@@ -1,0 +1,111 @@
+"""What the facts about a machine mean for someone who prunes, in sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from secateur.runtime.breakeven import BreakEven, crossing
+from secateur.runtime.machine import Machine
+
+# Dense bfloat16 that is less than this many times faster is no reason to change anything.
+_CLEARLY = 1.3
+
+
+def advice(machine: Machine, measured: Sequence[BreakEven]) -> tuple[str, ...]:
+    """Plain sentences, the most important first.
+
+    Args:
+        machine: As measured.
+        measured: Break-evens; may be empty.
+    """
+    if not machine.kernels:
+        return (f"There are no sparse kernels here. {machine.problem}",)
+    said = [
+        _wrong_isa(machine),
+        *_patterns(measured),
+        _token(measured),
+        _bfloat16(machine, measured),
+    ]
+    return tuple(sentence for sentence in said if sentence)
+
+
+def _wrong_isa(machine: Machine) -> str:
+    if machine.isa is None:
+        return machine.problem
+    if machine.isa != machine.kernels[0]:
+        return (
+            f"SECATEUR_ISA holds the kernels to {machine.isa}; this machine has "
+            f"{machine.kernels[0]}. Unset it for speed."
+        )
+    return ""
+
+
+def _many(measured: Sequence[BreakEven]) -> list[BreakEven]:
+    """Layers with many positions: all but those of one token."""
+    return [b for b in measured if "1 token" not in b.layer]
+
+
+def _patterns(measured: Sequence[BreakEven]) -> list[str]:
+    sentences = []
+    many = _many(measured)
+    for pattern in dict.fromkeys(b.pattern for b in many):
+        rows = [b for b in many if b.pattern == pattern]
+        if pattern == "2:4":
+            typical = statistics.median(p.ratio for b in rows for p in b.points)
+            pays = "pays" if typical < 0.97 else "does not pay"
+            sentences.append(
+                f"2:4 {pays} on this processor: {1 / typical:.2f} times the dense speed at 50 %."
+            )
+            continue
+        where = [b.sparsity for b in rows if b.sparsity is not None]
+        if len(where) < len(rows):
+            sentences.append(
+                f"{_named(pattern)} was not faster than dense in {len(rows) - len(where)} of "
+                f"{len(rows)} layers, whatever the sparsity."
+            )
+        else:
+            below = " or below" if all(b.at_most for b in rows) else ""
+            sentences.append(
+                f"{_named(pattern)} pays from {_percent(max(where))}{below} on in all layers measured."
+            )
+    return sentences
+
+
+def _named(pattern: str) -> str:
+    return "Unstructured sparsity" if pattern == "unstructured" else f"Sparsity in {pattern}"
+
+
+def _token(measured: Sequence[BreakEven]) -> str:
+    rows = [b for b in measured if "1 token" in b.layer and b.sparsity is not None]
+    if not rows:
+        return ""
+    parts = [
+        f"{'below ' if b.at_most else ''}{_percent(b.sparsity)} in {b.dtype}"
+        for b in rows
+        if b.sparsity is not None
+    ]
+    return f"For one token at a time (a language model that writes) it pays from {' and '.join(parts)} on."
+
+
+def _bfloat16(machine: Machine, measured: Sequence[BreakEven]) -> str:
+    ratio = machine.bfloat16_gflops / machine.float32_gflops
+    unit = "it has a matrix unit (AMX)" if machine.amx else "it has no matrix unit (AMX)"
+    if ratio < _CLEARLY:
+        return f"Dense bfloat16 is no rival here: {ratio:.1f} times the rate of float32; {unit}."
+    rows = [b for b in _many(measured) if b.pattern == "unstructured"]
+    needed = [crossing([(p.sparsity, p.ratio) for p in b.points], 1 / ratio)[0] for b in rows]
+    reached = [n for n in needed if n is not None]
+    start = f"Dense bfloat16 runs at {ratio:.1f} times the rate of float32 here; {unit}."
+    if not rows:
+        return start
+    if len(reached) < len(rows):
+        return (
+            f"{start} Unstructured float32 does not catch up in all layers: if bfloat16 is accurate "
+            "enough for you, run the dense network in it, or prune channels and heads."
+        )
+    return f"{start} Unstructured float32 overtakes it from about {_percent(max(reached))} on."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

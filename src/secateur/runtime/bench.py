@@ -1,0 +1,227 @@
+"""How much faster a sparse model is than itself run densely, measured side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.core.errors import UsageError
+from secateur.runtime.compile import (
+    compile_onnx,
+    is_compiled,
+    metadata,
+    read_graph,
+)
+from secateur.runtime.graph import Graph, packages
+from secateur.runtime.native import Variant, isa
+from secateur.runtime.operators import is_sparse
+from secateur.runtime.race import Raced, open_session, race, runner
+from secateur.runtime.rebuild import dense_model
+from secateur.runtime.sample import Sample, not_running
+from secateur.runtime.verify import largest_error
+from secateur.runtime.whole import Progress
+
+_ONE = Sample()
+_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Median:
+    """Milliseconds of one run: the median, and between which 80 % of the runs lie."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """One layer alone.
+
+    Args:
+        name: Of the layer's node.
+        kind: ``"conv"`` or ``"linear"``.
+        shape: Of its weight.
+        groups: Of a convolution.
+        sparsity: Share of zeros.
+        kernel: What the model runs it with; None is dense.
+        dense_ms: Its time in ONNX Runtime; None if it was not measured.
+        sparse_ms: Its time with the best kernel.
+        gflops: Billions of operations a second of that kernel: two for each weight that is not
+            zero and each position of the output.
+        peak_share: That, as a share of what the machine can do; None if that is not known.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    groups: int
+    sparsity: float
+    kernel: Variant | None
+    dense_ms: float | None
+    sparse_ms: float | None
+    gflops: float | None
+    peak_share: float | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured.
+
+    Args:
+        dense: The dense model in ONNX Runtime.
+        sparse: The compiled one.
+        speedup: Median ratio of paired runs, dense over sparse.
+        speedup_range: Its 95 % range.
+        rounds: How many pairs.
+        max_rel_error: Largest difference of an output, relative to the largest output.
+        dense_bytes: Size of the dense file.
+        sparse_bytes: Size of the compiled file.
+        threads: Of ONNX Runtime; None if it chose itself.
+        isa: Instruction set of the kernels.
+        peak_gflops: Billions of dense float32 operations a second that the machine reaches; None if
+            that was not given.
+        inputs: Shapes of the inputs.
+        layers: Each layer that could be sparse.
+        notes: What else a reader should know.
+    """
+
+    dense: Median
+    sparse: Median
+    speedup: float
+    speedup_range: tuple[float, float]
+    rounds: int
+    max_rel_error: float
+    dense_bytes: int
+    sparse_bytes: int
+    threads: int | None
+    isa: str
+    peak_gflops: float | None
+    inputs: dict[str, tuple[int, ...]]
+    layers: tuple[LayerSpeed, ...]
+    notes: tuple[str, ...]
+
+
+def bench(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    threads: int | None = None,
+    sample: Sample = _ONE,
+    peak: float | None = None,
+    progress: Progress | None = None,
+) -> Bench:
+    """Time a model densely and with our operators, in turn.
+
+    Args:
+        path: An ONNX file. A dense one is compiled first, to a file that is not kept.
+        against: The dense file of a compiled one; None makes it again from the compiled one.
+        threads: Of ONNX Runtime.
+        sample: Sizes of inputs whose axes are open.
+        peak: GFLOP/s that this machine reaches, for the shares in the layers.
+        progress: Called with a stage, what is done, and how much there is.
+
+    Raises:
+        FileError: A file cannot be read.
+        UsageError: A model does not run on the sample, or the two are not of one kind.
+        MissingNative: secateur was installed without its native part.
+    """
+    packages("measuring a model")
+    with tempfile.TemporaryDirectory(prefix="secateur-") as place:
+        given = read_graph(path, sample)
+        compiled_path, dense = Path(path), given
+        if not is_compiled(given.model):
+            compiled_path = Path(place) / "model.onnx"
+            compile_onnx(path, compiled_path, threads=threads, sample=sample, progress=progress)
+        compiled = given if compiled_path == Path(path) else read_graph(compiled_path, sample)
+        size = Path(path).stat().st_size
+        if against is not None:
+            dense, size = read_graph(against, sample), Path(against).stat().st_size
+            _require_dense(dense, against)
+        elif compiled is given:
+            dense = Graph.of(dense_model(compiled.model))
+            size = len(dense.model.SerializeToString())
+        sparse_bytes = compiled_path.stat().st_size
+    feeds = sample.feeds(dense)
+    raced, error = _raced(dense.model, compiled.model, feeds, threads)
+    about = metadata(compiled.model) or {}
+    ratio = 1 / raced.ratio(1)
+    low, high = raced.ratio_range(1)
+    return Bench(
+        _median(raced, 0),
+        _median(raced, 1),
+        ratio,
+        (1 / high, 1 / low),
+        len(raced.times[1]),
+        error,
+        size,
+        sparse_bytes,
+        threads,
+        isa(),
+        peak,
+        {name: tuple(x.shape) for name, x in feeds.items()},
+        tuple(_layer(held, peak) for held in about.get("layers", ())),
+        _notes(about, compiled, threads),
+    )
+
+
+def _raced(
+    dense: Any, compiled: Any, feeds: Mapping[str, np.ndarray], threads: int | None
+) -> tuple[Raced, float]:
+    first, second = open_session(dense, threads), open_session(compiled, threads)
+    try:
+        expected, got = first.run(None, dict(feeds)), second.run(None, dict(feeds))
+    except Exception as error:
+        raise not_running(feeds, error) from error
+    raced = race([runner(first, feeds), runner(second, feeds)], seconds=_SECONDS, drop=False)
+    return raced, largest_error(expected, got)
+
+
+def _require_dense(graph: Graph, path: str | Path) -> None:
+    if any(is_sparse(node) for node in graph.nodes):
+        raise UsageError(
+            f"measuring against {str(path)!r}",
+            "it is compiled, too",
+            "the other side of the comparison is dense",
+            "give the dense file",
+        )
+
+
+def _median(raced: Raced, which: int) -> Median:
+    return Median(raced.median(which), *raced.spread(which))
+
+
+def _layer(held: Mapping[str, Any], peak: float | None) -> LayerSpeed:
+    kernel = held["kernel"]
+    sparse_ms = held["sparse_ms"]
+    done = 2 * held["macs"] * (1 - held["sparsity"])
+    gflops = done / sparse_ms / 1e6 if sparse_ms else None
+    return LayerSpeed(
+        held["name"],
+        held["kind"],
+        tuple(held["shape"]),
+        held["groups"],
+        held["sparsity"],
+        Variant(**kernel) if kernel else None,
+        held["dense_ms"],
+        sparse_ms,
+        gflops,
+        gflops / peak if gflops and peak else None,
+    )
+
+
+def _notes(about: Mapping[str, Any], compiled: Graph, threads: int | None) -> tuple[str, ...]:
+    notes = list(about.get("notes", ()))
+    if about and about.get("threads") != threads:
+        chosen = about.get("threads") or "ONNX Runtime's own number of"
+        notes.append(f"the kernels were chosen for {chosen} threads: compile again for these")
+    if about and about.get("isa") != isa():
+        notes.append(f"the kernels were chosen for {about.get('isa')}, this machine runs {isa()}")
+    if not about and any(is_sparse(node) for node in compiled.nodes):
+        notes.append("the file does not say how its layers were timed")
+    return tuple(notes)

@@ -1,0 +1,325 @@
+"""An ONNX file as a graph that can be asked: constants, users, shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError
+
+OLDEST_OPSET = 7
+#: One axis: a number, a name that stands for a number, or nothing known.
+Axis = int | str | None
+_DOMAINS = ("", "ai.onnx")
+# Entries of a weight that cannot say anything about shapes.
+_LARGE = 4096
+
+
+def packages(purpose: str) -> tuple[Any, Any]:
+    """The modules onnx and onnxruntime.
+
+    Raises:
+        MissingExtra: One of them is not installed.
+    """
+    for name in ("onnx", "onnxruntime"):
+        try:
+            __import__(name)
+        except ImportError:
+            raise MissingExtra(name, "onnx", purpose) from None
+    import onnx
+    import onnxruntime
+
+    return onnx, onnxruntime
+
+
+def read_model(path: str | Path) -> Any:
+    """Read an ONNX file; local functions are inlined, and weights are never inputs.
+
+    Files of IR version 3 list every weight as an input, too, so that a caller may replace it. A
+    weight that may be replaced cannot be packed: here they are constants.
+
+    Raises:
+        FileError: It cannot be opened.
+        FormatError: It is not an ONNX file, or is damaged.
+        UsageError: Its operators are older than version 7.
+    """
+    onnx, _ = packages("reading an ONNX file")
+    path = Path(path)
+    asked = f"reading {str(path)!r}"
+    try:
+        model = onnx.load(str(path))
+    except OSError as error:
+        raise FileError(
+            asked, error.strerror or str(error), "the model is read from it", "check the path"
+        ) from error
+    except Exception as error:
+        first = (str(error).splitlines() or ["no message"])[0][:200]
+        raise FormatError(
+            asked, f"it cannot be decoded ({first})", "it is not an ONNX file, or cut", "copy anew"
+        ) from error
+    if not model.graph.node or not model.opset_import:
+        raise FormatError(asked, "it holds no graph", "it is not an ONNX file, or cut", "copy anew")
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    version = opset(model)
+    if 0 < version < OLDEST_OPSET:
+        raise UsageError(
+            asked,
+            f"its operators are of version {version}",
+            f"before version {OLDEST_OPSET} they had other meanings",
+            "convert it with onnx.version_converter",
+        )
+    held = {tensor.name for tensor in model.graph.initializer}
+    inputs = [i for i in model.graph.input if i.name not in held]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    # The first version with weights that are not inputs.
+    model.ir_version = max(4, model.ir_version)
+    return model
+
+
+def opset(model: Any) -> int:
+    """Version of the standard operators, 0 if the model uses none."""
+    return max((int(o.version) for o in model.opset_import if o.domain in _DOMAINS), default=0)
+
+
+def standard(node: Any, *kinds: str) -> bool:
+    """Whether a node is one of these operators of the standard itself."""
+    return node.domain in _DOMAINS and node.op_type in kinds
+
+
+def attribute(node: Any, name: str, default: Any = None) -> Any:
+    """The value of an attribute."""
+    import onnx
+
+    for item in node.attribute:
+        if item.name == name:
+            return onnx.helper.get_attribute_value(item)
+    return default
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The top-level graph of a model, with what follows from it.
+
+    Args:
+        model: The ONNX model; never changed.
+        nodes: Its nodes, each after those that it needs.
+        producer: For each value, the number of the node that makes it.
+        users: For each value, the number of each node that uses it, once per use. A use inside a
+            branch or a loop counts as one of the node that holds the branch.
+        outputs: Names of the graph's outputs.
+        shapes: Axes of a value, where they can be inferred.
+    """
+
+    model: Any
+    nodes: tuple[Any, ...]
+    producer: dict[str, int]
+    users: dict[str, list[int]]
+    outputs: frozenset[str]
+    shapes: dict[str, tuple[Axis, ...]]
+    opset: int
+    _initializers: dict[str, Any]
+    _constants: dict[str, np.ndarray | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: Any) -> Graph:
+        """Read a model that :func:`read_model` gave."""
+        nodes = ordered(model.graph)
+        producer: dict[str, int] = {}
+        users: dict[str, list[int]] = {}
+        for index, node in enumerate(nodes):
+            for name in node.output:
+                producer[name] = index
+            for name in uses(node):
+                users.setdefault(name, []).append(index)
+        return Graph(
+            model,
+            nodes,
+            producer,
+            users,
+            frozenset(o.name for o in model.graph.output),
+            _shapes(model),
+            opset(model),
+            {tensor.name: tensor for tensor in model.graph.initializer},
+        )
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """A value that no input can change: a weight, or a constant that was moved about."""
+        if not name:
+            return None
+        if name not in self._constants:
+            self._constants[name] = self._evaluate(name)
+        return self._constants[name]
+
+    def follower(self, name: str) -> int | None:
+        """The node that alone uses a value, and once; None if there are more, or it is an output."""
+        users = self.users.get(name, ())
+        return users[0] if len(users) == 1 and name not in self.outputs else None
+
+    def shape(self, name: str) -> tuple[Axis, ...] | None:
+        """Axes of a value; None if not even their number is known."""
+        held = self._initializers.get(name)
+        return tuple(held.dims) if held is not None else self.shapes.get(name)
+
+    def same_shape(self, a: str, b: str) -> bool:
+        """Whether two values surely have one shape: every axis known, by number or by name."""
+        first, second = self.shape(a), self.shape(b)
+        return first is not None and None not in first and first == second
+
+    def _evaluate(self, name: str) -> np.ndarray | None:
+        from onnx import numpy_helper
+
+        if name in self._initializers:
+            return np.asarray(numpy_helper.to_array(self._initializers[name]))
+        if name not in self.producer:
+            return None
+        node = self.nodes[self.producer[name]]
+        if standard(node, "Constant"):
+            return _stored(node)
+        if not standard(node, *_RULES) or not node.input:
+            return None
+        parts = [self.constant(part) for part in node.input if part]
+        if any(part is None for part in parts):
+            return None
+        return _RULES[node.op_type](node, [part for part in parts if part is not None])
+
+
+def ordered(graph: Any) -> tuple[Any, ...]:
+    """Nodes, each after those that it needs; the order of the file where that is possible."""
+    made = {name for node in graph.node for name in node.output if name}
+    left = list(graph.node)
+    done: set[str] = set()
+    out: list[Any] = []
+    while left:
+        later = []
+        for node in left:
+            if all(name in done or name not in made for name in uses(node)):
+                out.append(node)
+                done.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(left):
+            raise FormatError(
+                f"a graph of {len(graph.node)} nodes",
+                f"{len(left)} of them wait for one another",
+                "a graph has no cycles",
+                "export the model anew",
+            )
+        left = later
+    return tuple(out)
+
+
+def uses(node: Any) -> Iterator[str]:
+    """Every value that a node needs, once per use, with those that its branches capture."""
+    yield from (name for name in node.input if name)
+    for item in node.attribute:
+        for branch in ([item.g] if item.HasField("g") else []) + list(item.graphs):
+            own = {i.name for i in branch.input} | {t.name for t in branch.initializer}
+            own |= {name for inner in branch.node for name in inner.output}
+            captured = [name for inner in branch.node for name in uses(inner)]
+            captured += [o.name for o in branch.output]
+            yield from (name for name in captured if name not in own)
+
+
+def _stored(node: Any) -> np.ndarray | None:
+    from onnx import numpy_helper
+
+    for item in node.attribute:
+        if item.name == "value":
+            return np.asarray(numpy_helper.to_array(item.t))
+        if item.name in ("value_float", "value_floats"):
+            held = item.f if item.name == "value_float" else list(item.floats)
+            return np.asarray(held, np.float32)
+        if item.name in ("value_int", "value_ints"):
+            held = item.i if item.name == "value_int" else list(item.ints)
+            return np.asarray(held, np.int64)
+    return None
+
+
+def _axes(node: Any, parts: list[np.ndarray]) -> tuple[int, ...] | None:
+    found = parts[1].tolist() if len(parts) > 1 else attribute(node, "axes")
+    return None if found is None else tuple(int(axis) for axis in np.atleast_1d(found))
+
+
+def _cast(node: Any, parts: list[np.ndarray]) -> np.ndarray | None:
+    import onnx
+
+    to = onnx.helper.tensor_dtype_to_np_dtype(attribute(node, "to"))
+    return parts[0].astype(to) if to in (np.float32, np.float64, np.int64, np.int32) else None
+
+
+def _reshape(node: Any, parts: list[np.ndarray]) -> np.ndarray | None:
+    if len(parts) < 2 or attribute(node, "allowzero", 0):
+        return None
+    shape = [n or parts[0].shape[i] for i, n in enumerate(parts[1].tolist())]
+    return parts[0].reshape(shape)
+
+
+def _unsqueeze(node: Any, parts: list[np.ndarray]) -> np.ndarray | None:
+    axes = _axes(node, parts)
+    return None if axes is None else np.expand_dims(parts[0], axes)
+
+
+def _flatten(node: Any, parts: list[np.ndarray]) -> np.ndarray | None:
+    axis = attribute(node, "axis", 1) % (parts[0].ndim + 1)
+    return parts[0].reshape(math.prod(parts[0].shape[:axis]), -1)
+
+
+_RULES: dict[str, Callable[[Any, list[np.ndarray]], np.ndarray | None]] = {
+    "Identity": lambda node, parts: parts[0],
+    "Transpose": lambda node, parts: parts[0].transpose(attribute(node, "perm")),
+    "Reshape": _reshape,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": lambda node, parts: np.squeeze(parts[0], _axes(node, parts)),
+    "Cast": _cast,
+    "Flatten": _flatten,
+}
+
+
+def _shapes(model: Any) -> dict[str, tuple[Axis, ...]]:
+    import onnx
+
+    try:
+        inferred = onnx.shape_inference.infer_shapes(_outline(model), data_prop=True)
+    except Exception:  # what cannot be inferred stays unknown: fewer fusions, no error
+        inferred = model
+    graph = inferred.graph
+    found: dict[str, tuple[Axis, ...]] = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        if value.type.HasField("tensor_type") and kind.HasField("shape"):
+            found[value.name] = tuple(_axis(axis) for axis in kind.shape.dim)
+    return found
+
+
+def _outline(model: Any) -> Any:
+    """The model without the content of its large weights, which inference would copy twice."""
+    import onnx
+    from onnx import helper
+
+    out, graph = onnx.ModelProto(), model.graph
+    out.ir_version = model.ir_version
+    out.opset_import.extend(model.opset_import)
+    large = [t for t in graph.initializer if math.prod(t.dims) > _LARGE]
+    out.graph.name = "outline"
+    out.graph.node.extend(graph.node)
+    out.graph.input.extend(graph.input)
+    for tensor in large:
+        value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        out.graph.input.append(value)
+    out.graph.output.extend(graph.output)
+    out.graph.value_info.extend(graph.value_info)
+    out.graph.initializer.extend(t for t in graph.initializer if math.prod(t.dims) <= _LARGE)
+    return out
+
+
+def _axis(axis: Any) -> Axis:
+    if axis.HasField("dim_value"):
+        return int(axis.dim_value)
+    return axis.dim_param or None

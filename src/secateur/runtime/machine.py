@@ -1,0 +1,218 @@
+"""What this machine is and what it can do, read from the system and measured in about a second."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secateur.core.errors import MissingNative, UsageError
+from secateur.runtime import native
+
+#: The instruction sets that decide how fast a network runs, as Linux names them.
+INSTRUCTIONS = (
+    *("avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme"),
+)
+_PROCESSORS = Path("/sys/devices/system/cpu")
+_CPUINFO = Path("/proc/cpuinfo")
+_READ_BYTES = 256 << 20
+_WIDTH = 1024
+_SECONDS = 0.4
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache, as a core sees it.
+
+    Args:
+        level: 1 is nearest.
+        bytes: Its size.
+        shared_by: How many logical processors use it.
+    """
+
+    level: int
+    bytes: int
+    shared_by: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine, and what it was measured to do with ``threads`` threads.
+
+    Args:
+        processor: Its name.
+        system: Operating system and architecture.
+        cores: Logical processors that this process may use.
+        caches: Data caches of the first of them, nearest first; empty if the system does not say.
+        instructions: Those of :data:`INSTRUCTIONS` that it has.
+        kernels: Instruction sets that our kernels run with here, best first; empty without the
+            native library.
+        isa: The one in use; None without the native library, or if ``SECATEUR_ISA`` is wrong.
+        problem: Why there are no kernels; empty if there are.
+        threads: That were measured.
+        read_gb_per_s: Reading memory: ``torch.sum`` of 256 MiB of float32.
+        float32_gflops: ``torch.matmul`` of two float32 matrices of 1024 x 1024.
+        bfloat16_gflops: The same in bfloat16.
+    """
+
+    processor: str
+    system: str
+    cores: int
+    caches: tuple[Cache, ...]
+    instructions: tuple[str, ...]
+    kernels: tuple[str, ...]
+    isa: str | None
+    problem: str
+    threads: int
+    read_gb_per_s: float
+    float32_gflops: float
+    bfloat16_gflops: float
+
+    @property
+    def amx(self) -> bool:
+        """Whether there is a matrix unit for bfloat16."""
+        return "amx_bf16" in self.instructions or "sme" in self.instructions
+
+
+def machine(threads: int) -> Machine:
+    """Look at this machine and measure it.
+
+    Args:
+        threads: How many threads torch uses meanwhile.
+
+    Raises:
+        UsageError: ``threads`` is below 1.
+    """
+    if threads < 1:
+        raise UsageError(f"threads={threads}", "a measurement needs a thread", do="give 1 or more")
+    kernels, isa, problem = _kernels()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            read = _read_rate()
+            rates = [_matmul_rate(t) for t in (torch.float32, torch.bfloat16)]
+    finally:
+        torch.set_num_threads(before)
+    return Machine(
+        processor=_processor(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=cores(),
+        caches=caches(),
+        instructions=_instructions(),
+        kernels=kernels,
+        isa=isa,
+        problem=problem,
+        threads=threads,
+        read_gb_per_s=read,
+        float32_gflops=rates[0],
+        bfloat16_gflops=rates[1],
+    )
+
+
+def cores() -> int:
+    """Logical processors that this process may use; a container may have fewer than the machine.
+
+    Example:
+        >>> cores() >= 1
+        True
+    """
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def caches(folder: Path = _PROCESSORS) -> tuple[Cache, ...]:
+    """Data caches of the first processor, nearest first.
+
+    Args:
+        folder: Where Linux describes processors.
+
+    Example:
+        >>> caches(Path("/nowhere"))
+        ()
+    """
+    found = []
+    for entry in sorted((folder / "cpu0" / "cache").glob("index*")):
+        try:
+            kind, level, size, shared = (
+                (entry / name).read_text(encoding="ascii").strip()
+                for name in ("type", "level", "size", "shared_cpu_list")
+            )
+        except OSError:
+            continue
+        scaled = re.fullmatch(r"(\d+)([KMG]?)", size)
+        if kind != "Instruction" and scaled:
+            unit = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[scaled[2]]
+            found.append(Cache(int(level), int(scaled[1]) * unit, listed(shared)))
+    return tuple(sorted(found, key=lambda c: c.level))
+
+
+def listed(text: str) -> int:
+    """How many numbers a list of Linux has.
+
+    Example:
+        >>> listed("0-3,8,10-11"), listed("0")
+        (7, 1)
+    """
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",") if part]
+    return sum(pair[-1] - pair[0] + 1 for pair in ends)
+
+
+def _kernels() -> tuple[tuple[str, ...], str | None, str]:
+    try:
+        kernels = tuple(native.isas())
+    except MissingNative as missing:
+        return (), None, str(missing)
+    try:
+        return kernels, native.isa(), ""
+    except UsageError as wrong:
+        return kernels, None, str(wrong)
+
+
+def _cpuinfo(*names: str) -> str:
+    """The first value of one of some keys."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    pairs = [line.partition(":") for line in lines]
+    return next((value.strip() for key, _, value in pairs if key.strip() in names), "")
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> tuple[str, ...]:
+    flags = set(_cpuinfo("flags", "Features").split())
+    return tuple(name for name in INSTRUCTIONS if name in flags)
+
+
+def _read_rate() -> float:
+    data = torch.ones(_READ_BYTES // 4)
+    return _READ_BYTES / 1e9 / _fastest(data.sum)
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(_WIDTH, _WIDTH).to(dtype) for _ in range(2))
+    out = torch.empty(_WIDTH, _WIDTH, dtype=dtype)
+    return 2 * _WIDTH**3 / 1e9 / _fastest(lambda: torch.matmul(a, b, out=out))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of several runs: what the machine can do when it is left alone."""
+    work()
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best

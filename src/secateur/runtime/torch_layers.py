@@ -1,0 +1,333 @@
+"""PyTorch modules whose sparse layers call our kernels: :func:`accelerate` and :func:`restore`.
+
+A layer that is swapped gives its dense weight away and keeps the values and a bit mask, which is
+smaller from about 5 % of zeros on. Its state dict still has ``weight`` and ``bias``, dense, under
+the names and with the bits that they had, and loads the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import UsageError
+from secateur.core.masks import pack_bits, unpack_bits
+from secateur.formats.layouts import LAYOUTS
+from secateur.runtime import torch_operators
+from secateur.runtime.library import load
+
+Choose = Literal["measured", "first"]
+Dense = nn.Linear | nn.Conv2d
+_BITMASK = LAYOUTS["bitmask"]
+_INFERENCE = "the kernels have no backward pass"
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A Linear or Conv2d layer, and whether :func:`accelerate` swaps it.
+
+    Args:
+        name: In the module; empty for the module itself.
+        sparsity: Share of zeros in its weight.
+        reason: Why it stays dense; empty if it is swapped.
+    """
+
+    name: str
+    sparsity: float
+    reason: str
+
+
+class SparseLayer(nn.Module):
+    """What stands where a Linear or Conv2d layer stood.
+
+    Args:
+        dense: The layer; it is left as it is.
+        threads: 0 for as many as ``torch.get_num_threads()`` says.
+        measure: Time the kernels at the first input of each size.
+    """
+
+    values: Tensor
+    index: Tensor
+    negative: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, dense: Dense, threads: int, measure: bool) -> None:
+        super().__init__()
+        self.train(dense.training)
+        self.threads, self.measure = threads, measure
+        # The layer without its tensors, in a tuple so that it is no child.
+        shell: Dense = copy.copy(dense)
+        shell._parameters, shell._buffers, shell._modules = {}, {}, {}
+        self._shell: tuple[Dense] = (shell,)
+        self._trainable = dense.weight.requires_grad
+        self.shape, self._order = tuple(dense.weight.shape), dense.weight.stride()
+        for name in ("values", "index", "negative"):
+            self.register_buffer(name, None, persistent=False)
+        self._store_(dense.weight)
+        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+        self.geometry = _geometry(dense) if isinstance(dense, nn.Conv2d) else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked anew at every use."""
+        parts = {"values": self.values, "bitmask": self.index}
+        value, _ = _BITMASK.unpack(parts, self.shape, self.values.dtype)
+        if self.negative is not None:
+            value[unpack_bits(self.negative, self.shape)] = -0.0
+        whole = torch.empty_strided(self.shape, self._order, dtype=value.dtype, device=value.device)
+        return whole.copy_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the dense layer computes, up to rounding."""
+        self._require_inference(x)
+        bias = None if self.bias is None else self.bias.detach()
+        stored = (self.values, self.index, bias)
+        how = (self.threads, self.measure)
+        if self.geometry is None:
+            flat: Tensor = torch.ops.secateur.sparse_linear(x, *stored, *self.shape, *how)
+            return flat
+        image = x.dim() == 3
+        batch = x.unsqueeze(0) if image else x
+        y: Tensor = torch.ops.secateur.sparse_conv(batch, *stored, self.shape, *self.geometry, *how)
+        return y.squeeze(0) if image else y
+
+    def dense(self) -> Dense:
+        """The layer as it was before, with the same bits in its weight."""
+        layer = copy.copy(self._shell[0])
+        layer._buffers, layer._modules = {}, {}
+        weight = nn.Parameter(self.weight, requires_grad=self._trainable)
+        layer._parameters = {"weight": weight, "bias": self.bias}
+        layer.training = self.training
+        return layer
+
+    def extra_repr(self) -> str:
+        """Shape, sparsity and the kind of layer."""
+        kept = self.values.numel() / max(1, self.index.numel() * 8)
+        return f"{type(self._shell[0]).__name__}, weight={self.shape}, sparsity={1 - kept:.3f}"
+
+    def _store_(self, weight: Tensor) -> None:
+        value = weight.detach().contiguous()
+        parts = _BITMASK.pack(value, value != 0)
+        self.values, self.index = parts["values"], parts["bitmask"]
+        # weight * mask leaves -0.0 where the weight was negative; all bits are to come back.
+        negative = (value == 0) & value.signbit()
+        self.negative = pack_bits(negative.flatten()) if negative.any() else None
+
+    def _require_inference(self, x: Tensor) -> None:
+        if self.training:
+            raise UsageError(
+                "an accelerated layer in training mode", _INFERENCE, do="call .eval(), or restore()"
+            )
+        # A program is exported with gradients on, and run as its user likes.
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            raise UsageError(
+                "an accelerated layer on an input that requires a gradient",
+                _INFERENCE,
+                do="run the module under torch.inference_mode() or no_grad(), or restore() it",
+            )
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(  # noqa: PLR0913, PLR0917 - the signature is torch's
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = prefix + "weight"
+        given = state_dict.get(name)
+        if given is None and strict:
+            missing_keys.append(name)
+        elif given is not None and tuple(given.shape) != self.shape:
+            error_msgs.append(f"size mismatch for {name}: {tuple(given.shape)}, not {self.shape}")
+        elif given is not None:
+            self._store_(given.to(dtype=torch.float32, device=self.values.device))
+        own = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k != name}
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def accelerate(
+    module: nn.Module,
+    *,
+    threads: int | None = None,
+    minimum_sparsity: float = 0.5,
+    choose: Choose = "measured",
+) -> nn.Module:
+    """Swap sparse Linear and Conv2d layers for ones that skip their zeros.
+
+    The module is changed in place, as ``module.to()`` does; the layers in it are new objects.
+    Which layers, and why others stay dense: :func:`consider`.
+
+    Args:
+        module: On the CPU, in evaluation mode.
+        threads: Of our kernels; None for as many as ``torch.get_num_threads()`` says at a call.
+        minimum_sparsity: Layers with a smaller share of zeros stay dense.
+        choose: ``"measured"``: at the first input of each size (by powers of two), time the
+            kernels and the dense layer, and keep the fastest; ``"first"``: take the likeliest
+            kernel without timing.
+
+    Returns:
+        ``module``, or the new layer if the module is itself such a layer.
+
+    Raises:
+        UsageError: The module is in training mode, or an argument is out of range.
+        MissingNative: secateur was installed without its native part.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+        >>> _ = net[0].weight.data.fill_(0.0).fill_diagonal_(2.0)
+        >>> with torch.no_grad():
+        ...     accelerate(net)(torch.eye(4) - net[0].bias / 2).diagonal()
+        tensor([2., 2., 2., 2.])
+        >>> type(restore(net)[0]).__name__
+        'Linear'
+    """
+    load()
+    if threads is not None and not 1 <= threads <= 256:
+        raise UsageError(f"threads={threads}", "1 to 256 are possible")
+    if choose not in ("measured", "first"):
+        raise UsageError(f"choose={choose!r}", "it is 'measured' or 'first'")
+    if module.training:
+        raise UsageError(
+            "accelerate(module)",
+            "the module is in training mode",
+            _INFERENCE,
+            "call module.eval() first",
+        )
+    swapped = {c.name for c in consider(module, minimum_sparsity=minimum_sparsity) if not c.reason}
+    chosen = {id(layer) for name, layer in _layers(module) if name in swapped}
+
+    def sparse(layer: nn.Module) -> nn.Module | None:
+        if id(layer) not in chosen or not isinstance(layer, nn.Linear | nn.Conv2d):
+            return None
+        return SparseLayer(layer, threads or 0, choose == "measured")
+
+    return _swap_(module, sparse)
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`, bit for bit.
+
+    Parameters of the layers that were swapped are new objects with the old contents: an optimizer
+    that was made before must be made again.
+
+    Args:
+        module: Changed in place. Nothing happens to layers that were not swapped.
+
+    Returns:
+        ``module``, or the dense layer if the module is itself a swapped one.
+    """
+    restored = _swap_(module, lambda m: m.dense() if isinstance(m, SparseLayer) else None)
+    torch_operators.forget()
+    return restored
+
+
+def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Considered, ...]:
+    """What :func:`accelerate` would do with every Linear and Conv2d layer.
+
+    Args:
+        module: Left as it is.
+        minimum_sparsity: Layers with a smaller share of zeros stay dense.
+
+    Raises:
+        UsageError: ``minimum_sparsity`` is not in [0, 1].
+
+    Example:
+        >>> [(c.name, c.reason) for c in consider(nn.Sequential(nn.Linear(2, 2)))]
+        [('0', 'its sparsity 0.000 is below 0.5')]
+    """
+    if not 0 <= minimum_sparsity <= 1:
+        raise UsageError(f"minimum_sparsity={minimum_sparsity}", "it is not in [0, 1]")
+    uses: dict[int, int] = {}
+    for _, owner in module.named_modules():
+        for parameter in owner._parameters.values():
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    inside = {
+        id(child)
+        for owner in module.modules()
+        if isinstance(owner, nn.TransformerEncoderLayer)
+        for child in owner.modules()
+    }
+    found = []
+    for name, layer in _layers(module):
+        weight = layer.weight
+        zeros = 1.0 - int(torch.count_nonzero(weight.detach())) / max(1, weight.numel())
+        reason = _obstacle(layer)
+        if uses.get(id(weight), 0) > 1:
+            reason = "another layer uses the same weight"
+        elif id(layer) in inside:
+            reason = "nn.TransformerEncoderLayer reads its dense weight itself"
+        elif not reason and zeros < minimum_sparsity:
+            reason = f"its sparsity {zeros:.3f} is below {minimum_sparsity:g}"
+        found.append(Considered(name, zeros, reason))
+    return tuple(found)
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[str, Dense]]:
+    # Subclasses may compute something else, and parametrized layers are subclasses.
+    for name, layer in module.named_modules():
+        if type(layer) in (nn.Linear, nn.Conv2d) and isinstance(layer.weight, nn.Parameter):
+            yield name, layer
+
+
+def _obstacle(layer: Dense) -> str:
+    """Why the kernels cannot do what a layer does; empty if they can."""
+    weight = layer.weight
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}, and the kernels compute in float32"
+    if weight.device.type != "cpu" or weight.layout != torch.strided:
+        return f"its weight is {weight.layout} on {weight.device}, not dense in main memory"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which would be lost"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding_mode != "zeros":
+            return f"its padding mode is {layer.padding_mode!r}, not 'zeros'"
+        if weight.shape[1] == 1:
+            return "it is depthwise: there is little to skip in it"
+    return ""
+
+
+def _geometry(layer: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """Stride, pads (top, left, bottom, right), dilation and groups."""
+    # Written for functional.pad: last axis first, before and after.
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    return (
+        tuple(layer.stride),
+        (top, left, bottom, right),
+        tuple(layer.dilation),
+        layer.groups,
+    )
+
+
+def _swap_(module: nn.Module, replacement: Any) -> nn.Module:
+    """Replace layers wherever they stand; one that stands in two places stays one."""
+    made: dict[int, nn.Module | None] = {}
+
+    def of(layer: nn.Module) -> nn.Module | None:
+        if id(layer) not in made:
+            made[id(layer)] = replacement(layer)
+        return made[id(layer)]
+
+    for owner in list(module.modules()):
+        for name, child in owner._modules.items():
+            new = None if child is None else of(child)
+            if new is not None:
+                owner._modules[name] = new
+    return of(module) or module

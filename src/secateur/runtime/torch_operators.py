@@ -1,0 +1,350 @@
+"""Our kernels as PyTorch operators: ``secateur::sparse_linear`` and ``secateur::sparse_conv``.
+
+An operator is given the stored weight, as two plain tensors, and nothing else to remember. So
+``torch.compile`` and ``torch.export`` see an ordinary call, and an exported program that is saved
+works in another process, where ``import secateur.runtime`` makes the operators known.
+
+The form that a kernel runs from is packed at the first call and kept for as long as the memory of
+the stored weight lives. Which kernel, is decided once for each size of input (by powers of two). The
+dense layer takes part in the race: where it wins, its weight is unpacked and kept, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+
+from secateur.core.errors import UsageError
+from secateur.formats.layouts import LAYOUTS
+from secateur.runtime.native import Layer, Pool, Spec, Variant, candidates
+from secateur.runtime.race import race
+
+# Bit masks multiply by their zeros. With more tokens than this, that costs more than reading the
+# weights does, and lists are the better guess.
+_FEW_TOKENS = 2
+_MOST_THREADS = 256
+_WEIGHT = "Tensor values, Tensor index, Tensor? bias"
+
+_SCHEMAS = {
+    "sparse_linear": f"(Tensor x, {_WEIGHT}, int outputs, int inputs, int threads=0, "
+    "bool measure=True) -> Tensor",
+    "sparse_conv": f"(Tensor x, {_WEIGHT}, int[4] weight, int[2] stride, int[4] pads, "
+    "int[2] dilation, int groups, int threads=0, bool measure=True) -> Tensor",
+}
+
+
+def sparse_linear(  # noqa: PLR0913, PLR0917 - the operator's schema
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    inputs: int,
+    threads: int = 0,
+    measure: bool = True,
+) -> Tensor:
+    """``x @ weight.T + bias`` for a weight stored under a bit mask.
+
+    Args:
+        x: Float32, ``(..., inputs)``.
+        values: The kept weights, flat, row after row.
+        index: One bit an entry, lowest first, as bytes.
+        bias: ``(outputs,)`` or None.
+        outputs: Rows of the weight.
+        inputs: Columns.
+        threads: 0 for as many as ``torch.get_num_threads()`` says.
+        measure: Time the kernels once for each size of input; else take the first guess.
+
+    Example:
+        >>> values, index = torch.tensor([2.0, 3.0]), torch.tensor([0b1001], dtype=torch.uint8)
+        >>> torch.ops.secateur.sparse_linear(torch.ones(1, 2), values, index, None, 2, 2)
+        tensor([[2., 3.]])
+    """
+    x = _ready("sparse_linear", x)
+    if x.dim() < 1 or x.shape[-1] != inputs:
+        raise UsageError(
+            f"sparse_linear on an input of shape {tuple(x.shape)}",
+            f"the weight is {outputs} x {inputs}",
+            f"the last axis of the input is to have {inputs} features",
+        )
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], outputs))
+    stored = Stored(Spec("linear", outputs, inputs), values, index, bias)
+    return packed(stored).run(stored, x, x.numel() // inputs, _Way(threads, measure))
+
+
+def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    weight: Sequence[int],
+    stride: Sequence[int],
+    pads: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    threads: int = 0,
+    measure: bool = True,
+) -> Tensor:
+    """A two-dimensional convolution with a weight stored under a bit mask.
+
+    Args:
+        x: Float32, ``(n, channels, height, width)``.
+        values: The kept weights, flat, row after row.
+        index: One bit an entry, lowest first, as bytes.
+        bias: ``(outputs,)`` or None.
+        weight: Shape of the weight: outputs, inputs of a group, height, width.
+        stride: Rows and columns.
+        pads: Zeros at the top, left, bottom and right.
+        dilation: Rows and columns.
+        groups: Of channels.
+        threads: 0 for as many as ``torch.get_num_threads()`` says.
+        measure: Time the kernels once for each size of input; else take the first guess.
+    """
+    x = _ready("sparse_conv", x)
+    shape = _conv_shape(x, weight, stride, pads, dilation)
+    if x.shape[1] != weight[1] * groups:
+        raise UsageError(
+            f"sparse_conv on an input of shape {tuple(x.shape)}",
+            f"the weight is {tuple(weight)} in {groups} groups",
+            f"the input is to have {weight[1] * groups} channels",
+        )
+    if min(shape) <= 0:
+        if min(shape[2:]) <= 0:
+            raise UsageError(
+                f"sparse_conv on an input of shape {tuple(x.shape)}",
+                f"its output would be {shape[2]} x {shape[3]}",
+                "the kernel is larger than the padded input",
+            )
+        return x.new_empty(shape)
+    spec = Spec(
+        "conv",
+        weight[0],
+        weight[1],
+        groups,
+        kernel=(weight[2], weight[3]),
+        stride=(stride[0], stride[1]),
+        dilation=(dilation[0], dilation[1]),
+        pads=(pads[0], pads[1], pads[2], pads[3]),
+    )
+    stored = Stored(spec, values, index, bias)
+    return packed(stored).run(stored, x, shape[2] * shape[3], _Way(threads, measure))
+
+
+def _fake_linear(x: Tensor, *stored: Any, **_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], stored[3]))
+
+
+def _fake_conv(x: Tensor, *stored: Any, **_: Any) -> Tensor:
+    return x.new_empty(_conv_shape(x, *stored[3:7]))
+
+
+def _register(name: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    """Make an operator known; once in a process, also if this file is read a second time."""
+    if hasattr(torch.ops.secateur, name):
+        return
+    torch.library.define(f"secateur::{name}", _SCHEMAS[name])
+    torch.library.impl(f"secateur::{name}", "cpu", kernel)
+    torch.library.register_fake(f"secateur::{name}", fake)
+
+
+_register("sparse_linear", sparse_linear, _fake_linear)
+_register("sparse_conv", sparse_conv, _fake_conv)
+
+
+def _conv_shape(
+    x: Tensor,
+    weight: Sequence[int],
+    stride: Sequence[int],
+    pads: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    if x.dim() != 4:
+        raise UsageError(
+            f"sparse_conv on an input of shape {tuple(x.shape)}", "it needs (n, c, h, w)"
+        )
+    height, width = (
+        (x.shape[2 + i] + pads[i] + pads[2 + i] - dilation[i] * (weight[2 + i] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in (0, 1)
+    )
+    return x.shape[0], weight[0], height, width
+
+
+def _ready(name: str, x: Tensor) -> Tensor:
+    """The input as the kernels read it; in another order in memory it is copied."""
+    if x.dtype != torch.float32:
+        raise UsageError(
+            f"secateur::{name}",
+            f"the input is {x.dtype}",
+            "the kernels compute in float32, and rounding or widening is left to the caller",
+            "call .float() on the input, leave autocast out, or use secateur.runtime.restore",
+        )
+    return x.contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _pool(threads: int) -> Pool:
+    return Pool(threads)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How to run: on how many threads (0: as many as torch), and whether to time the kernels."""
+
+    threads: int
+    measure: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What an operator is given of a layer."""
+
+    spec: Spec
+    values: Tensor
+    index: Tensor
+    bias: Tensor | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the packed form is made from."""
+        given = (self.values, self.index)
+        return given if self.bias is None else (*given, self.bias)
+
+    def dense(self) -> Tensor:
+        """The weight as a matrix.
+
+        Raises:
+            FormatError: values and index do not belong together.
+        """
+        parts = {"values": self.values.detach(), "bitmask": self.index.detach()}
+        shape = (self.spec.outputs, self.spec.columns)
+        return LAYOUTS["bitmask"].unpack(parts, shape, self.values.dtype)[0]
+
+
+Run = Callable[[Tensor, Pool], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One stored weight, ready to run in each way that its inputs have asked for.
+
+    Args:
+        owners: The memory that it was made from, weakly.
+        ways: By kernel; None is dense, in PyTorch.
+        chosen: The kernel for each size of input.
+        lock: Held while either changes.
+    """
+
+    owners: tuple[StorageWeakRef, ...]
+    ways: dict[Variant | None, Run] = field(default_factory=dict)
+    chosen: dict[int, Variant | None] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def alive(self) -> bool:
+        """Whether any tensor still uses that memory."""
+        return not any(owner.expired() for owner in self.owners)
+
+    def run(self, stored: Stored, x: Tensor, positions: int, way: _Way) -> Tensor:
+        """The output for an input with so many positions (of an image) or tokens."""
+        pool = _pool(way.threads or min(_MOST_THREADS, torch.get_num_threads()))
+        size = positions.bit_length()
+        if size not in self.chosen:
+            with self.lock:
+                if size not in self.chosen:
+                    kernels = _kernels(stored, positions)
+                    entrants = [None, *kernels] if way.measure else kernels[:1]
+                    self._choose_(size, {k: self._way(stored, k) for k in entrants}, x, pool)
+        return self.ways[self.chosen[size]](x, pool)
+
+    def _way(self, stored: Stored, kernel: Variant | None) -> Run:
+        return self.ways.get(kernel) or _way_of(stored, kernel)
+
+    def _choose_(
+        self, size: int, entrants: dict[Variant | None, Run], x: Tensor, pool: Pool
+    ) -> None:
+        best = next(iter(entrants))
+        if len(entrants) > 1:
+            raced = race([_once(run, x, pool) for run in entrants.values()], seconds=0.0)
+            best = list(entrants)[min(range(len(entrants)), key=raced.median)]
+        self.ways[best] = entrants[best]
+        self.chosen[size] = best
+
+
+def _way_of(stored: Stored, kernel: Variant | None) -> Run:
+    bias = None if stored.bias is None else stored.bias.detach()
+    if kernel is None:
+        return _dense(stored.spec, stored.dense(), bias)
+    layer = Layer.from_dense(stored.dense(), stored.spec, kernel, bias, layout="bitmask")
+    return lambda x, pool: layer.run(x, pool=pool)
+
+
+def _dense(spec: Spec, matrix: Tensor, bias: Tensor | None) -> Run:
+    if spec.kind == "linear":
+        return lambda x, _: functional.linear(x, matrix, bias)
+    weight = matrix.view(spec.outputs, spec.inputs, *spec.kernel)
+    top, left, bottom, right = spec.pads
+    even = (top, left) == (bottom, right)
+    inside = (top, left) if even else (0, 0)
+
+    def run(x: Tensor, _: Pool) -> Tensor:
+        padded = x if even else functional.pad(x, (left, right, top, bottom))
+        return functional.conv2d(
+            padded, weight, bias, spec.stride, inside, spec.dilation, spec.groups
+        ).contiguous()
+
+    return run
+
+
+def _once(run: Run, x: Tensor, pool: Pool) -> Callable[[], None]:
+    def once() -> None:
+        run(x, pool)
+
+    return once
+
+
+def _kernels(stored: Stored, positions: int) -> list[Variant]:
+    """Likeliest first."""
+    whole = stored.spec.outputs * stored.spec.columns
+    found = candidates(stored.spec, positions, stored.values.numel() / whole)
+    return sorted(found, key=lambda k: k.family == "gemv" and positions > _FEW_TOKENS)
+
+
+_PACKED: dict[tuple[object, ...], Packed] = {}
+_CHANGING = threading.Lock()
+
+
+def packed(stored: Stored) -> Packed:
+    """The packed form of a weight; made once for as long as its memory lives and is unchanged."""
+    tensors = stored.tensors()
+    key = (stored.spec, *map(_identity, tensors))
+    found = _PACKED.get(key)
+    # A dead form is one whose memory another tensor may have got since.
+    if found is None or not found.alive:
+        with _CHANGING:
+            forget()
+            owners = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
+            found = _PACKED.setdefault(key, Packed(owners))
+    return found
+
+
+def forget() -> None:
+    """Drop the packed forms of weights that are gone; every new weight does this, too."""
+    for key in [k for k, form in _PACKED.items() if not form.alive]:
+        _PACKED.pop(key, None)
+
+
+def _identity(x: Tensor) -> tuple[object, ...]:
+    """What changes when a tensor's memory or contents do, but not between its aliases."""
+    # Tensors of inference mode count no versions: they cannot be written outside of it.
+    version = -1 if x.is_inference() else x._version
+    return x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.dtype, version

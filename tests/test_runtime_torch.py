@@ -1,0 +1,482 @@
+"""PyTorch modules with our kernels, against the same modules without."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.core.errors import UsageError
+from secateur.formats.layouts import same_bits
+from secateur.runtime import library, torch_operators
+from secateur.runtime.race import Raced
+from secateur.runtime.torch_layers import SparseLayer, accelerate, consider, restore
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
+
+
+def prune_(module: nn.Module, sparsity: float = 0.8) -> nn.Module:
+    """Random zeros in every weight of two axes and more."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= torch.rand_like(parameter) >= sparsity
+    return module.eval()
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest value."""
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def same(module: nn.Module, *inputs: Tensor, limit: float = 1e-5, swaps: int = 1) -> nn.Module:
+    """Check an accelerated copy against the module itself; gives the copy."""
+    ours = accelerate(copy.deepcopy(module), choose="first")
+    assert sum(isinstance(m, SparseLayer) for m in ours.modules()) >= swaps
+    with torch.inference_mode():
+        for x in inputs:
+            assert relative(ours(x), module(x)) <= limit, x.shape
+    return ours
+
+
+def net() -> nn.Sequential:
+    """A small network with a few kinds of layers."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24 * 8 * 8, 10),
+    )
+
+
+def test_the_comparison_sees_a_planted_error() -> None:
+    module = prune_(net())
+    x = torch.randn(2, 3, 16, 16)
+    ours = accelerate(copy.deepcopy(module))
+    layer = ours.get_submodule("3")
+    assert isinstance(layer, SparseLayer)
+    layer.values[5] += 0.5
+    with torch.inference_mode():
+        assert relative(ours(x), module(x)) > 1e-4
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (8, 37), (9, 37), (2, 3, 5, 37), (0, 37)])
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    layer = prune_(nn.Linear(37, 19, bias=bias))
+    x = torch.randn(shape)
+    ours = accelerate(copy.deepcopy(layer))
+    assert isinstance(ours, SparseLayer)
+    with torch.inference_mode():
+        assert ours(x).shape == layer(x).shape
+        if x.numel():
+            assert relative(ours(x), layer(x)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": "same", "dilation": 2},
+        {"kernel_size": (4, 2), "padding": "same"},
+        {"kernel_size": 5, "padding": "valid", "bias": False},
+        {"kernel_size": 3, "stride": 2, "padding": (2, 1), "groups": 2},
+        {"kernel_size": (1, 3), "stride": (2, 1), "dilation": (1, 3), "padding": (0, 2)},
+    ],
+)
+def test_conv(options: dict[str, object]) -> None:
+    layer = prune_(nn.Conv2d(8, 12, **options))  # type: ignore[arg-type]
+    same(layer, torch.randn(2, 8, 13, 17), torch.randn(8, 9, 11), torch.randn(1, 8, 30, 7))
+
+
+def test_inputs_in_any_order_of_memory() -> None:
+    image = torch.randn(2, 8, 9, 11)
+    views = (image.to(memory_format=torch.channels_last), image.transpose(2, 3), image[:, :, ::2])
+    same(prune_(nn.Conv2d(8, 12, 3)), *views)
+    same(prune_(nn.Linear(9, 12)), torch.randn(9, 21).T, torch.randn(4, 18)[:, ::2])
+
+
+def test_an_empty_batch_is_an_empty_output() -> None:
+    ours = accelerate(prune_(nn.Conv2d(4, 6, 3)))
+    assert ours(torch.empty(0, 4, 8, 8)).shape == (0, 6, 6, 6)
+
+
+def test_all_zeros_and_no_zeros() -> None:
+    for sparsity in (0.0, 1.0):
+        layer = prune_(nn.Linear(70, 5), sparsity)
+        ours = accelerate(copy.deepcopy(layer), minimum_sparsity=0.0)
+        for tokens in (1, 20):
+            x = torch.randn(tokens, 70)
+            with torch.inference_mode():
+                assert relative(ours(x), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_does_not_change_the_result(threads: int) -> None:
+    layer = prune_(nn.Linear(256, 512), 0.5)
+    for tokens in (1, 40):
+        x = torch.randn(tokens, 256)
+        one = accelerate(copy.deepcopy(layer), threads=1, choose="first")
+        many = accelerate(copy.deepcopy(layer), threads=threads, choose="first")
+        with torch.inference_mode():
+            assert relative(many(x), one(x)) < 1e-5
+
+
+def test_many_threads_call_one_module() -> None:
+    module = prune_(net())
+    ours = accelerate(copy.deepcopy(module), threads=2)
+    inputs = [torch.randn(1 + i % 3, 3, 16, 16) for i in range(12)]
+    with torch.inference_mode():
+        wanted = [module(x) for x in inputs]
+    worst = [1.0] * len(inputs)
+
+    def work(i: int) -> None:
+        with torch.inference_mode():
+            worst[i] = max(relative(ours(inputs[i]), wanted[i]) for _ in range(5))
+
+    started = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    assert max(worst) < 1e-5
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_the_fastest_runs_dense_included(
+    padding: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = {
+        "linear": (prune_(nn.Linear(40, 12), 0.5), torch.randn(3, 40)),
+        "conv": (prune_(nn.Conv2d(4, 6, (4, 3), padding=padding), 0.5), torch.randn(2, 4, 9, 8)),
+    }
+    for layer, x in layers.values():
+        for winner in range(2):
+
+            def fixed(runs: list[object], winner: int = winner, **_: object) -> Raced:
+                return Raced(tuple((float(i != winner),) for i in range(len(runs))))
+
+            monkeypatch.setattr(torch_operators, "race", fixed)
+            ours = accelerate(copy.deepcopy(layer), minimum_sparsity=0.0)
+            with torch.inference_mode():
+                assert relative(ours(x), layer(x)) < 1e-5
+                assert relative(ours(x), layer(x)) < 1e-5
+            form = list(torch_operators._PACKED.values())[-1]
+            assert (form.chosen.popitem()[1] is None) == (winner == 0)
+            assert len(form.ways) == 1
+
+
+# ---- what is swapped
+
+
+def test_what_stays_dense_has_a_reason() -> None:
+    class Own(nn.Linear):
+        pass
+
+    tied = nn.Linear(4, 4)
+    embedding = nn.Embedding(4, 4)
+    tied.weight = embedding.weight
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    half_sparse = nn.Linear(4, 4)
+    half_sparse.weight.data[:1] = 0
+    module = nn.ModuleDict(
+        {
+            "embedding": embedding,
+            "tied": tied,
+            "hooked": hooked,
+            "own": Own(4, 4),
+            "wide": nn.Linear(4, 4).double(),
+            "reflect": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "depthwise": nn.Conv2d(4, 4, 3, groups=4),
+            "quarter": half_sparse,
+            "encoder": nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+            "good": prune_(nn.Linear(40, 40)),
+        }
+    ).eval()
+    with torch.no_grad():
+        for name in ("tied", "hooked", "own", "wide", "reflect", "depthwise", "encoder"):
+            for parameter in module[name].parameters():
+                parameter.zero_()
+    found = {c.name: c.reason for c in consider(module)}
+    for name, word in {
+        "tied": "same weight",
+        "hooked": "hooks",
+        "wide": "float64",
+        "reflect": "'reflect'",
+        "depthwise": "depthwise",
+        "quarter": "0.250 is below 0.5",
+        "encoder.linear1": "TransformerEncoderLayer",
+    }.items():
+        assert word in found.pop(name), name
+    assert found.pop("good") == ""
+    assert set(found) == {"encoder.linear2"}
+    accelerate(module)
+    assert [n for n, m in module.named_modules() if isinstance(m, SparseLayer)] == ["good"]
+
+
+def test_a_layer_that_stands_twice_stays_one() -> None:
+    shared = prune_(nn.Linear(9, 9))
+    module = accelerate(nn.Sequential(shared, nn.ReLU(), shared).eval())
+    assert isinstance(module.get_submodule("0"), SparseLayer)
+    assert module.get_submodule("0") is module.get_submodule("2")
+    restore(module)
+    assert type(module.get_submodule("0")) is nn.Linear
+    assert module.get_submodule("0") is module.get_submodule("2")
+
+
+@pytest.mark.parametrize(
+    ("ask", "word"),
+    [
+        (lambda: accelerate(nn.Linear(3, 3)), "training mode"),
+        (lambda: accelerate(nn.Linear(3, 3).eval(), threads=0), "threads=0"),
+        (lambda: accelerate(nn.Linear(3, 3).eval(), minimum_sparsity=50), "minimum_sparsity=50"),
+        (lambda: accelerate(nn.Linear(3, 3).eval(), choose="best"), "choose='best'"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_arguments(ask: Callable[[], object], word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        ask()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_other_types_are_refused_with_the_reason(dtype: torch.dtype) -> None:
+    for layer, shape in ((nn.Linear(9, 9), (2, 9)), (nn.Conv2d(9, 9, 3), (1, 9, 5, 5))):
+        ours = accelerate(prune_(layer))
+        with pytest.raises(UsageError, match=f"the input is {dtype}"), torch.inference_mode():
+            ours(torch.ones(shape, dtype=dtype))
+
+
+def test_wrong_shapes_are_refused() -> None:
+    linear, conv = accelerate(prune_(nn.Linear(9, 9))), accelerate(prune_(nn.Conv2d(9, 9, 3)))
+    for layer, shape in ((linear, (2, 8)), (conv, (1, 8, 5, 5)), (conv, (1, 9, 2, 5))):
+        with pytest.raises((UsageError, ValueError)), torch.inference_mode():
+            layer(torch.ones(shape))
+
+
+def test_training_is_refused() -> None:
+    ours = accelerate(prune_(nn.Linear(9, 9)))
+    with pytest.raises(UsageError, match="requires a gradient"):
+        ours(torch.randn(2, 9, requires_grad=True))
+    ours.train()
+    with pytest.raises(UsageError, match="training mode"), torch.inference_mode():
+        ours(torch.randn(2, 9))
+
+
+# ---- what comes back
+
+
+def test_restore_gives_every_bit_back() -> None:
+    module = prune_(net())
+    with torch.no_grad():
+        weight = module.get_submodule("3").get_parameter("weight")
+        weight.view(-1)[:4] = torch.tensor([-0.0, float("nan"), float("inf"), 1e-40])
+        weight[1] = 0
+    module.get_submodule("6").get_parameter("weight").requires_grad_(False)
+    last = module.get_submodule("3").get_parameter("weight")
+    last.data = last.data.contiguous(memory_format=torch.channels_last)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    names = [n for n, _ in module.named_parameters()]
+    strides = [p.stride() for p in module.parameters()]
+    ours = accelerate(module)
+    assert ours is module
+    assert isinstance(module.get_submodule("3"), SparseLayer)
+    assert restore(module) is module
+    assert [n for n, _ in module.named_parameters()] == names
+    assert [p.stride() for p in module.parameters()] == strides
+    assert type(module.get_submodule("3")) is nn.Conv2d
+    assert not module.get_submodule("6").get_parameter("weight").requires_grad
+    assert module.get_submodule("3").get_parameter("weight").requires_grad
+    assert all(same_bits(before[k], v) for k, v in module.state_dict().items())
+    assert repr(module) == repr(net())
+
+
+def test_the_state_dict_is_that_of_the_dense_module() -> None:
+    module = prune_(net())
+    dense = {k: v.clone() for k, v in module.state_dict().items()}
+    ours = accelerate(module)
+    sparse = ours.state_dict()
+    assert list(sparse) == list(dense)
+    assert all(same_bits(sparse[k], v) for k, v in dense.items())
+    other = prune_(net(), 0.6)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        ours(x)  # packed for the old weights
+        ours.load_state_dict(other.state_dict())
+        assert relative(ours(x), other(x)) < 1e-5
+    other.load_state_dict(dense)
+    with torch.inference_mode():
+        assert relative(other(x), restore(accelerate(copy.deepcopy(other)))(x)) == 0.0
+    with pytest.raises(RuntimeError, match=r"Missing key.*6\.weight"):
+        ours.load_state_dict({k: v for k, v in dense.items() if k != "6.weight"})
+    with pytest.raises(RuntimeError, match=r"size mismatch for 6\.weight"):
+        ours.load_state_dict({**dense, "6.weight": torch.zeros(3, 3)})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ours.load_state_dict({**dense, "6.other": torch.zeros(3, 3)})
+
+
+def test_copies_are_independent() -> None:
+    ours = accelerate(prune_(net()), choose="first")
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        before = ours(x)
+        twin = copy.deepcopy(ours)
+        assert torch.equal(twin(x), before)
+        layer = twin.get_submodule("6")
+        assert isinstance(layer, SparseLayer)
+    layer.values.zero_()
+    with torch.inference_mode():
+        assert torch.equal(ours(x), before)
+        assert not torch.equal(twin(x), before)  # a change in place is seen
+
+
+def test_the_weight_can_be_read() -> None:
+    layer = prune_(nn.Linear(9, 9))
+    ours = accelerate(copy.deepcopy(layer))
+    assert isinstance(ours, SparseLayer)
+    assert same_bits(ours.weight, layer.get_parameter("weight").detach())
+    assert "Linear, weight=(9, 9), sparsity=0." in repr(ours)
+
+
+def test_packed_forms_go_with_their_modules() -> None:
+    gc.collect()
+    torch_operators.forget()
+    before = len(torch_operators._PACKED)
+    ours = accelerate(prune_(net()))
+    with torch.inference_mode():
+        ours(torch.randn(1, 3, 16, 16))
+    assert len(torch_operators._PACKED) == before + 3
+    del ours
+    gc.collect()
+    torch_operators.forget()
+    assert len(torch_operators._PACKED) == before
+
+
+# ---- compile and export
+
+
+def test_the_operators_pass_the_checks_of_torch() -> None:
+    linear, conv = accelerate(prune_(nn.Linear(20, 6))), accelerate(prune_(nn.Conv2d(4, 6, 3)))
+    assert isinstance(linear, SparseLayer)
+    assert isinstance(conv, SparseLayer)
+    assert linear.bias is not None
+    assert conv.bias is not None
+    assert conv.geometry is not None
+    torch.library.opcheck(
+        torch.ops.secateur.sparse_linear,
+        (torch.randn(3, 20), linear.values, linear.index, linear.bias.detach(), 6, 20, 1, False),
+    )
+    torch.library.opcheck(
+        torch.ops.secateur.sparse_conv,
+        (
+            torch.randn(2, 4, 7, 9),
+            *(conv.values, conv.index, conv.bias.detach(), conv.shape, *conv.geometry, 1, False),
+        ),
+    )
+
+
+def test_compile_whole_graph() -> None:
+    module = prune_(net())
+    ours = accelerate(copy.deepcopy(module), choose="first")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 16, 16)
+        with torch.no_grad():
+            assert relative(compiled(x), module(x)) < 1e-5
+    held = len(torch_operators._PACKED)
+    with torch.no_grad():
+        compiled(torch.randn(7, 3, 16, 16))
+    assert len(torch_operators._PACKED) == held  # nothing was packed again
+
+
+def test_export_and_save() -> None:
+    module = prune_(net())
+    ours = accelerate(copy.deepcopy(module), choose="first")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(ours, (torch.randn(2, 3, 16, 16),), dynamic_shapes=({0: batch},))
+    held = io.BytesIO()
+    torch.export.save(program, held)
+    held.seek(0)
+    again = torch.export.load(held).module()
+    for count in (1, 3):
+        x = torch.randn(count, 3, 16, 16)
+        with torch.no_grad():
+            assert relative(program.module()(x), module(x)) < 1e-5
+            assert relative(again(x), module(x)) < 1e-5
+
+
+# ---- real architectures
+
+
+def test_bert() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    module = prune_(transformers.BertForMaskedLM(config))
+    ours = accelerate(copy.deepcopy(module), choose="first")
+    assert sum(isinstance(m, SparseLayer) for m in ours.modules()) >= 12
+    # The head's weight is the embedding's.
+    assert {c.name: c.reason for c in consider(module)}["cls.predictions.decoder"] != ""
+    for shape in ((1, 3), (2, 17)):
+        tokens = torch.randint(50, shape)
+        with torch.inference_mode():
+            assert relative(ours(tokens).logits, module(tokens).logits) < 1e-5
+
+
+def test_resnet() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32],
+        depths=[1, 2],
+        layer_type="bottleneck",
+        num_labels=5,
+    )
+    module = prune_(transformers.ResNetForImageClassification(config))
+    ours = accelerate(copy.deepcopy(module))
+    for size in (32, 47):
+        x = torch.randn(2, 3, size, size)
+        with torch.inference_mode():
+            assert relative(ours(x).logits, module(x).logits) < 1e-5
+    restore(ours)
+    assert all(
+        same_bits(a, b)
+        for a, b in zip(ours.state_dict().values(), module.state_dict().values(), strict=True)
+    )
+
+
+def test_functional_weight_of_a_parent_still_works() -> None:
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.inner.weight, self.inner.bias)
+
+    module = prune_(Parent())
+    x = torch.randn(3, 6)
+    with torch.inference_mode():
+        wanted = module(x)
+        assert torch.equal(accelerate(module)(x), wanted)
