@@ -69,4 +69,11 @@ const KernelTable &table(const char *name) {
   return *tables().front();
 }
 
+const KernelTable &narrower(const KernelTable &than) {
+  for (const KernelTable *each : tables()) {
+    if (each->lanes < than.lanes) return *each;
+  }
+  return than;
+}
+
 }  // namespace secateur

@@ -15,4 +15,8 @@ const std::vector<const KernelTable *> &tables();
 // SECATEUR_ISA names one that does not.
 const KernelTable &table(const char *name);
 
+// The next table with shorter vectors that runs here, or the same one: for rows that would leave
+// most of a vector idle.
+const KernelTable &narrower(const KernelTable &than);
+
 }  // namespace secateur

@@ -48,13 +48,15 @@ enum { SECATEUR_FLOAT32 = 0, SECATEUR_BFLOAT16 = 1, SECATEUR_FLOAT16 = 2 };
  *   BLOCKS  4, 8 or 16 rows that use the same columns
  *   GEMV    bit masks and expanded weights, for LINEAR with few tokens
  *   HALF    LIST with float16 weights and activations, summed up in float32; an even number of
- *           vectors, and only where secateur_has_half says so */
+ *           vectors, and only where secateur_has_half says so
+ *   DEPTHWISE all taps of depthwise kernels of 3 x 3 or 5 x 5, stride 1 or 2; zeros are not skipped */
 enum {
   SECATEUR_LIST = 0,
   SECATEUR_PANELS = 1,
   SECATEUR_BLOCKS = 2,
   SECATEUR_GEMV = 3,
-  SECATEUR_HALF = 4
+  SECATEUR_HALF = 4,
+  SECATEUR_DEPTHWISE = 5
 };
 
 typedef struct {

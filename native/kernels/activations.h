@@ -48,6 +48,15 @@ static inline Vec error_function(Vec v) {
   return x * p / q;
 }
 
+// None, ReLU and clip are but two bounds.
+static inline bool is_bounds(const Activation &how) { return how.kind <= 2; }
+static inline float lower_bound(const Activation &how) {
+  return how.kind == 0 ? -__builtin_inff() : how.kind == 1 ? 0.0f : how.alpha;
+}
+static inline float upper_bound(const Activation &how) {
+  return how.kind == 2 ? how.beta : __builtin_inff();
+}
+
 static inline Vec activate(Vec v, const Activation &how) {
   switch (how.kind) {
     case 1:

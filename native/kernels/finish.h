@@ -66,16 +66,14 @@ static inline void finish_row(const Work &work, uint32_t row, const float *sums)
 
 // Whether the tile is one piece, and the activation but two bounds: then sums go from registers to y.
 static inline bool finishes_directly(const Work &work) {
-  return work.y && work.piece_count == 1 && work.activation.kind <= 2;
+  return work.y && work.piece_count == 1 && is_bounds(work.activation);
 }
 
 template <int V>
 static inline void finish_directly(const Work &work, uint32_t row, Vec (&sum)[V]) {
   const int64_t at = row * work.plane + work.pieces[0].to;
-  const int32_t kind = work.activation.kind, length = work.pieces[0].length;
-  const float infinity = __builtin_inff();
-  const Vec low = all(kind == 0 ? -infinity : kind == 1 ? 0.0f : work.activation.alpha);
-  const Vec high = all(kind == 2 ? work.activation.beta : infinity);
+  const int32_t length = work.pieces[0].length;
+  const Vec low = all(lower_bound(work.activation)), high = all(upper_bound(work.activation));
 #pragma GCC unroll 14
   for (int j = 0; j < V; ++j) {
     const int rest = length - j * kLanes;

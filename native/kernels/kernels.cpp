@@ -1,5 +1,6 @@
 // All kernels of one instruction set. Compiled once for each, with SECATEUR_ISA as its name.
 #include "blocks.h"
+#include "depthwise.h"
 #include "gemv.h"
 #include "half.h"
 #include "list.h"
@@ -22,6 +23,7 @@ extern const KernelTable SECATEUR_JOIN(table_, SECATEUR_ISA) = {
     SECATEUR_ISA::list,
     SECATEUR_ISA::panels,
     SECATEUR_ISA::blocks,
+    SECATEUR_ISA::depthwise,
 #if SECATEUR_HAS_HALF
     SECATEUR_ISA::half_list,
     SECATEUR_ISA::halve,

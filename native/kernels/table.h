@@ -92,6 +92,19 @@ struct TokensOut {
   Activation activation;
 };
 
+// One channel of a depthwise convolution. Some floats before and behind x may be read.
+struct DepthwiseWork {
+  const float *x;
+  float *y;
+  const float *residual;
+  const float *weights;  // kernel * kernel
+  float bias;
+  int64_t height, width, out_height, out_width;
+  int32_t pad_y, pad_x;
+  int32_t kernel, stride;
+  Activation activation;
+};
+
 struct KernelTable {
   const char *name;
   int lanes;
@@ -99,6 +112,7 @@ struct KernelTable {
   void (*list)(const Work &);
   void (*panels)(const Work &);
   void (*blocks)(const Work &);
+  void (*depthwise)(const DepthwiseWork &);
   void (*half_list)(const Work &);  // null where the machine does not multiply float16
   void (*halve)(const float *from, int64_t count, void *to);
   // channels x vectors of a plane whose rows lie at x + c * plane; floats past valid are 0.

@@ -20,6 +20,7 @@ std::vector<secateur_variant> candidates(const secateur_spec &spec, int64_t posi
     out.push_back(made);
   };
   if (spec.kind == SECATEUR_LINEAR && positions <= 16) add(SECATEUR_GEMV, 1, 1, 0);
+  if (Depthwise::suits(spec)) add(SECATEUR_DEPTHWISE, 1, 1, 0);
   // Wide tiles read the weights less often; narrow ones let more channels stay in the first cache,
   // and may fill a small image better. Tiles wider than the image are all alike.
   const int whole = static_cast<int>(

@@ -71,8 +71,8 @@ Layer::Layer(const secateur_spec &spec, const secateur_weights &stored,
     : spec_(spec), variant_(variant), table_(table) {
   check(spec);
   const auto refuse = [](const std::string &what) { throw Error(SECATEUR_INVALID, what); };
-  if (variant.family < SECATEUR_LIST || variant.family > SECATEUR_HALF) {
-    refuse("family is " + std::to_string(variant.family) + "; it must be from 0 to 4");
+  if (variant.family < SECATEUR_LIST || variant.family > SECATEUR_DEPTHWISE) {
+    refuse("family is " + std::to_string(variant.family) + "; it must be from 0 to 5");
   }
   const bool half = variant.family == SECATEUR_HALF;
   if (half && !table.half_list) {
@@ -93,7 +93,8 @@ Layer::Layer(const secateur_spec &spec, const secateur_weights &stored,
     refuse("groups of " + std::to_string(of_group) + " outputs cannot be cut into blocks of " +
            std::to_string(variant_.rows) + " rows");
   }
-  if (variant.family != SECATEUR_GEMV && (variant.vectors < 1 || variant.vectors > kMostVectors)) {
+  const bool tiled = variant.family != SECATEUR_GEMV && variant.family != SECATEUR_DEPTHWISE;
+  if (tiled && (variant.vectors < 1 || variant.vectors > kMostVectors)) {
     refuse("vectors is " + std::to_string(variant.vectors) + "; it must be from 1 to " +
            std::to_string(kMostVectors));
   }
@@ -101,11 +102,18 @@ Layer::Layer(const secateur_spec &spec, const secateur_weights &stored,
   if (variant.family == SECATEUR_GEMV && spec.kind != SECATEUR_LINEAR) {
     refuse("the gemv family is for linear layers");
   }
+  if (variant.family == SECATEUR_DEPTHWISE && !Depthwise::suits(spec)) {
+    refuse("the depthwise family is for one input channel a group, kernels of 3 x 3 or 5 x 5, "
+           "stride 1 or 2 and no dilation");
+  }
   weights_ = decode(spec, stored);
   nonzeros_ = weights_.nonzeros();
   if (variant.family == SECATEUR_GEMV) {
     gemv_ = std::make_unique<Gemv>(spec, weights_, stored.dtype, table.gemv_f32, table.gemv_bf16);
     weights_ = Weights();  // it has its own
+  } else if (variant.family == SECATEUR_DEPTHWISE) {
+    depthwise_ = std::make_unique<Depthwise>(spec, weights_, table);
+    weights_ = Weights();
   }
 }
 
@@ -154,6 +162,7 @@ void Layer::run(const float *x, const int64_t dims[3], const float *residual, fl
   shape(dims, out);
   const bool linear = spec_.kind == SECATEUR_LINEAR;
   if (dims[0] == 0) return;
+  if (depthwise_) return depthwise_->run(x, dims, out, residual, y, parallel);
   if (gemv_) return gemv_->run(x, dims[0], residual, y, parallel);
   const auto plan = this->plan(dims, std::max(1, parallel.threads));
   const int64_t images = linear ? 1 : dims[0];
@@ -253,6 +262,7 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
 
 int64_t Layer::bytes() const {
   if (gemv_) return gemv_->bytes();
+  if (depthwise_) return depthwise_->bytes();
   const std::lock_guard<std::mutex> lock(mutex_);
   int64_t all = nonzeros_ * 8 + weights_.rows * 12;
   for (const auto &[shape, streams] : streams_) all += streams->bytes();

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../isa.h"
+#include "depthwise.h"
 #include "gemv.h"
 #include "spec.h"
 #include "stream.h"
@@ -38,9 +39,10 @@ class Layer {
   secateur_spec spec_;
   secateur_variant variant_;
   const KernelTable &table_;
-  Weights weights_;  // empty for GEMV
+  Weights weights_;  // empty for GEMV and DEPTHWISE
   int64_t nonzeros_;
   std::unique_ptr<Gemv> gemv_;
+  std::unique_ptr<Depthwise> depthwise_;
   // Streams depend on the tile's shape alone, so that sequences of many lengths share them.
   using Shape = std::tuple<int, int32_t, int32_t, int>;
   mutable std::mutex mutex_;

@@ -241,6 +241,16 @@ std::vector<Case> cases() {
   all.push_back({conv(32, 4, 2, 3, 1, 1, 1, 0), {1, 9, 9}, 0.4, true, true, 0});
   all.push_back({conv(48, 1, 48, 3, 1, 1, 1, 2), {2, 14, 14}, 1.0, true, false, 0});
   all.push_back({conv(48, 1, 48, 3, 2, 1, 1, 2), {1, 15, 14}, 1.0, true, false, 0});
+  for (const int64_t side : {1, 3, 4, 7, 8, 14, 17, 28, 33}) {
+    for (const int stride : {1, 2}) {
+      const bool residual = side % 2 == 0;
+      all.push_back({conv(32, 1, 16, 3, stride, 1, 1, int(side % 6)), {1, side, side + 2}, 1.0,
+                     true, residual, 0});
+      all.push_back({conv(16, 1, 16, 5, stride, 1, 2, 2), {2, side, side}, 0.7, true, residual, 0});
+    }
+  }
+  all.push_back({conv(4, 1, 4, 3, 1, 1, 0, 0), {1, 5, 5}, 1.0, false, false, 0});
+  all.push_back({conv(1, 1, 1, 3, 2, 1, 1, 0), {1, 9, 40}, 1.0, false, true, 0});
   Case uneven = {conv(16, 6, 1, 3, 1, 1, 0, 0), {1, 6, 9}, 0.4, true, false, 0};
   uneven.spec.kernel[1] = 5, uneven.spec.stride[0] = 2, uneven.spec.pads[0] = 1;
   uneven.spec.pads[3] = 3, uneven.spec.dilation[0] = 2;
@@ -268,6 +278,7 @@ std::vector<secateur_variant> variants(const secateur_spec &spec, bool has_half)
       if (of_group % rows == 0) all.push_back({SECATEUR_BLOCKS, rows, v, v % 2 ? 3 : 0});
     }
   }
+  if (secateur::Depthwise::suits(spec)) all.push_back({SECATEUR_DEPTHWISE, 1, 1, 0});
   if (spec.kind == SECATEUR_LINEAR) all.push_back({SECATEUR_GEMV, 1, 1, 0});
   return all;
 }
@@ -319,14 +330,18 @@ int main() {
     }
     // Every family must be caught with one weight slightly wrong.
     const Case image = {conv(16, 8, 1, 3, 1, 1, 1, 0), {1, 7, 7}, 0.5, true, false, 0};
+    const Case channels = {conv(8, 1, 8, 3, 1, 1, 1, 0), {1, 7, 7}, 1.0, true, false, 0};
     const Case tokens = {linear(16, 40, 0), {16, 1, 1}, 0.5, true, false, 0};
     for (const secateur_variant &variant :
          {secateur_variant{SECATEUR_LIST, 1, 4, 0}, secateur_variant{SECATEUR_PANELS, 4, 4, 0},
           secateur_variant{SECATEUR_BLOCKS, 8, 3, 0}, secateur_variant{SECATEUR_GEMV, 1, 1, 0},
-          secateur_variant{SECATEUR_HALF, 1, 4, 0}}) {
+          secateur_variant{SECATEUR_HALF, 1, 4, 0},
+          secateur_variant{SECATEUR_DEPTHWISE, 1, 1, 0}}) {
       const bool half = variant.family == SECATEUR_HALF;
       if (half && !table->half_list) continue;
-      const Case &c = variant.family == SECATEUR_GEMV ? tokens : image;
+      const Case &c = variant.family == SECATEUR_GEMV        ? tokens
+                      : variant.family == SECATEUR_DEPTHWISE ? channels
+                                                             : image;
       expect(compare(c, variant, *table, 7, half ? 3.0f : 1e-3f).outside > 0,
              describe(c, variant, table->name) + ": a planted error was not found");
     }

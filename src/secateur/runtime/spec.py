@@ -10,7 +10,7 @@ from secateur.runtime.library import CSpec, CVariant
 #: Names and numbers of the C interface.
 KINDS = {"conv": 0, "linear": 1}
 ACTIVATIONS = {"none": 0, "relu": 1, "clip": 2, "gelu": 3, "silu": 4, "hardswish": 5}
-FAMILIES = {"list": 0, "panels": 1, "blocks": 2, "gemv": 3, "half": 4}
+FAMILIES = {"list": 0, "panels": 1, "blocks": 2, "gemv": 3, "half": 4, "depthwise": 5}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Variant:
     """A kernel and its tile.
 
     Args:
-        family: ``"list"``, ``"panels"``, ``"blocks"``, ``"gemv"``, or ``"half"`` (a list in float16).
+        family: ``"list"``, ``"panels"``, ``"blocks"``, ``"gemv"``, ``"half"`` (a list in float16) or
+            ``"depthwise"``.
         rows: Rows of a block; 4 for panels, 1 otherwise.
         vectors: Width of a tile of positions, in vectors of the instruction set.
         columns: Input channels that are packed at a time; 0 for all.
