@@ -23,7 +23,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="FILE.ONNX",
-            help="The dense file of a compiled one; or the word dense: made again from it.",
+            help="The dense file to compare with. By default, or with the word dense: MODEL.ONNX "
+            "itself, made dense again if it is compiled.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +35,7 @@ def bench(
 ) -> None:
     """Time MODEL.ONNX densely in ONNX Runtime and in our form, in turn, and compare the outputs.
 
-    A dense model is compiled first, to a file that is not kept.
+    A dense model is compiled first, to a file that is not kept. Then some ten seconds of runs.
 
         secateur bench model.onnx --threads 2
     """

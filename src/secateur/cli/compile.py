@@ -27,15 +27,16 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option
         str,
         typer.Option(
             metavar="NAME",
-            help="float32, or float16: layers may multiply float16, where the machine can.",
+            help="float32, or float16: layers may multiply float16, where the machine can and "
+            "where that is faster.",
         ),
     ] = "float32",
     choose: Annotated[
         str,
         typer.Option(
             metavar="HOW",
-            help="measure: time every kernel on its layer. first: take the first that suits, "
-            "untimed.",
+            help="measure: time the kernels on each layer, then the whole model. first: take the "
+            "first kernel that suits, untimed.",
         ),
     ] = "measure",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
@@ -43,7 +44,8 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option
 ) -> None:
     """Compile MODEL.ONNX for the sparse runtime: fuse, choose kernels by measuring, pack, check.
 
-    Open the result with secateur.runtime.session.
+    Takes seconds for a small model, a minute or two for a large one; other work on the machine
+    spoils the choice. Open the result with secateur.runtime.session.
 
         secateur compile model.onnx -o model.sparse.onnx
     """

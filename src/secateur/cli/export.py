@@ -58,7 +58,7 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
             f"from PyTorch by {done.error:.1g} of the largest output."
         )
         if loaded.masks:
-            text = "ONNX stores the zeros as ordinary numbers: the bundle is the small file."
-            out.say(text)
+            text = "ONNX stores and multiplies the zeros like any other number."
+            out.say(f"{text} To skip them: secateur compile {output}")
         out.text.print(Text(f"inputs: {', '.join(done.inputs)} (any batch size)"))
         out.finish({"onnx": dataclasses.asdict(done)})

@@ -15,7 +15,12 @@ File = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Threads of ONNX Runtime.", show_default=False),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Threads of ONNX Runtime; by default it decides.",
+        show_default=False,
+    ),
 ]
 Batch = Annotated[
     int, typer.Option(min=1, metavar="N", help="Size of the batch, where the model leaves it open.")

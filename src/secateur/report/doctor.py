@@ -48,7 +48,7 @@ def machine_table(machine: Machine) -> Table:
     ratio = machine.bfloat16_gflops / machine.float32_gflops
     rows = {
         "processor": f"{machine.processor}, {machine.system}",
-        "cores": f"{machine.cores} for this process; {machine.threads} threads measured",
+        "cores": f"{machine.cores} for this process; measured with {_threads(machine.threads)}",
         "caches": caches or "unknown",
         "instructions": " ".join(machine.instructions) or "unknown",
         "kernels": " ".join(machine.kernels) or "none",
@@ -73,7 +73,8 @@ def break_even_table(measured: Sequence[BreakEven]) -> RenderableType:
         name = layer if dtype == "float32" else f"{layer}, {dtype}"
         table.add_row(name, *(break_even_text(row.get(p)) for p in PATTERNS))
     against = dict.fromkeys(b.against for b in measured)
-    return Group(table, Text(f"Against dense in {' and '.join(against)}. 2:4: its speed."))
+    source = " and ".join(against)
+    return Group(table, Text(f"Against the dense layer in {source}. For 2:4, its speed."))
 
 
 def break_even_text(found: BreakEven | None) -> str:
@@ -95,8 +96,15 @@ def break_even_text(found: BreakEven | None) -> str:
 
 
 def advice_lines(advice: Sequence[str]) -> RenderableType:
-    """A sentence a line."""
-    return Group(*(Text(f"- {sentence}") for sentence in advice))
+    """Sentences, each from a new line on."""
+    lines = Table.grid(padding=(0, 1))
+    for sentence in advice:
+        lines.add_row("-", Text(sentence))
+    return lines
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _binary(size: int) -> str:

@@ -44,29 +44,29 @@ def bench_json(found: Bench) -> dict[str, Any]:
 
 
 def kernel_text(kernel: Variant | None) -> str:
-    """A kernel in a word or two: rows by vectors, and how many channels it packs at a time.
+    """A kernel in a word or two: rows by vectors / how many channels it packs at a time.
 
     Example:
         >>> kernel_text(Variant("blocks", rows=8, vectors=4)), kernel_text(None)
         ('blocks 8x4', 'dense')
         >>> kernel_text(Variant("list", rows=1, vectors=8, columns=64))
-        'list 1x8 by 64'
+        'list 1x8/64'
     """
     if kernel is None:
         return "dense"
-    part = f" by {kernel.columns}" if kernel.columns else ""
+    part = f"/{kernel.columns}" if kernel.columns else ""
     return f"{kernel.family} {kernel.rows}x{kernel.vectors}{part}"
 
 
 def compiled_layers(found: Compiled) -> Table:
     """One row per layer that could have been replaced."""
-    table = _table("layer", "weight", "sparsity", "fused", "kernel", "dense", "sparse")
+    table = _table("layer", "weight", "zeros", "fused", "kernel", "dense ms", "sparse ms")
     for layer in found.layers:
         table.add_row(
             Text(layer.name),
             _shape(layer),
             percent(layer.sparsity),
-            "+".join(layer.fused[1:]) or "-",
+            " ".join(layer.fused[1:]) or "-",
             kernel_text(layer.kernel),
             _ms(layer.dense_ms),
             _ms(layer.sparse_ms),
@@ -89,15 +89,15 @@ def compiled_text(found: Compiled) -> RenderableType:
             f"{milliseconds(found.dense_ms)} dense, {milliseconds(found.sparse_ms)} now: "
             f"{times(found.speedup, 'faster', 'slower')} (plan: {found.plan}; {found.isa})."
         )
-    return Group(*map(Text, lines), *_notes(found.notes))
+    return Group(*map(Text, lines), notes_lines(found.notes))
 
 
 def bench_layers(found: Bench) -> Table:
     """One row per layer: its kernel, and what it takes alone."""
-    table = _table("layer", "weight", "sparsity", "kernel", "dense", "sparse", "GFLOP/s")
+    table = _table("layer", "weight", "zeros", "kernel", "dense ms", "sparse ms", "GFLOP/s")
     known = any(layer.peak_share is not None for layer in found.layers)
     if known:
-        table.add_column("of peak", justify="right", no_wrap=True)
+        table.add_column("peak", justify="right", no_wrap=True)
     for layer in found.layers:
         row: list[RenderableType] = [
             Text(layer.name),
@@ -112,15 +112,14 @@ def bench_layers(found: Bench) -> Table:
     return table
 
 
-def bench_table(found: Bench) -> Table:
+def bench_table(found: Bench) -> RenderableType:
     """The whole model, dense and sparse."""
     table = _table("", "dense", "sparse", "change")
-    low, high = found.speedup_range
     table.add_row(
         "median",
         milliseconds(found.dense.median),
         milliseconds(found.sparse.median),
-        f"{times(found.speedup, 'faster', 'slower')} ({low:.2f} to {high:.2f})",
+        times(found.speedup, "faster", "slower"),
     )
     table.add_row("80 % of runs", _range(found.dense), _range(found.sparse), "")
     table.add_row(
@@ -130,18 +129,27 @@ def bench_table(found: Bench) -> Table:
         times(found.dense_bytes / found.sparse_bytes, "smaller", "larger"),
     )
     table.add_row("largest difference", "", f"{found.max_rel_error:.1g}", "")
-    threads = "default" if found.threads is None else str(found.threads)
-    table.add_row("threads, kernels", threads, found.isa, f"{found.rounds} pairs")
-    return table
+    low, high = found.speedup_range
+    shapes = ", ".join(f"{name} {'x'.join(map(str, s))}" for name, s in found.inputs.items())
+    how = (
+        f"{found.rounds} pairs of runs; the ratio is {low:.2f} to {high:.2f} (95 % range). "
+        f"{_threads(found.threads)}, {found.isa} kernels, {shapes}."
+    )
+    return Group(table, Text(how))
 
 
 def notes_lines(notes: Iterable[str]) -> RenderableType:
-    """Notes, one line each."""
-    return Group(*_notes(notes))
+    """Notes, each from a new line on."""
+    lines = Table.grid(padding=(0, 1))
+    for note in notes:
+        lines.add_row("note:", Text(note))
+    return lines
 
 
-def _notes(notes: Iterable[str]) -> list[Text]:
-    return [Text(f"note: {note}") for note in notes]
+def _threads(count: int | None) -> str:
+    if count is None:
+        return "ONNX Runtime's own number of threads"
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _shape(layer: CompiledLayer | LayerSpeed) -> str:
@@ -150,17 +158,20 @@ def _shape(layer: CompiledLayer | LayerSpeed) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return "-" if value is None else milliseconds(value)
+    return "-" if value is None else milliseconds(value).removesuffix(" ms")
 
 
 def _range(found: Median) -> str:
-    return f"{found.p10:.3g} to {found.p90:.3g} ms"
+    return f"{_ms(found.p10)} to {milliseconds(found.p90)}"
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, overflow="fold")
+    # Tables of layers, whose first column has a name, just fit into 80 columns with one space.
+    gap, least = (1, 11) if first else (2, None)
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    table.add_column(first, overflow="fold", min_width=least)
     for name in others:
         left = name in ("weight", "fused", "kernel")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+        # Names and lists of operators may be long; a number is never broken.
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "fused")
     return table

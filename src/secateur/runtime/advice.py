@@ -65,10 +65,8 @@ def _patterns(measured: Sequence[BreakEven]) -> list[str]:
                 f"{len(rows)} layers, whatever the sparsity."
             )
         else:
-            below = " or below" if all(b.at_most for b in rows) else ""
-            sentences.append(
-                f"{_named(pattern)} pays from {_percent(max(where))}{below} on in all layers measured."
-            )
+            start = _start(max(where), all(b.at_most for b in rows))
+            sentences.append(f"{_named(pattern)} pays {start}, in all layers measured.")
     return sentences
 
 
@@ -80,12 +78,16 @@ def _token(measured: Sequence[BreakEven]) -> str:
     rows = [b for b in measured if "1 token" in b.layer and b.sparsity is not None]
     if not rows:
         return ""
-    parts = [
-        f"{'below ' if b.at_most else ''}{_percent(b.sparsity)} in {b.dtype}"
-        for b in rows
-        if b.sparsity is not None
-    ]
-    return f"For one token at a time (a language model that writes) it pays from {' and '.join(parts)} on."
+    types: dict[str, list[str]] = {}
+    for b in rows:
+        if b.sparsity is not None:
+            types.setdefault(_start(b.sparsity, b.at_most), []).append(b.dtype)
+    parts = [f"{start} in {' and '.join(names)}" for start, names in types.items()]
+    return f"For one token at a time (a language model that writes) it pays {', '.join(parts)}."
+
+
+def _start(sparsity: float, at_most: bool) -> str:
+    return f"at {_percent(sparsity)} already" if at_most else f"from {_percent(sparsity)} on"
 
 
 def _bfloat16(machine: Machine, measured: Sequence[BreakEven]) -> str:

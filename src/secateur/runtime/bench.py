@@ -219,7 +219,8 @@ def _notes(about: Mapping[str, Any], compiled: Graph, threads: int | None) -> tu
     notes = list(about.get("notes", ()))
     if about and about.get("threads") != threads:
         chosen = about.get("threads") or "ONNX Runtime's own number of"
-        notes.append(f"the kernels were chosen for {chosen} threads: compile again for these")
+        word = "thread" if chosen == 1 else "threads"
+        notes.append(f"the kernels were chosen for {chosen} {word}: compile again for these")
     if about and about.get("isa") != isa():
         notes.append(f"the kernels were chosen for {about.get('isa')}, this machine runs {isa()}")
     if not about and any(is_sparse(node) for node in compiled.nodes):

@@ -316,8 +316,8 @@ def _notes(graph: Graph, found: Sequence[Any], plan: Plan) -> tuple[str, ...]:
     own = [n for n in layers if any(graph.constant(name) is not None for name in n.input[1:2])]
     if len(own) > len(found):
         notes.append(
-            f"{len(own) - len(found)} of {len(own)} layers were not tried: fewer than 20 % zeros, "
-            "or a kind that has no sparse operator"
+            f"not tried: {len(own) - len(found)} of {len(own)} layers, with fewer than 20 % zeros "
+            "or of a kind that has no sparse operator"
         )
     if plan.name == DENSE:
         notes.append("nothing was faster than the dense model on this machine: it was kept")

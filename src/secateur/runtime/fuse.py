@@ -26,15 +26,17 @@ def sites(graph: Graph, *, fewest_zeros: float = FEWEST_ZEROS) -> tuple[Site, ..
 
     Args:
         graph: What to look at.
-        fewest_zeros: Layers with a smaller share of zeros are left out, but depthwise ones are not:
-            alone between sparse layers they can cost the dense runtime more than they compute.
+        fewest_zeros: Layers with a smaller share of zeros are left out, with two exceptions for
+            which our dense kernels are worth a try: depthwise layers, since alone between sparse
+            layers they cost the dense runtime more than they compute, and convolutions of pictures.
     """
     starts = []
     for index, node in enumerate(graph.nodes):
         begun = start(graph, index, node)
         if begun is None:
             continue
-        wanted = begun.site.sparsity >= fewest_zeros or begun.site.depthwise
+        site = begun.site
+        wanted = site.sparsity >= fewest_zeros or site.depthwise or site.reads_image
         if wanted and begun.affine.usable:
             starts.append(begun)
     found: list[Site] = []

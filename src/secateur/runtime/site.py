@@ -14,6 +14,8 @@ from secateur.runtime.fold import Affine, per_output
 from secateur.runtime.graph import Graph, attribute, standard
 
 CONV, LINEAR = "conv", "linear"
+# Red, green, blue and alpha.
+_CHANNELS_OF_IMAGE = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Site:
     def depthwise(self) -> bool:
         """Whether each channel is convolved by itself."""
         return self.groups > 1 and self.inputs == 1
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether it is a convolution of so few channels as a picture has."""
+        return self.kind != LINEAR and self.groups * self.inputs <= _CHANNELS_OF_IMAGE
 
     def output_shape(self, x: Sequence[int]) -> tuple[int, ...]:
         """Shape of the output for an input of this shape.
