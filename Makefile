@@ -3,6 +3,7 @@
 #   make demo     the example from start to end      make check    style, types, import rule
 #   make test     tests and the examples in docs     make bench    measurements
 #   make docs     generated pages, examples          make format   let ruff rewrite the files
+#   make bench-runtime   sparse models against dense ones
 #   make lock     write requirements.lock anew       make clean    remove what was generated
 #   make distclean   the same, and .venv
 #
@@ -38,7 +39,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 
 .DEFAULT_GOAL := help
-.PHONY: help install native check-native demo test check bench docs format lock clean distclean
+.PHONY: help install native check-native demo test check bench bench-runtime docs format lock clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -83,7 +84,7 @@ endif
 check-native: $(STAMP)
 	CMAKE_GENERATOR=Ninja PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/check.sh build/native-check
 
-demo: $(STAMP)
+demo: $(STAMP) $(LIBRARY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/fashion_mnist/demo.sh
 
 test: $(STAMP) $(LIBRARY)
@@ -94,6 +95,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-runtime: $(STAMP) $(LIBRARY)
+	$(BIN)/python -m bench gemv patterns speed --threads 2
 
 bench: $(STAMP) $(LIBRARY)
 	$(BIN)/python -m bench

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from bench import cifar, gemv, global_masks, gradual, oneshot, record, speed, sweep
+from bench import cifar, gemv, global_masks, gradual, oneshot, patterns, record, speed, sweep
 
 # In the order in which they run: the short ones first.
 STUDIES: dict[str, Callable[..., None]] = {
     "global_masks": global_masks.run,
     "sweep": sweep.run,
     "gemv": gemv.run,
+    "patterns": patterns.run,
     "speed": speed.run,
     "oneshot": oneshot.run,
     "gradual": gradual.run,

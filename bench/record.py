@@ -25,7 +25,7 @@ from secateur.core.atomic import new_file
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).parent / "runs"
-_PACKAGES = ("torch", "numpy", "safetensors", "pillow", "transformers")
+_PACKAGES = ("torch", "numpy", "safetensors", "pillow", "transformers", "onnxruntime")
 _SENSES = ("at most", "at least", "less than", "more than")
 
 

@@ -19,7 +19,7 @@ them look in `$SECATEUR_DATA`.
 
 def page(folder: Path = RESULTS) -> str:
     """Give the whole page; a study without results is left out."""
-    made = (_global_masks, _sweep, _gradual, _oneshot)
+    made = (_speed, _gemv, _patterns, _global_masks, _sweep, _gradual, _oneshot)
     parts = [part for make in made if (part := make(folder))]
     return "\n".join([HEAD, *parts])
 
@@ -54,6 +54,83 @@ def _where(study: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['instructions']}, {study['threads']} thread(s), "
         f"torch {versions['torch']}, {study['time']['date']}.\n"
     )
+
+
+def _speed(folder: Path) -> str:
+    study = _read(folder, "speed")
+    if not study:
+        return ""
+    found = study["result"]["rows"]
+    rivals = list(dict.fromkeys(name for row in found for name in row["milliseconds"]))
+    rows = []
+    for row in found:
+        case, times = row["case"], row["milliseconds"]
+        rows.append(
+            [
+                case["network"],
+                f"{case['sparsity']:.0%}",
+                str(case["threads"]),
+                str(case["batch"]),
+                row["isa"],
+                *(f"{times[name]['median']:.2f}" if name in times else "" for name in rivals),
+                f"{row['speedup']:.2f}x",
+                f"{row['error']:.0e}",
+                f"{row['dense_bytes'] / row['sparse_bytes']:.1f}x",
+            ]
+        )
+    head = ["network", "sparsity", "threads", "batch", "kernels", *(f"{n}, ms" for n in rivals)]
+    head += ["speed-up", "error", "smaller"]
+    ort = study["versions"].get("onnxruntime", "")
+    text = (
+        "## Compiled sparse models\n\nUniform sparsity by magnitude of every convolution and linear "
+        "layer but the first; depthwise ones stay\ndense. All rivals of a row ran in turn in one "
+        f"process on the same inputs. Dense is ONNX Runtime {ort}, float32.\nThe speed-up is the "
+        "median over pairs of runs; the files have the spreads. Most networks have random\nweights: "
+        "these figures are about speed alone.\n"
+    )
+    return "\n".join([text, _where(study), _table(head, rows), _goals(study)])
+
+
+def _gemv(folder: Path) -> str:
+    study = _read(folder, "gemv")
+    if not study:
+        return ""
+    found = study["result"]
+    rows = [
+        [
+            row["weights"],
+            f"{row['sparsity']:.0%}",
+            str(row["tokens"]),
+            f"{row['dense_ms']:.2f}",
+            f"{row['sparse_ms']:.2f}",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["weights", "sparsity", "tokens", "dense PyTorch, ms", "sparse, ms", "speed-up"]
+    title = (
+        f"## Linear layer {found['inputs']} to {found['outputs']}, weights beyond the caches\n\n"
+        "Dense is PyTorch in the same type.\n"
+    )
+    return "\n".join([title, _where(study), _table(head, rows), _goals(study)])
+
+
+def _patterns(folder: Path) -> str:
+    study = _read(folder, "patterns")
+    if not study:
+        return ""
+    found = study["result"]["rows"]
+    levels = sorted({point["sparsity"] for row in found for point in row["points"]})
+    rows = []
+    for row in found:
+        cells = {point["sparsity"]: f"{1 / point['ratio']:.2f}x" for point in row["points"]}
+        pays = "never" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
+        names = [f"{row['layer']}, {row['dtype']}", row["pattern"]]
+        speeds = [cells.get(level, "") for level in levels]
+        rows.append([*names, *speeds, f"below {pays}" if row["at_most"] else pays])
+    head = ["layer", "pattern", *(f"{level:.0%}" for level in levels), "pays from"]
+    title = "## Patterns\n\nTimes faster than the dense layer, by sparsity.\n"
+    return "\n".join([title, _where(study), _table(head, rows)])
 
 
 def _global_masks(folder: Path) -> str:
@@ -106,7 +183,8 @@ def _gradual(folder: Path) -> str:
         rows.append([arm["arm"], f"{arm['accuracy']:.2f} %", below])
     text = (
         "ResNet-20 on CIFAR-10: 40,000 training and 11,000 test images, a dense trunk of 14 epochs, then 12\n"
-        "epochs for every arm with the same schedule; the pruned ones prune over the first six.\n"
+        "epochs for every arm with the same schedule; the pruned ones prune over the first six. A distilled\n"
+        "arm learns from the trunk's outputs, too; the dense one does not.\n"
     )
     head = ["arm", "accuracy", "points below dense"]
     return "\n".join(

@@ -1,9 +1,12 @@
 // What all parts of a layer share: its shape, its weights, and how work is spread over threads.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "secateur.h"
@@ -41,15 +44,28 @@ struct Parallel {
   void *context = nullptr;
   int threads = 1;
 
-  // Calls task(i) for every i below count.
+  // Calls task(i) for every i below count. What a task throws must not leave the thread it ran on:
+  // it becomes one bad_alloc here, as tasks do nothing that can fail but take memory.
   template <typename Task>
   void operator()(size_t count, Task &&task) const {
-    auto call = [](void *user, size_t i) { (*static_cast<Task *>(user))(i); };
+    struct Job {
+      std::remove_reference_t<Task> *task;
+      std::atomic<bool> failed{false};
+    } job{&task};
+    const auto call = [](void *user, size_t i) {
+      Job &mine = *static_cast<Job *>(user);
+      try {
+        (*mine.task)(i);
+      } catch (...) {
+        mine.failed = true;
+      }
+    };
     if (run && count > 1) {
-      run(context, call, count, const_cast<void *>(static_cast<const void *>(&task)));
+      run(context, call, count, &job);
     } else {
-      for (size_t i = 0; i < count; ++i) task(i);
+      for (size_t i = 0; i < count; ++i) call(&job, i);
     }
+    if (job.failed) throw std::bad_alloc();
   }
 };
 

@@ -4,7 +4,6 @@
 // with an input an error of the run. Nothing here is thrown across the C interface.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -167,36 +166,15 @@ std::unique_ptr<Kernel> make_kernel(const Operator &op, const ort::Api &api,
   return kernel;
 }
 
-// ONNX Runtime's threads, as secateur_layer_run wants them. A task that runs out of memory must not
-// take the whole process with it, which an exception in a thread of the pool would do.
+// ONNX Runtime's threads, as secateur_layer_run wants them.
 struct Spread {
   const ort::Api &api;
   ort::KernelContext *context;
   ort::Status *status = nullptr;
 
-  struct Job {
-    void (*task)(void *, size_t);
-    void *user;
-    std::atomic<bool> failed{false};
-  };
-
   static void run(void *self, void (*task)(void *, size_t), size_t count, void *user) {
     Spread &spread = *static_cast<Spread *>(self);
-    Job job{task, user};
-    spread.keep(spread.api.KernelContext_ParallelFor(
-        spread.context,
-        [](void *at, size_t i) {
-          Job &mine = *static_cast<Job *>(at);
-          try {
-            mine.task(mine.user, i);
-          } catch (...) {
-            mine.failed = true;
-          }
-        },
-        count, 0, &job));
-    if (job.failed) {
-      spread.keep(spread.api.CreateStatus(ort::FAIL, "there is not enough memory for this input."));
-    }
+    spread.keep(spread.api.KernelContext_ParallelFor(spread.context, task, count, 0, user));
   }
 
   // The first error is the one that is told.
