@@ -13,7 +13,8 @@ from docstrings import COLUMNS, clean, entry, markdown, signature
 HERE = Path(__file__).parent
 PUBLIC = """secateur secateur.score secateur.pattern secateur.allocate secateur.schedule
 secateur.recover secateur.drive.recipe secateur.drive.recipe_file secateur.stats secateur.frontends
-secateur.formats secateur.report secateur.evaluate secateur.testing secateur.core.weight
+secateur.formats secateur.report secateur.evaluate secateur.runtime secateur.testing
+secateur.core.weight
 secateur.core.slots secateur.core.budget secateur.core.batches secateur.core.facts
 secateur.core.masks secateur.core.selectors secateur.core.select secateur.core.errors"""
 KINDS = ("criterion", "pattern", "allocation", "schedule", "recovery", "rounding")

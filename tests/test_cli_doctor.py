@@ -201,11 +201,11 @@ def test_advice_names_where_each_pattern_pays() -> None:
         found("unstructured", 0.9, 0.5, layer="linear, 1 token", dtype="bfloat16"),
     ]
     said = advice(HERE, measured)
-    assert said[0] == "Unstructured sparsity pays from 65 % on in all layers measured."
-    assert said[1] == "Sparsity in 4x1 blocks pays from 30 % or below on in all layers measured."
+    assert said[0] == "Unstructured sparsity pays from 65 % on, in all layers measured."
+    assert said[1] == "Sparsity in 4x1 blocks pays at 30 % already, in all layers measured."
     assert "16x1 blocks was not faster than dense in 1 of 1 layers" in said[2]
     assert said[3] == "2:4 does not pay on this processor: 0.62 times the dense speed at 50 %."
-    assert "pays from below 30 % in bfloat16 on" in said[4]
+    assert "it pays at 30 % already in bfloat16." in said[4]
     assert "no rival here: 1.1 times" in said[5]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 onnx = pytest.importorskip("onnx")
@@ -19,8 +21,17 @@ from onnx import numpy_helper  # noqa: E402 - only where it is installed
 from secateur.cli.main import app  # noqa: E402
 from secateur.cli.sparse_options import sample_of  # noqa: E402
 from secateur.core.errors import UsageError  # noqa: E402
+from secateur.report.runtime import (  # noqa: E402
+    bench_layers,
+    bench_table,
+    compiled_layers,
+    notes_lines,
+)
 from secateur.runtime import available  # noqa: E402
+from secateur.runtime.bench import Bench, LayerSpeed, Median  # noqa: E402
+from secateur.runtime.compile import Compiled, CompiledLayer  # noqa: E402
 from secateur.runtime.masked import prune_onnx  # noqa: E402
+from secateur.runtime.native import Variant  # noqa: E402
 from secateur.runtime.operators import is_sparse  # noqa: E402
 from secateur.runtime.race import Raced  # noqa: E402
 from secateur.runtime.session import session  # noqa: E402
@@ -174,6 +185,38 @@ def test_errors_end_with_their_codes(network: Path) -> None:
     wish = ("-o", network.with_name("o.onnx"), "--precision", "int4")
     assert call("compile", network, *wish)[0] == 2
     assert call("bench", out, "--shape", "image=1x16")[0] == 2
+
+
+def test_tables_of_layers_fit_into_80_columns() -> None:
+    kernel = Variant("panels", 4, 11, 128)
+    name = "/layer4/layer4.0/downsample/downsample.0/Conv"
+    shape = (2048, 1024, 1, 1)
+    what = (name, "conv", shape, 1, 0.9, kernel, 12.34, 3.456, 123.4, 0.45)
+    timed = Median(96.83, 94.2, 1234.0)
+    shapes = {"input": (1, 3, 224, 224)}
+    found = Bench(
+        *(timed, timed, 0.079, (0.07, 0.08), 200, 1e-7, 10**8, 10**7, 1, "avx512", 100.0, shapes),
+        layers=(LayerSpeed(*what),),
+        notes=("long " * 30,),
+    )
+    made = CompiledLayer(
+        *(name, "w", "conv", shape, 1, 0.9, ("Conv", "Add", "Relu"), 49, 1, kernel, 12.3, 3.4, ()),
+    )
+    whole = ("o", 1, 2, "first", None, None, None, 1e-7, None, "float32", "avx2", None, {})
+    for table, row in (
+        (bench_layers(found), "2048x1024x1x1 90.0 % panels 4x11/128 12.3 3.46 123 45 %"),
+        (
+            compiled_layers(Compiled(*whole, (made,), ())),
+            "90.0 % Add Relu panels 4x11/128 12.3 3.40",
+        ),
+        (bench_table(found), "80 % of runs 94.2 to 1234 ms 94.2 to 1234 ms"),
+        (notes_lines(found.notes), "note: long"),
+    ):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(table)
+        text = console.export_text()
+        assert any(row in " ".join(line.split()) for line in text.splitlines()), text
+        assert "\u2026" not in text
 
 
 def test_shapes_are_written_with_an_x() -> None:

@@ -10,6 +10,8 @@ import os
 import re
 import shlex
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +20,8 @@ import pytest
 import secateur
 from secateur.cli.main import app
 from secateur.drive.recipe_file import CATALOGUES, read_recipe
+from secateur.runtime import available
+from secateur.runtime.breakeven import CASES, break_evens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,18 +91,72 @@ def run(line: str) -> int:
     return int(code or 0)
 
 
-@pytest.mark.parametrize("number", range(len(blocks(ROOT / "README.md", "console"))))
+def scripts(page: Path) -> list[list[tuple[str, str]]]:
+    """What is to run in one folder: each console block, with the plain Python that follows it.
+
+    Python with a prompt runs as doctest; one that begins with the name of a file is written there.
+    """
+    found: list[list[tuple[str, str]]] = []
+    for language, text in BLOCK.findall(page.read_text("utf-8")):
+        if language == "console":
+            found.append([(language, text)])
+        elif language == "python" and found and ">>> " not in text and text[:2] != "# ":
+            found[-1].append((language, text))
+    return found
+
+
+SCRIPTS = scripts(ROOT / "README.md")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little time for measuring: here commands are to run, not to be right about speed."""
+    for module, names in {
+        "compile": {"_LAYERS": 1.0, "_WHOLE": 0.5},
+        "bench": {"_SECONDS": 0.2},
+        "machine": {"_SECONDS": 0.02, "_WIDTH": 256},
+    }.items():
+        for name, value in names.items():
+            monkeypatch.setattr(importlib.import_module(f"secateur.runtime.{module}"), name, value)
+    few = partial(break_evens, cases=CASES[:1], seconds=0.0)
+    monkeypatch.setattr("secateur.cli.doctor.break_evens", few)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("number", range(len(SCRIPTS)))
 def test_readme_commands_run(
     number: int,
     elsewhere: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    text = "".join(text for _, text in SCRIPTS[number])
+    if "secateur compile" in text and not available():
+        pytest.skip("the native library is not built")
     monkeypatch.chdir(elsewhere)
-    lines = commands(blocks(ROOT / "README.md", "console")[number])
-    assert lines
-    for line in lines:
-        assert run(line) == 0, f"{line}\n{capsys.readouterr()}"
+    monkeypatch.syspath_prepend(elsewhere / "examples" / "fashion_mnist")
+    before = set(sys.modules)
+    try:
+        for language, block in SCRIPTS[number]:
+            if language == "python":
+                exec(compile(block, "README.md", "exec"), {})  # noqa: S102 - our own page
+                continue
+            lines = commands(block)
+            assert lines
+            for line in lines:
+                assert run(line) == 0, f"{line}\n{capsys.readouterr()}"
+    finally:
+        for name in {"data", "few", "network"} & (set(sys.modules) - before):
+            del sys.modules[name]
+
+
+def test_scripts_are_a_console_block_and_the_python_after_it(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    parts = ["python\na = 1", "console\n$ b", "python\n>>> c\n", "python\n# d.py\nd", "python\ne"]
+    page.write_text("\n".join(f"```{part}\n```\ntext" for part in parts), "utf-8")
+    assert scripts(page) == [[("console", "$ b\n"), ("python", "e\n")]]
+    names = [line for script in SCRIPTS for language, text in script for line in text.splitlines()]
+    assert sum("onnxruntime.InferenceSession(" in line for line in names) == 1
 
 
 def test_a_command_that_fails_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,10 +172,21 @@ def test_readme_shows_every_command_of_the_program() -> None:
 
 @pytest.mark.parametrize("page", PAGES[:2], ids=IDS[:2])
 def test_make_targets_exist(page: Path) -> None:
-    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z]+)\b(?=[`\n ]|$)", "\n".join(blocks(page, "sh"))))
+    known = targets_of((ROOT / "Makefile").read_text("utf-8"))
+    named = set(re.findall(r"\bmake ([a-z-]+)(?=[`\n ]|$)", "\n".join(blocks(page, "sh"))))
     assert named
     assert named <= known, f"no such targets: {sorted(named - known)}"
+
+
+def targets_of(makefile: str) -> set[str]:
+    """The named targets of a Makefile; a rule may have several."""
+    rules = re.findall(r"^([a-z$][^:=\n]*):(?!=)", makefile, re.MULTILINE)
+    return {word for rule in rules for word in rule.split() if re.fullmatch(r"[a-z-]+", word)}
+
+
+def test_targets_are_found() -> None:
+    text = "a-b: c\nnative $(LIBRARY): x y\n$(STAMP): d\nF := e\n.PHONY: p\n\tq: r\n"
+    assert targets_of(text) == {"a-b", "native"}
 
 
 def test_commands_are_joined_and_prompts_removed() -> None:

@@ -44,8 +44,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option
 ) -> None:
     """Compile MODEL.ONNX for the sparse runtime: fuse, choose kernels by measuring, pack, check.
 
-    Takes seconds for a small model, a minute or two for a large one; other work on the machine
-    spoils the choice. Open the result with secateur.runtime.session.
+    It takes seconds, or two minutes for a large model. secateur.runtime.session opens the result.
 
         secateur compile model.onnx -o model.sparse.onnx
     """

@@ -89,7 +89,7 @@ def compiled_text(found: Compiled) -> RenderableType:
             f"{milliseconds(found.dense_ms)} dense, {milliseconds(found.sparse_ms)} now: "
             f"{times(found.speedup, 'faster', 'slower')} (plan: {found.plan}; {found.isa})."
         )
-    return Group(*map(Text, lines), notes_lines(found.notes))
+    return Group(*map(Text, lines), *([notes_lines(found.notes)] if found.notes else []))
 
 
 def bench_layers(found: Bench) -> Table:

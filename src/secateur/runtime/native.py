@@ -269,7 +269,9 @@ def isa() -> str:
     """
     name = load().secateur_isa()
     if name is None:
-        check(INVALID, "the instruction set that SECATEUR_ISA names")
+        check(
+            INVALID, "the instruction set that SECATEUR_ISA names", "unset it, or name one of these"
+        )
     return str(name.decode())
 
 
