@@ -1,9 +1,8 @@
 """Gradual magnitude pruning of ResNet-20 against a dense network trained equally long.
 
-One trunk is trained dense from scratch. Arms (dense, and 80 %, 90 %, 95 %, each plain and
-distilled from the trunk) then start from it with the same batches, learning rates and epochs. The
-pruned arms prune over the first half of those epochs and only train over the second. All commands
-can be cut off and taken up:
+One trunk is trained dense from scratch. Four arms (dense, 80 %, 90 %, 95 %) then start from it
+with the same batches, learning rates and epochs. The pruned arms prune over the first half of
+those epochs and only train over the second. All commands can be cut off and taken up:
 
     python -m bench --arm trunk
     python -m bench --arm dense
@@ -30,10 +29,8 @@ from secateur.allocate import Ranked
 from secateur.schedule import Polynomial
 from secateur.score import Magnitude
 
-SPARSITIES = ("0.8", "0.9", "0.95")
-# A distilled arm learns from the trunk's outputs as well.
-ARMS = ("dense", *SPARSITIES, *(f"{s}-distilled" for s in SPARSITIES))
-# Points below dense, at most. Judged for the distilled arms: distillation is part of recovery.
+ARMS = ("dense", "0.8", "0.9", "0.95")
+# Points below dense, at most.
 GOALS = {"0.8": 0.3, "0.9": 1.0, "0.95": 2.5}
 TRUNK = training.Recipe(epochs=14, rate=0.2, warmup=1.5)
 ARM = training.Recipe(epochs=12, rate=0.1, warmup=1.0, earlier=14)
@@ -50,7 +47,6 @@ class Plan:
         test_images: Test on the first so many.
         pruning: Epochs of the arm at which pruning begins and ends; afterwards the masks stay.
         every: Steps between two changes of the masks.
-        distilled: Weight of the trunk's outputs in a distilled arm's loss, and their temperature.
         tested_after: Epochs of the arm after which to test on the way, for the record only.
     """
 
@@ -60,7 +56,6 @@ class Plan:
     test_images: int = cifar.HELD_OUT + 1_000
     pruning: tuple[float, float] = (0, 6)
     every: int = 50
-    distilled: tuple[float, float] = (0.7, 3.0)
     tested_after: tuple[int, ...] = (6,)
 
 
@@ -144,9 +139,8 @@ def run_arm(
     part = place.runs / f"{name}.safetensors"
     if part.exists():
         pruning.take_up(training.load(run, part))
-    teacher = training.Teacher(trunk.model, *plan.distilled) if "distilled" in arm else None
     while len(run.history) < plan.recipe.epochs:
-        training.train_epoch(run, batches, seed=seed, after_step=pruning.step, teacher=teacher)
+        training.train_epoch(run, batches, seed=seed, after_step=pruning.step)
         run.history[-1]["sparsity"] = round(pruning.sparsity(), 5)
         if len(run.history) in plan.tested_after:
             run.history[-1]["test_accuracy"] = _tested(run.model, test).accuracy
@@ -191,14 +185,12 @@ def summarise(*, folder: Path = record.RESULTS) -> dict[str, Any]:
         accuracies = [row["accuracy"] for row in each]
         row: dict[str, Any] = {"arm": arm, "accuracy": _mean(accuracies), "seeds": each}
         if arm != "dense":
-            sparsity = arm.removesuffix("-distilled")
             row["drop"] = _mean([row["drop"] for row in each])
             row["drop_standard_error"] = math.sqrt(
                 sum(row["drop_standard_error"] ** 2 for row in each)
             ) / len(each)
-            words = f"points below dense at {float(sparsity):.0%} sparsity, distilled"
-            if sparsity != arm:
-                goals.append(record.goal(words, row["drop"], "at most", GOALS[sparsity]))
+            words = f"points below dense at {float(arm):.0%} sparsity"
+            goals.append(record.goal(words, row["drop"], "at most", GOALS[arm]))
         rows.append(row)
     record.write("gradual", {"arms": rows}, goals=goals, seeds=seeds, watch=watch, folder=folder)
     return record.read("gradual", folder=folder)
@@ -321,8 +313,4 @@ class _Gradual:
 
 
 def _pruning(arm: str, run: training.Run, plan: Plan, steps_an_epoch: int) -> _Dense | _Gradual:
-    return (
-        _Dense()
-        if arm == "dense"
-        else _Gradual(float(arm.removesuffix("-distilled")), run, plan, steps_an_epoch)
-    )
+    return _Dense() if arm == "dense" else _Gradual(float(arm), run, plan, steps_an_epoch)

@@ -83,10 +83,10 @@ def _speed(folder: Path) -> str:
     ort = study["versions"].get("onnxruntime", "")
     text = (
         "## Compiled sparse models\n\nUniform sparsity by magnitude of every convolution and linear "
-        "layer but the first; depthwise ones stay\ndense. All rivals of a row ran in turn in one "
-        f"process on the same inputs. Dense is ONNX Runtime {ort}, float32.\nThe speed-up is the "
-        "median over pairs of runs; the files have the spreads. Most networks have random\nweights: "
-        "these figures are about speed alone.\n"
+        "layer but the first; depthwise ones stay\ndense. Dense and sparse ran in turn in one process "
+        "on the same inputs, OpenVINO (dense) after them. Dense\nis ONNX Runtime "
+        f"{ort}, float32. The speed-up is the median over pairs of runs; the files have the\nspreads. "
+        "Most networks have random weights: these figures are about speed alone.\n"
     )
     return "\n".join([text, _where(study), _table(head, rows), _goals(study)])
 
@@ -183,8 +183,7 @@ def _gradual(folder: Path) -> str:
         rows.append([arm["arm"], f"{arm['accuracy']:.2f} %", below])
     text = (
         "ResNet-20 on CIFAR-10: 40,000 training and 11,000 test images, a dense trunk of 14 epochs, then 12\n"
-        "epochs for every arm with the same schedule; the pruned ones prune over the first six. A distilled\n"
-        "arm learns from the trunk's outputs, too; the dense one does not.\n"
+        "epochs for every arm with the same schedule; the pruned ones prune over the first six.\n"
     )
     head = ["arm", "accuracy", "points below dense"]
     return "\n".join(

@@ -56,33 +56,6 @@ class Recipe:
         return round(self.rate * (1 + math.cos(math.pi * done)) / 2, 12)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    r"""A trained network to distil from (Hinton, Vinyals and Dean, arXiv 1503.02531).
-
-    .. math:: \text{loss} = T^2 \, \text{KL}(\text{softmax}(t / T) \| \text{softmax}(s / T))
-
-    Attributes:
-        model: Run as when it is tested.
-        weight: Of this loss; the labels have the rest.
-        temperature: Of both networks.
-    """
-
-    model: nn.Module
-    weight: float
-    temperature: float
-
-    def loss(self, x: Tensor, found: Tensor) -> Tensor:
-        """Of outputs, in the mean over the images."""
-        self.model.eval()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            wanted = self.model(x)
-        wanted = functional.log_softmax(wanted.float() / self.temperature, 1)
-        own = functional.log_softmax(found / self.temperature, 1)
-        loss = functional.kl_div(own, wanted, log_target=True, reduction="batchmean")
-        return self.temperature**2 * loss
-
-
 @dataclass
 class Run:
     """A network in training.
@@ -120,7 +93,6 @@ def train_epoch(
     *,
     seed: int,
     after_step: Callable[[], object] = lambda: None,
-    teacher: Teacher | None = None,
 ) -> None:
     """Train one more epoch and add it to the history.
 
@@ -129,7 +101,6 @@ def train_epoch(
         images: To train on.
         seed: Of order and augmentation.
         after_step: Called after every step of the optimizer.
-        teacher: Whose outputs are learned beside the labels.
     """
     began, done, losses, right = time.time(), len(run.history), 0.0, 0
     run.model.train()
@@ -139,8 +110,6 @@ def train_epoch(
         with torch.autocast("cpu", torch.bfloat16):
             found = run.model(x)
         loss = functional.cross_entropy(found.float(), labels)
-        if teacher is not None:
-            loss = (1 - teacher.weight) * loss + teacher.weight * teacher.loss(x, found.float())
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()

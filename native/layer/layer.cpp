@@ -55,6 +55,14 @@ int parts_for(int64_t tiles, int64_t rows, int64_t row_bytes, int threads) {
   return static_cast<int>(best);
 }
 
+// Tasks are taken in turn, so neighbours run at the same time. Neighbouring tiles write into the same
+// pages and nearly the same cache lines, which then go back and forth between the cores. So each
+// thread is dealt a range of its own: the i-th task to be taken is the next of range i % threads.
+int64_t dealt(int64_t i, int64_t total, int64_t threads) {
+  const int64_t range = i % threads, each = total / threads, more = total % threads;
+  return range * each + std::min(range, more) + i / threads;
+}
+
 constexpr size_t kPlansKept = 64;
 
 }  // namespace
@@ -170,9 +178,10 @@ void Layer::run(const float *x, const int64_t dims[3], const float *residual, fl
   const int64_t parts = static_cast<int64_t>(plan->streams->parts.size());
   const int64_t in = linear ? 0 : int64_t{spec_.inputs} * spec_.groups * dims[1] * dims[2];
   const int64_t image = linear ? 0 : int64_t{spec_.outputs} * out[1] * out[2];
-  parallel(static_cast<size_t>(images * tiles * parts), [&](size_t i) {
-    const int64_t n = static_cast<int64_t>(i) / (tiles * parts);
-    const int64_t rest = static_cast<int64_t>(i) % (tiles * parts);
+  const int64_t total = images * tiles * parts, threads = std::max(1, parallel.threads);
+  parallel(static_cast<size_t>(total), [&](size_t i) {
+    const int64_t at = dealt(static_cast<int64_t>(i), total, threads);
+    const int64_t n = at / (tiles * parts), rest = at % (tiles * parts);
     run_task(*plan, {x + n * in, residual ? residual + n * image : nullptr, y + n * image,
                      linear ? 1 : dims[1], linear ? dims[0] : dims[2], rest / parts,
                      rest % parts});
