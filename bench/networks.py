@@ -123,6 +123,6 @@ NETWORKS = (
     Network("minilm-l6", _minilm, {0.8: 2.5, 0.9: 4.0}),
     Network("mobilenetv2", _mobilenet2, {0.8: 1.4, 0.9: 1.8}),
     Network("mobilenetv1", _mobilenet1, {0.8: None, 0.9: None}),
-    Network("vgg16", _vgg, {0.8: None, 0.9: None}),
+    Network("vgg16", _vgg, {0.9: None}),
 )
 QUICK = (Network("small-resnet", _small_resnet, {0.9: None}),)

@@ -11,10 +11,12 @@ a process of its own, and is kept when it is done, so that the study can be cut 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +26,14 @@ import numpy as np
 
 from bench import cifar, networks, record
 
-# Seconds of the final race of a case.
-RACE = 10.0
+# The final race of a case is run so many times, for so many seconds, with such pauses. A shared
+# machine has states that last for seconds, in which waking a thread takes several times longer. So the
+# race that counts is the one in which the dense model was fastest; the file has all of them.
+RACES, SECONDS, PAUSE = 4, 2.5, 2.0
 NEVER_BELOW = 0.97
+# A case is measured again, so many times at most, if its dense model took so many times as long as
+# that of another case of the same network, threads and batch.
+DISTURBED, AGAIN = 1.05, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +66,16 @@ def cases(*, quick: bool = False) -> list[Case]:
     rows = [Case(n.name, s) for n in nets for s in n.goals]
     if quick:
         return rows
-    rows += [Case("resnet50", s) for s in (0.0, 0.5)]
-    rows += [Case(n, s) for n in ("bert-base", "mobilenetv2") for s in (0.0, 0.5)]
     for name in ("resnet50", "minilm-l6"):
         rows.append(Case(name, 0.9, threads=1))
-        rows += [Case(name, 0.9, batch=b) for b in (8, 32)]
         rows.append(Case(name, 0.9, isa="avx2"))
-    return rows
+        rows.append(Case(name, 0.9, batch=8))
+    return [
+        *rows,
+        Case("resnet50", 0.0),
+        Case("mobilenetv2", 0.0),
+        Case("minilm-l6", 0.9, batch=32),
+    ]
 
 
 def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) -> None:
@@ -79,9 +89,44 @@ def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) ->
                 rows.append(_measured(case, runs))
             except cifar.DataMissing as missing:
                 print(f"skipped {case.name}: {missing}")
+        for _ in range(AGAIN):
+            for i in disturbed(rows):
+                case = Case(**rows[i]["case"])
+                (runs / f"{case.name}.json").unlink()
+                rows[i] = min(rows[i], _measured(case, runs), key=_dense)
+                _keep(rows[i], runs)
     record.write(
         "speed", {"rows": rows}, goals=goals(rows), seeds=[seed], watch=watch, folder=folder
     )
+
+
+def disturbed(rows: list[dict[str, Any]]) -> list[int]:
+    """Rows whose dense model took longer than that of another row of the same kind.
+
+    How sparse the other model of a row is cannot slow down the dense one; a busy machine can.
+
+    Example:
+        >>> kind = {"network": "a", "threads": 2, "batch": 1, "sparsity": 0.8, "isa": ""}
+        >>> times = [10.0, 10.4, 12.0]
+        >>> rows = [{"case": kind, "milliseconds": {"dense": {"median": t}}} for t in times]
+        >>> disturbed(rows)
+        [2]
+    """
+    best: dict[tuple[Any, ...], float] = {}
+    kinds = [tuple(row["case"][k] for k in ("network", "threads", "batch")) for row in rows]
+    for kind, row in zip(kinds, rows, strict=True):
+        best[kind] = min(best.get(kind, math.inf), _dense(row))
+    pairs = enumerate(zip(kinds, rows, strict=True))
+    return [i for i, (kind, row) in pairs if _dense(row) > DISTURBED * best[kind]]
+
+
+def _dense(row: dict[str, Any]) -> float:
+    return float(row["milliseconds"]["dense"]["median"])
+
+
+def _keep(row: dict[str, Any], runs: Path) -> None:
+    text = json.dumps(row)
+    (runs / f"{Case(**row['case']).name}.json").write_text(text, encoding="utf-8")
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,14 +181,18 @@ def measure(case: Case, runs: Path) -> dict[str, Any]:
         name: runner(open_session(read_model(path), case.threads), feeds)
         for name, path in models.items()
     }
-    raced = race(list(rivals.values()), seconds=RACE, drop=False)
+    races = []
+    for number in range(RACES):
+        time.sleep(PAUSE if number else 0)
+        races.append(race(list(rivals.values()), seconds=SECONDS, drop=False))
+    raced = min(races, key=lambda each: each.median(0))
     milliseconds = _times(raced, list(rivals))
     # Only then: OpenVINO's threads go on for some milliseconds after a run, and would take them
     # from whoever runs next.
     others = _openvino(pruned, feeds, case.threads)
     if others:
         milliseconds |= _times(
-            race(list(others.values()), seconds=RACE / 2, drop=False), list(others)
+            race(list(others.values()), seconds=SECONDS, drop=False), list(others)
         )
     row = {
         "case": asdict(case),
@@ -155,6 +204,7 @@ def measure(case: Case, runs: Path) -> dict[str, Any]:
         "dense_bytes": pruned.stat().st_size,
         "sparse_bytes": compiled.stat().st_size,
         "speedup": round(1 / raced.ratio(1), 4),
+        "races": [[round(each.median(i), 4) for i in (0, 1)] for each in races],
         "milliseconds": milliseconds,
     }
     for path in (pruned, compiled):
@@ -201,4 +251,4 @@ if __name__ == "__main__":
     except cifar.DataMissing:
         sys.exit(_NO_DATA)
     print(f"  {found['speedup']:.2f}x, {found['plan']}", flush=True)
-    (place / f"{asked.name}.json").write_text(json.dumps(found), encoding="utf-8")
+    _keep(found, place)

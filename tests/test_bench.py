@@ -336,6 +336,8 @@ def test_speed_numbers_follow_from_their_parts() -> None:
         assert row["speedup"] == pytest.approx(medians, rel=0.15), "pairs and medians agree"
         assert times["dense"]["runs"] == times["sparse"]["runs"] >= 5
         assert row["error"] < 1e-4
+        dense, sparse = min(row["races"])
+        assert (dense, sparse) == (times["dense"]["median"], times["sparse"]["median"])
         assert row["replaced"] > 0 or row["plan"] == "dense"
 
 
