@@ -1,6 +1,5 @@
 // Which variants are worth timing.
 #include <algorithm>
-#include <cmath>
 
 #include "layer.h"
 
@@ -29,22 +28,24 @@ std::vector<secateur_variant> candidates(const secateur_spec &spec, int64_t posi
   const int of_group = spec.outputs / spec.groups;
   // Where four rows share most of their columns, lists load everything again for each row.
   const bool shared = density > 0.6 && of_group % kPanelRows == 0;
+  // Channels of which the first cache holds the panel, roughly: every tap a panel of its own.
+  const auto fits = [&](int vectors) {
+    const int64_t panel = int64_t{vectors} * table.lanes * 4 * spec.kernel[0] * spec.kernel[1];
+    return static_cast<int>(std::max<int64_t>(1, kFirstCache / panel));
+  };
   for (const int vectors : {8, 4, 14, 6, 11}) {
     if (shared) break;
     const int narrowed = std::min(vectors, whole);
     add(SECATEUR_LIST, 1, narrowed, 0);
     // Sums are written and read again once a block of channels: with few weights a block, larger
     // blocks pay even where they leave the first cache.
-    const int64_t panel = int64_t{narrowed} * table.lanes * 4 * spec.kernel[0] * spec.kernel[1];
-    const int fits = static_cast<int>(std::max<int64_t>(1, 24 * 1024 / panel));
-    if (2 * fits < channels) add(SECATEUR_LIST, 1, narrowed, 2 * fits);
+    const int larger = 2 * fits(narrowed);
+    if (larger < channels) add(SECATEUR_LIST, 1, narrowed, larger);
   }
   if (density > 0.1 && of_group % kPanelRows == 0) {
     for (const int vectors : {8, 4, 11}) {
       const int narrowed = std::min(vectors, whole);
-      const int64_t panel = int64_t{narrowed} * table.lanes * 4 * spec.kernel[0] * spec.kernel[1];
-      const int fits = static_cast<int>(std::max<int64_t>(1, 24 * 1024 / panel));
-      add(SECATEUR_PANELS, kPanelRows, narrowed, std::min(channels, 3 * fits));
+      add(SECATEUR_PANELS, kPanelRows, narrowed, std::min(channels, 3 * fits(narrowed)));
     }
   }
   for (const int rows : {4, 8, 16}) {

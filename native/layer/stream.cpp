@@ -2,15 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 
 #include "../kernels/table.h"
 
 namespace secateur {
 namespace {
-
-// What is left of a first cache of 32 KB beside sums and stream.
-constexpr int64_t kFirstCache = 24 * 1024;
 
 uint32_t bits_of(float value) {
   uint32_t bits;

@@ -9,6 +9,9 @@
 
 namespace secateur {
 
+// What is left of a first cache of 32 KB beside sums and stream.
+constexpr int64_t kFirstCache = 24 * 1024;
+
 struct Streams {
   // Rows [first_row, first_row + rows), and where the words of each block of channels begin.
   struct Part {
