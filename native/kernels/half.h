@@ -9,7 +9,7 @@
 // for tests, compiles it for other machines, where every product is a call.)
 #pragma once
 
-#include "finish.h"
+#include "list.h"
 
 #if defined(__AVX512FP16__) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC) || \
     defined(SECATEUR_SLOW_HALF)
@@ -54,14 +54,11 @@ static void half_list_of(const Work &work) {
   const Entry *at = static_cast<const Entry *>(work.stream);
   const Entry *const end = static_cast<const Entry *>(work.stream_end);
   while (at < end) {
-    const uint32_t head = at->where;
-    uint32_t count;
-    memcpy(&count, &at->weight, sizeof count);
-    ++at;
-    const uint32_t row = head & kRowMask;
+    const Head head = take_head(at);
+    const uint32_t row = head.row_and_flags & kRowMask;
     float *const sums = work.sums + size_t{row - work.first_row} * (2 * V * kLanes);
     HalfVec sum[kSets][V] = {};
-    const Entry *const stop = at + count;
+    const Entry *const stop = at + head.count;
     for (; kSets == 2 && at + 1 < stop; at += 2) {
       add(sum[0], at[0], work.panel);
       add(sum[kSets - 1], at[1], work.panel);
@@ -76,11 +73,11 @@ static void half_list_of(const Work &work) {
         memcpy(&narrow, reinterpret_cast<const char *>(&sum[0][j]) + part * sizeof narrow,
                sizeof narrow);
         float *const to = sums + (2 * j + part) * kLanes;
-        const Vec before = head & kFirst ? all(work.bias[row]) : load(to);
+        const Vec before = head.row_and_flags & kFirst ? all(work.bias[row]) : load(to);
         store(to, before + __builtin_convertvector(narrow, Vec));
       }
     }
-    if ((head & kLast) && work.y) finish_row(work, row, sums);
+    if ((head.row_and_flags & kLast) && work.y) finish_row(work, row, sums);
   }
 }
 

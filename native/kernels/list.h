@@ -14,6 +14,13 @@
 namespace secateur {
 namespace SECATEUR_ISA {
 
+// The head of the record at `at`, which then points to its first entry.
+static inline Head take_head(const Entry *&at) {
+  Head head;
+  memcpy(&head, at++, sizeof head);
+  return head;
+}
+
 // A chain of multiply-adds takes 4 cycles an entry, so few sums leave the units idle: narrow tiles
 // keep two sets of sums and take entries in turn.
 template <int V>
@@ -24,14 +31,11 @@ static void list_of(const Work &work) {
   const char *const panel = work.panel;
   const bool direct = finishes_directly(work);
   while (at < end) {
-    const uint32_t head = at->where;
-    uint32_t count;
-    memcpy(&count, &at->weight, sizeof count);
-    ++at;
-    const uint32_t row = head & kRowMask;
+    const Head head = take_head(at);
+    const uint32_t row = head.row_and_flags & kRowMask;
     float *const sums = work.sums + size_t{row - work.first_row} * (V * kLanes);
     Vec sum[kSets][V];
-    if (head & kFirst) {
+    if (head.row_and_flags & kFirst) {
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[0][j] = all(work.bias[row]);
     } else {
@@ -42,7 +46,7 @@ static void list_of(const Work &work) {
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[kSets - 1][j] = Vec{};
     }
-    const Entry *const stop = at + count;
+    const Entry *const stop = at + head.count;
     if (kSets == 2) {
       for (; at + 1 < stop; at += 2) {
         const float *const x0 = reinterpret_cast<const float *>(panel + at[0].where);
@@ -63,13 +67,13 @@ static void list_of(const Work &work) {
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[0][j] += sum[kSets - 1][j];
     }
-    if (direct && (head & kLast)) {
+    if (direct && (head.row_and_flags & kLast)) {
       finish_directly<V>(work, row, sum[0]);
       continue;
     }
 #pragma GCC unroll 14
     for (int j = 0; j < V; ++j) store(sums + j * kLanes, sum[0][j]);
-    if ((head & kLast) && work.y) finish_row(work, row, sums);
+    if ((head.row_and_flags & kLast) && work.y) finish_row(work, row, sums);
   }
 }
 
