@@ -141,8 +141,12 @@ void Layer::shape(const int64_t dims[3], int64_t out[3]) const {
 std::shared_ptr<const Layer::Plan> Layer::plan(const int64_t dims[3], int threads) const {
   const bool linear = spec_.kind == SECATEUR_LINEAR;
   const std::lock_guard<std::mutex> lock(mutex_);
-  auto &found = plans_[{dims[0], dims[1], dims[2], threads}];
-  if (found) return found;
+  const auto key = std::make_tuple(dims[0], dims[1], dims[2], threads);
+  if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
+  if (plans_.size() >= kPlansKept) {
+    plans_.clear();
+    streams_.clear();
+  }
   const int64_t images = linear ? 1 : dims[0];
   // Two vectors of floats are one of halves.
   const int step = variant_.family == SECATEUR_HALF ? 2 : 1;
@@ -155,13 +159,7 @@ std::shared_ptr<const Layer::Plan> Layer::plan(const int64_t dims[3], int thread
   if (!streams) {
     streams = std::make_shared<Streams>(lay_out(spec_, weights_, variant_, tiling, parts));
   }
-  auto made = std::make_shared<Plan>(Plan{tiling, streams});
-  if (plans_.size() > kPlansKept) {
-    plans_.clear();
-    streams_.clear();
-  }
-  plans_[{dims[0], dims[1], dims[2], threads}] = made;
-  return made;
+  return plans_.emplace(key, std::make_shared<Plan>(Plan{tiling, streams})).first->second;
 }
 
 void Layer::run(const float *x, const int64_t dims[3], const float *residual, float *y,
