@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "layer/scratch.h"
+
 namespace secateur {
 namespace {
 
@@ -17,14 +19,6 @@ constexpr int64_t kBytesPerTask = 32 << 10;
 constexpr size_t kHugePage = 2 << 20;
 // More tasks than threads, so that a thread that was held up does not hold up the others.
 constexpr int64_t kTasksPerThread = 4;
-
-// Memory of this thread that grows and stays, aligned to a cache line.
-float *scratch(size_t floats) {
-  thread_local std::vector<float> memory;
-  if (memory.size() < floats + 16) memory.resize(floats + 16);
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<float *>((address + 63) & ~static_cast<uintptr_t>(63));
-}
 
 float activate(const secateur_spec &spec, float y) {
   // Comparisons are written so that NaN passes through.
@@ -158,7 +152,8 @@ void Gemv::blocks(const float *x, int64_t tokens, const float *residual, float *
   task.columns = task.x_stride = inputs_;
   task.y_stride = outputs_;
   task.plain = plain_;
-  task.scratch = scratch(static_cast<size_t>(kGemvTokens * groups_ * kGemvGroup));
+  thread_local Scratch packed;
+  task.scratch = packed.floats(static_cast<size_t>(kGemvTokens * groups_ * kGemvGroup));
   const int64_t first_row = begin * kGemvRows, end_row = std::min(end * kGemvRows, outputs_);
   for (int64_t first = 0; first < tokens; first += kGemvTokens) {
     task.tokens = static_cast<int>(std::min<int64_t>(tokens - first, kGemvTokens));
