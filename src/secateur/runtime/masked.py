@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from secateur.core.atomic import new_file
 from secateur.core.errors import UsageError
+from secateur.core.select import keep_top
 from secateur.runtime.graph import Graph, read_model
 from secateur.runtime.site import Site, start
 
@@ -70,8 +72,8 @@ def _prune_(model: Any, name: str, sparsity: float) -> bool:
     if name not in tensors:
         return False
     weight = np.array(numpy_helper.to_array(tensors[name]))
-    flat = weight.reshape(-1)
-    zeros = round(sparsity * flat.size)
-    flat[np.argsort(np.abs(flat), kind="stable")[:zeros]] = 0
+    score = torch.from_numpy(np.abs(weight).reshape(1, -1))
+    kept = keep_top(score, weight.size - round(sparsity * weight.size))
+    weight[~kept.numpy().reshape(weight.shape)] = 0
     tensors[name].CopyFrom(numpy_helper.from_array(weight, tensors[name].name))
     return True
