@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
+from secateur.core.paired import median_range
 from secateur.core.slots import device_of
 
 _WARM_UP = 3
@@ -75,11 +76,7 @@ class Speed:
         The range is that of the median by order statistics, which assumes no distribution.
         """
         ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-        n = len(ratios)
-        reach = 0.98 * math.sqrt(n)  # 1.96 standard deviations of a Binomial(n, 1/2)
-        low = max(0, math.floor(n / 2 - reach))
-        high = min(n - 1, math.ceil(n / 2 + reach))
-        return Speed(quantile(ratios, 0.5), ratios[low], ratios[high])
+        return Speed(quantile(ratios, 0.5), *median_range(ratios))
 
     @property
     def verdict(self) -> str:

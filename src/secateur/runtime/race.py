@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from secateur.core.paired import median_range
 from secateur.runtime.session import session
 
 _WARM_UP = 2
@@ -85,13 +85,9 @@ class Raced:
         return float(np.quantile(self.times[which], _LOW))
 
     def ratio_range(self, which: int) -> tuple[float, float]:
-        """The 95 % range of the median ratio, by order statistics: no distribution is assumed."""
+        """The 95 % range of the median ratio."""
         pairs = zip(self.times[which], self.times[0], strict=False)
-        ratios = sorted(own / first for own, first in pairs)
-        n = len(ratios)
-        reach = 0.98 * math.sqrt(n)  # 1.96 standard deviations of a Binomial(n, 1/2)
-        low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
-        return ratios[max(0, low)], ratios[min(n - 1, high)]
+        return median_range([own / first for own, first in pairs])
 
     def spread(self, which: int) -> tuple[float, float]:
         """The 10 % and 90 % quantiles."""
