@@ -1,0 +1,243 @@
+"""Training in stretches that can be repeated bit for bit: every epoch has a seed of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from secateur.core.batches import Batch, Data, default_loss, size_of, to_device
+from secateur.core.errors import DataError, NeedsData
+from secateur.core.slots import device_of
+from secateur.drive.finetune import Progress
+from secateur.drive.held import Held
+from secateur.experiments.terms import Training
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of the training schedule.
+
+    Args:
+        index: Number of the stage, 0 for the dense training; decides the order of the data.
+        begin: Step of the schedule at which it starts; it goes on to the schedule's end.
+        last_rate: Whether the whole stretch has the schedule's last rate.
+
+    Example:
+        >>> Stretch(index=2, begin=100).last_rate
+        False
+    """
+
+    index: int
+    begin: int = 0
+    last_rate: bool = False
+
+
+def steps_of(data: Data, how: Training) -> tuple[int, int]:
+    """Steps in an epoch and in the whole training.
+
+    Example:
+        >>> steps_of(Data(train=[torch.zeros(1)] * 5), Training(epochs=1.5))
+        (5, 8)
+    """
+    if data.train is None:
+        raise NeedsData(
+            "finding tickets", "no training data", "they are trained", "pass Data(train=...)"
+        )
+    length = getattr(data.train, "__len__", None)
+    per_epoch = length() if length is not None else sum(1 for _ in data.train)
+    if per_epoch < 1:
+        raise DataError(
+            "finding tickets",
+            "the training loader yields no batches",
+            "it may be an iterator that was used up",
+            "pass something that can be iterated once an epoch",
+        )
+    return per_epoch, max(1, math.ceil(how.epochs * per_epoch - 1e-9))
+
+
+def train_(
+    model: nn.Module,
+    data: Data,
+    how: Training,
+    stretch: Stretch,
+    *,
+    before_step: Callable[[int], None] = lambda step: None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Train ``model`` in place from a step of the schedule to its end; its masks are held.
+
+    The optimizer is new: no momentum comes from an earlier stretch. Must run inside
+    :func:`seeded`, which gives the caller's random state back.
+
+    Args:
+        model: With its masks attached, if it has any.
+        data: Training batches and, if wanted, a loss.
+        how: The whole schedule.
+        stretch: Which part of it.
+        before_step: Called with the number of every step before it is taken.
+        progress: Called once a step.
+
+    Returns:
+        One record an epoch: mean loss and learning rate.
+
+    Raises:
+        DataError: The loss became NaN or infinite, or the loader ran dry.
+    """
+    assert data.train is not None
+    per_epoch, total = steps_of(data, how)
+    optimizer = optimizer_for(model, how)
+    held, device = Held(model, optimizer), device_of(model)
+    loss_of = data.loss or default_loss
+    history: list[dict[str, Any]] = []
+    step = stretch.begin
+    model.train()
+    while step < total:
+        epoch, skipped = divmod(step, per_epoch)
+        order = 0 if how.same_order else stretch.index
+        start_epoch_(data.train, seed_of(how.seed, order, epoch), order * per_epoch + epoch)
+        losses, seen, began = 0.0, 0, step
+        for position, drawn in enumerate(data.train):
+            if position < skipped:
+                continue  # a stretch that begins inside an epoch sees its second part
+            before_step(step)
+            rate = how.rate_at(total - 1 if stretch.last_rate else step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = to_device(drawn, device)
+            value = _one_step_(model, batch, optimizer, loss_of, how, step)
+            held.hold_()
+            losses, seen, step = losses + value * size_of(batch), seen + size_of(batch), step + 1
+            if progress is not None:
+                progress("training", step - stretch.begin, total - stretch.begin)
+            if step >= total or position + 1 >= per_epoch:
+                break
+        if step == began:
+            raise DataError(
+                f"training, epoch {epoch + 1}",
+                "the training loader yielded no batches",
+                "it may be an iterator that was used up",
+                "pass something that can be iterated once an epoch",
+            )
+        history.append({"epoch": step / per_epoch, "loss": losses / max(1, seen), "lr": rate})
+    return history
+
+
+def _one_step_(
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module, Batch], torch.Tensor],
+    how: Training,
+    step: int,
+) -> float:
+    kind = device_of(model).type
+    narrow = torch.autocast(kind, dtype=torch.bfloat16) if how.bfloat16 else None
+    optimizer.zero_grad(set_to_none=True)
+    with narrow or contextlib.nullcontext():
+        loss = loss_of(model, batch)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise DataError(
+            f"training at step {step + 1}",
+            f"the loss is {value}",
+            "training cannot go on from there; the stages before it are kept",
+            "lower the learning rate, or check the data",
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return value
+
+
+def optimizer_for(model: nn.Module, how: Training) -> torch.optim.Optimizer:
+    """A new optimizer; weight decay acts on parameters with two or more axes.
+
+    Example:
+        >>> type(optimizer_for(nn.Linear(2, 2), Training(optimizer="adamw"))).__name__
+        'AdamW'
+    """
+    free = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in free if p.ndim > 1], "weight_decay": how.weight_decay},
+        {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if how.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=how.lr)
+    return torch.optim.SGD(groups, lr=how.lr, momentum=0.9, nesterov=True)
+
+
+def seed_of(*parts: object) -> int:
+    """A seed from a run's seed and a place in it: stable, and unlike its neighbours.
+
+    Example:
+        >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
+        (True, False)
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+@contextmanager
+def seeded(seed: int, model: nn.Module | None = None, train: object = None) -> Iterator[None]:
+    """Random states from ``seed`` inside, the caller's own afterwards.
+
+    Covers PyTorch, Python, NumPy, and generators that the training loader carries.
+
+    Example:
+        >>> state = torch.get_rng_state()
+        >>> with seeded(1):
+        ...     first = torch.rand(1)
+        >>> with seeded(1):
+        ...     print(torch.equal(first, torch.rand(1)))
+        True
+        >>> torch.equal(state, torch.get_rng_state())
+        True
+    """
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"} if model else set()
+    python, numbers = random.getstate(), np.random.get_state()
+    own = [(generator, generator.get_state()) for generator in _generators(train)]
+    with torch.random.fork_rng(sorted(cuda, key=str)):
+        try:
+            _seed_all(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+            for generator, state in own:
+                generator.set_state(state)
+
+
+def start_epoch_(train: object, seed: int, number: int) -> None:
+    """Set every random state that the next epoch may draw from."""
+    _seed_all(seed)
+    for generator in _generators(train):
+        generator.manual_seed(seed)
+    for part in _parts(train):
+        set_epoch = getattr(part, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(number)
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _generators(train: object) -> list[torch.Generator]:
+    found = {id(g): g for part in _parts(train) if (g := getattr(part, "generator", None))}
+    return [g for g in found.values() if isinstance(g, torch.Generator)]
+
+
+def _parts(train: object) -> Iterable[object]:
+    return (train, *(getattr(train, name, None) for name in ("sampler", "batch_sampler")))
