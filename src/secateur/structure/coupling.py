@@ -1,0 +1,219 @@
+"""From a trace to groups: what is cut together, how wide everything is, and what is pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.widths import Slices, Width
+from secateur.structure.opaque import pin_opaque
+from secateur.structure.trace import Trace, trace
+
+Axis = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What can be removed from a network, and why the rest cannot.
+
+    Args:
+        widths: Everything that can be made narrower.
+        pinned: Axis of a parameter -> why some or all of its units stay.
+        unreached: Parameters that the example did not use.
+        trace: The run it was read from.
+        root: The component of every unit.
+    """
+
+    widths: tuple[Width, ...]
+    pinned: Mapping[Axis, str]
+    unreached: tuple[str, ...]
+    trace: Trace
+    root: Tensor
+
+    @cached_property
+    def by_name(self) -> dict[str, Width]:
+        """Widths by their names."""
+        return {width.name: width for width in self.widths}
+
+    def alive(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Which units are left: a flag for each, by number.
+
+        Args:
+            keep: Name of a width -> ``(groups,)``, True = kept. Widths that are not named stay.
+        """
+        dead = [self.by_name[name].units[~kept.cpu()] for name, kept in keep.items()]
+        flags = torch.ones(len(self.root), dtype=torch.bool)
+        if dead:
+            flags[torch.cat(dead)] = False
+        return flags[self.root]
+
+
+def couple(model: nn.Module, example: Any) -> Structure:
+    """Trace ``model`` and find what must be cut together.
+
+    Args:
+        model: Left as it is.
+        example: Inputs: a tensor, a tuple of positional arguments, or a mapping of named ones.
+
+    Raises:
+        UsageError: The model fails on the example.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> structure = couple(net, torch.zeros(1, 3, 8, 8))
+        >>> [(w.name, w.groups) for w in structure.widths]
+        [('0', 8)]
+        >>> [(s.parameter, s.axis) for s in structure.widths[0].slices]
+        [('0.weight', 0), ('0.bias', 0), ('1.weight', 0), ('1.bias', 0), ('3.weight', 1), \
+('1.running_mean', 0), ('1.running_var', 0)]
+        >>> structure.pinned["3.weight", 0]
+        'it reaches the output of the model'
+    """
+    found = trace(model, example)
+    pin_opaque(model, found)
+    root = found.ledger.settle()
+    reasons = found.ledger.reasons(root)
+    parameters = [name for name, _ in model.named_parameters()]
+    unreached = tuple(name for name in parameters if name not in found.reached)
+    _pin_idle(found, root, set(parameters) & found.reached, reasons)
+    _pin_whole(found, root, reasons)
+    pinned = _pinned(found, root, reasons)
+    return Structure(_widths(model, found, root, reasons), pinned, unreached, found, root)
+
+
+def _pin_idle(found: Trace, root: Tensor, used: set[str], reasons: dict[int, str]) -> None:
+    """Pin components without a parameter that the example reaches."""
+    ids = [found.axes[key] for key in found.axes if key[0] in used]
+    live = root[torch.cat(ids)].unique() if ids else torch.empty(0, dtype=torch.long)
+    for own in (root[ids] for ids in found.axes.values()):
+        for component in own[~torch.isin(own, live)].tolist():
+            reasons.setdefault(component, "the example inputs do not reach it")
+
+
+def _pin_whole(found: Trace, root: Tensor, reasons: dict[int, str]) -> None:
+    """Pin components that take in a whole axis: without them nothing would be left of it."""
+    why = found.ledger.why_whole(root)
+    for (name, axis), ids in found.axes.items():
+        own = root[ids]
+        if bool((own == own[0]).all()):
+            component = int(own[0])
+            told = why.get(component, "")
+            text = f"together they are the whole of axis {axis} of {name}"
+            reasons.setdefault(component, f"{text}: {told}" if told else text)
+
+
+def _pinned(found: Trace, root: Tensor, reasons: Mapping[int, str]) -> dict[Axis, str]:
+    result: dict[Axis, str] = {}
+    stuck = torch.tensor(sorted(reasons), dtype=torch.long)
+    for key, ids in found.axes.items():
+        own = root[ids]
+        hit = own[torch.isin(own, stuck)]
+        if len(hit):
+            listed = dict.fromkeys(reasons[c] for c in hit.unique().tolist()[:8])
+            share = "" if len(hit) == len(own) else f"{len(hit)} of {len(own)}: "
+            result[key] = share + "; ".join(listed)
+    return result
+
+
+def _widths(
+    model: nn.Module, found: Trace, root: Tensor, reasons: Mapping[int, str]
+) -> tuple[Width, ...]:
+    keys = list(found.axes)
+    where = torch.cat([torch.full((len(found.axes[k]),), i) for i, k in enumerate(keys)])
+    place = torch.cat([torch.arange(len(found.axes[k])) for k in keys])
+    own = root[torch.cat([found.axes[k] for k in keys])]
+    free = ~torch.isin(own, torch.tensor(sorted(reasons), dtype=torch.long))
+    where, place, own = where[free], place[free], own[free]
+    if not len(own):
+        return ()
+    family = _families(own, where, len(keys))
+    why = found.ledger.why_whole(root)
+    widths = []
+    order = torch.argsort(family, stable=True)
+    for part in order.split(torch.bincount(family).tolist()):
+        if len(part):
+            widths.append(_width(model, (where[part], place[part], own[part]), keys, why))
+    widths.sort(key=lambda w: keys.index((w.slices[0].parameter, w.slices[0].axis)))
+    return tuple(_unique_names(widths))
+
+
+def _families(own: Tensor, where: Tensor, kinds: int) -> Tensor:
+    """A number per entry, equal for components with the same count in every axis."""
+    pairs, inverse, counts = torch.unique(
+        own * kinds + where, return_inverse=True, return_counts=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    # A component's signature is a sum of random numbers, one for each (axis, count) in it.
+    most = int(counts.max())
+    table = torch.randint(2**62, (kinds,), generator=generator)
+    mixed = (table[pairs % kinds] * (2 * counts + 1)) ^ (table[pairs % kinds] >> (counts % 13))
+    assert most > 0
+    components, which = torch.unique(pairs // kinds, return_inverse=True)
+    signature = torch.zeros(len(components), dtype=torch.long).scatter_add_(0, which, mixed)
+    _, family = torch.unique(signature, return_inverse=True)
+    result: Tensor = family[which][inverse]
+    return result
+
+
+def _width(
+    model: nn.Module,
+    entries: tuple[Tensor, Tensor, Tensor],
+    keys: list[Axis],
+    why: Mapping[int, str],
+) -> Width:
+    where, place, own = entries
+    kinds = where.unique().tolist()
+    first = _producer(model, [keys[k] for k in kinds])
+    lead = keys.index(first)
+    mine = where == lead
+    # Groups are listed in the order in which they lie in the parameter that produces them.
+    units, position = torch.unique(own[mine], return_inverse=True)
+    starts = torch.full((len(units),), 2**62).scatter_reduce(0, position, place[mine], "amin")
+    units = units[torch.argsort(starts)]
+    rank = torch.empty(int(own.max()) + 1, dtype=torch.long)
+    rank[units] = torch.arange(len(units))
+    slices = []
+    for kind in [lead, *[k for k in kinds if k != lead]]:
+        chosen = where == kind
+        order = torch.argsort(rank[own[chosen]] * 2**40 + place[chosen])
+        name, axis = keys[kind]
+        slices.append(Slices(name, axis, place[chosen][order].reshape(len(units), -1)))
+    told = next((why[u] for u in units.tolist() if u in why), "")
+    return Width(first[0].rpartition(".")[0] or first[0], tuple(slices), units, told)
+
+
+def _producer(model: nn.Module, keys: list[Axis]) -> Axis:
+    """The first weight whose outputs these are; else the first parameter at all."""
+    for name, axis in keys:
+        path, _, _ = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = (
+            module.get_parameter(name.rpartition(".")[2]) if _is_parameter(module, name) else None
+        )
+        if weight is not None and weight.ndim > 1 and axis == _out_axis(module):
+            return name, axis
+    return keys[0]
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[2] in module._parameters
+
+
+def _out_axis(module: nn.Module) -> int:
+    swapped = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    return 1 if swapped or isinstance(module, nn.Embedding) or hasattr(module, "nf") else 0
+
+
+def _unique_names(widths: list[Width]) -> list[Width]:
+    seen: dict[str, int] = {}
+    found = []
+    for width in widths:
+        count = seen[width.name] = seen.get(width.name, 0) + 1
+        name = width.name if count == 1 else f"{width.name}#{count}"
+        found.append(Width(name, width.slices, width.units, width.why))
+    return found

@@ -1,0 +1,79 @@
+"""Sizes that the standard layers keep beside their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+Shape = tuple[int, ...]
+
+
+def layer_sizes(
+    model: nn.Module, kept: Mapping[str, Mapping[int, list[int]]]
+) -> dict[str, dict[str, int]]:
+    """The attributes that standard layers must have after a cut.
+
+    Args:
+        model: Uncut.
+        kept: Name of a parameter -> axis -> kept positions.
+
+    Returns:
+        Path of a module -> attribute -> new value.
+
+    Example:
+        >>> layer_sizes(nn.Sequential(nn.Linear(4, 3)), {"0.weight": {0: [0, 2]}})
+        {'0': {'out_features': 2}}
+    """
+    found: dict[str, dict[str, int]] = {}
+    touched = {name.rpartition(".")[0] for name in kept}
+    for path in touched:
+        module: Any = model.get_submodule(path)
+        shapes = {}
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            shape = list(parameter.shape)
+            for axis, positions in kept.get(f"{path}.{name}" if path else name, {}).items():
+                shape[int(axis)] = len(positions)
+            shapes[name] = tuple(shape)
+        sizes = {k: v for k, v in _sizes(module, shapes).items() if getattr(module, k) != v}
+        if sizes:
+            found[path] = sizes
+    return found
+
+
+def _sizes(module: Any, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    weight = shapes.get("weight", ())
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight[0], "in_features": weight[1]}
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return _convolution(module, weight, transposed=False)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return _convolution(module, weight, transposed=True)
+    if isinstance(module, nn.modules.batchnorm._NormBase) and weight:
+        return {"num_features": weight[0]}
+    if isinstance(module, nn.GroupNorm) and weight:
+        return {"num_channels": weight[0]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": weight[1]}
+    if isinstance(module, nn.RNNBase) and not module.proj_size:
+        return {
+            "hidden_size": shapes["weight_hh_l0"][1],
+            "input_size": shapes["weight_ih_l0"][1],
+        }
+    if hasattr(module, "nf") and hasattr(module, "nx") and len(weight) == 2:
+        return {"nx": weight[0], "nf": weight[1]}
+    return {}
+
+
+def _convolution(module: Any, weight: Shape, *, transposed: bool) -> dict[str, int]:
+    groups = module.groups
+    # A depthwise layer loses whole groups: its number of groups is its number of rows.
+    if groups > 1 and groups == module.in_channels:
+        per_group = 1 if transposed else module.out_channels // groups
+        groups = weight[0] // per_group
+    first, second = (weight[0], weight[1] * groups)
+    inputs, outputs = (first, second) if transposed else (second, first)
+    return {"in_channels": inputs, "out_channels": outputs, "groups": groups}

@@ -1,0 +1,120 @@
+"""Operators that pick or write entries by index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.structure.labels import first_along, relaxed, varying
+from secateur.structure.rules import rule
+from secateur.structure.rules.elementwise import FIXED
+from secateur.structure.trace import Call, Labels, Tracer
+
+_LOOKED_UP = "they are looked up by index"
+
+
+@rule("aten.embedding")
+def embedding(tracer: Tracer, call: Call) -> None:
+    """Rows are looked up; columns are the units of the output."""
+    labels = tracer.fixed(tracer.labels(call.args[0]), 0, _LOOKED_UP)
+    tracer.put(call.out, [label[0].expand(call.out.shape) for label in labels])
+
+
+@rule("aten.index_select", "aten.gather", "aten.take_along_dim")
+def picked_along(tracer: Tracer, call: Call) -> None:
+    """Entries along one axis are picked by an index."""
+    x, axis = call.args[0], call.args[1] % max(call.args[0].ndim, 1)
+    labels = tracer.fixed(tracer.labels(x), axis, _LOOKED_UP)
+    found = []
+    for label in labels:
+        narrow = first_along(label, axis)
+        for other in range(x.ndim):  # gather may also take a part of another axis
+            if call.out.shape[other] != label.shape[other] and other != axis:
+                if other in varying(label):
+                    tracer.ledger.pin(label, _LOOKED_UP)
+                narrow = first_along(narrow, other)
+        found.append(narrow.expand(call.out.shape))
+    tracer.put(call.out, found)
+
+
+@rule("aten.index", "aten._unsafe_index")
+def indexed(tracer: Tracer, call: Call) -> None:
+    """``x[..., index, ...]``: the indexed axes keep their size."""
+    x, indices = call.args[:2]
+    labels = list(tracer.labels(x))
+    for axis in _indexed_axes(indices):
+        labels = tracer.fixed(labels, axis, _LOOKED_UP)
+    plain = [None if i is None else _positions(i) for i in indices]
+    moved = [relaxed(torch.ops.aten.index(label, plain)) for label in labels]
+    tracer.put(call.out, [label for label in moved if label.shape == call.out.shape])
+
+
+def _indexed_axes(indices: Any) -> list[int]:
+    axes, axis = [], 0
+    for index in indices:
+        width = index.ndim if isinstance(index, Tensor) and index.dtype == torch.bool else 1
+        if index is not None:
+            axes += list(range(axis, axis + width))
+        axis += width
+    return axes
+
+
+def _positions(index: Tensor) -> Tensor:
+    """Which rows are taken does not matter on axes that keep their size; how many does."""
+    if index.dtype in (torch.bool, torch.uint8):
+        return index.cpu()
+    return torch.zeros(index.shape, dtype=torch.long)
+
+
+@rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_", "aten.scatter",
+      "aten.scatter_", "aten.scatter_add", "aten.scatter_add_", "aten.scatter_reduce")  # fmt: skip
+def written_along(tracer: Tracer, call: Call) -> None:
+    """Entries along one axis are written by an index; along the others the two sides meet."""
+    x, axis = call.args[0], call.args[1] % max(call.args[0].ndim, 1)
+    sources = [s for s in call.args[3:4] if isinstance(s, Tensor)]
+    operands: list[tuple[tuple[int, ...], Labels]] = []
+    for side in (x, *sources):
+        labels = tracer.fixed(tracer.labels(side), axis, _LOOKED_UP)
+        shape = (*side.shape[:axis], 1, *side.shape[axis + 1 :])
+        operands.append((shape, tuple(first_along(label, axis) for label in labels)))
+    frame = operands[0][0]
+    if any(shape != frame for shape, _ in operands):
+        tracer.refuse(call, "entries are written into a part of a tensor")
+        return
+    merged = tracer.meet_labels(frame, operands, FIXED)
+    tracer.put(call.out, [label.expand(call.out.shape) for label in merged])
+
+
+@rule("aten.index_put", "aten.index_put_", "aten._index_put_impl_")
+def put(tracer: Tracer, call: Call) -> None:
+    """``x[index] = values`` for leading index axes; trailing axes meet."""
+    x, indices, values = call.args[:3]
+    labels = list(tracer.labels(x))
+    axes = _indexed_axes(indices)
+    for axis in axes:
+        labels = tracer.fixed(labels, axis, _LOOKED_UP)
+    trailing = tuple(x.shape[len(axes) :])
+    leading = axes == list(range(len(axes))) and values.ndim >= len(trailing)
+    if not leading:
+        tracer.refuse(call, "entries are written by index along inner axes")
+        return
+    mine = tuple(label[(0,) * len(axes)] for label in labels)
+    shape = tuple(values.shape[values.ndim - len(trailing) :])
+    theirs = []
+    for label in tracer.labels(values):
+        lead = values.ndim - len(trailing)
+        if any(axis < lead for axis in varying(label)):
+            tracer.ledger.pin(label, _LOOKED_UP)
+        else:
+            theirs.append(label[(0,) * lead])
+    merged = tracer.meet_labels(trailing, [(trailing, mine), (shape, tuple(theirs))], FIXED)
+    tracer.put(call.out, [label.expand(call.out.shape) for label in merged])
+
+
+@rule("aten.nonzero", "aten.item", "aten._local_scalar_dense", "aten.one_hot", "aten.bincount",
+      "aten.searchsorted", "aten.histc", "aten.equal")  # fmt: skip
+def values_only(tracer: Tracer, call: Call) -> None:
+    """Values decide what happens next: what they depend on keeps its size."""
+    tracer.refuse(call, "the network decides by their values")

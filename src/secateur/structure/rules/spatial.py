@@ -1,0 +1,37 @@
+"""Pooling and resizing: channels go through untouched."""
+
+from __future__ import annotations
+
+from secateur.structure.labels import first_along, varying
+from secateur.structure.rules import rule
+from secateur.structure.trace import Call, Tracer
+
+
+@rule("aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.max_pool1d",
+      "aten.max_pool2d", "aten.max_pool3d", "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d",
+      "aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool3d", "aten.adaptive_avg_pool1d",
+      "aten.adaptive_avg_pool2d", "aten.adaptive_max_pool1d", "aten.adaptive_max_pool2d",
+      "aten.adaptive_max_pool3d", "aten.upsample_nearest1d", "aten.upsample_nearest2d",
+      "aten.upsample_nearest3d", "aten._upsample_nearest_exact1d",
+      "aten._upsample_nearest_exact2d", "aten.upsample_linear1d", "aten.upsample_bilinear2d",
+      "aten._upsample_bilinear2d_aa", "aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa",
+      "aten.upsample_trilinear3d", "aten.grid_sampler_2d", "aten.grid_sampler_3d",
+      "aten.mkldnn_max_pool2d", "aten.im2col", "aten.affine_grid_generator")  # fmt: skip
+def pooled(tracer: Tracer, call: Call) -> None:
+    """Batch and channels stay, the other axes may change their size."""
+    x = call.args[0]
+    if "im2col" in call.name:
+        tracer.refuse(call, "patches are unfolded into rows")
+        return
+    for out in call.outputs:
+        labels = []
+        for label in tracer.labels(x):
+            narrow = label
+            for axis in range(label.ndim):
+                if out.shape[axis] == label.shape[axis]:
+                    continue
+                if axis in varying(label):
+                    tracer.ledger.pin(label, "they lie along pixels that are pooled or resized")
+                narrow = first_along(narrow, axis)
+            labels.append(narrow.expand(out.shape))
+        tracer.put(out, labels)

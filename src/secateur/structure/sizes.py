@@ -1,0 +1,114 @@
+"""Sizes that the code of a network states: they must shrink with its weights.
+
+``x.view(b, t, self.num_heads, self.head_dim)`` fails, or is wrong, after heads were removed. The
+trace sees the size as a number; the attribute it came from is looked for in the modules that were
+running, innermost first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Numbers of these kinds never count channels, heads or features.
+_OTHER = (
+    "kernel", "stride", "dilation", "padding", "window", "patch", "layer_idx", "layer_id", "shift",
+    "training", "version", "max_", "position", "vocab", "seq", "image", "num_layers", "eps",
+    "depth", "dropout", "_idx", "chunk", "num_labels", "input_dimensions",
+)  # fmt: skip
+_LEVELS = 3
+
+
+@dataclass(frozen=True)
+class Site:
+    """Attributes of one module that hold a size.
+
+    Args:
+        module: Path of the module.
+        attributes: Names; ``config.name`` for one in the module's configuration, and ``name[0]``
+            for an entry of a tuple.
+    """
+
+    module: str
+    attributes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SizeUse:
+    """A size that was used while the network ran.
+
+    Args:
+        site: Where it is stated.
+        old: Its value.
+        units: ``(old, others)``: an index stays while any of its units does.
+    """
+
+    site: Site
+    old: int
+    units: Tensor
+
+    def new(self, alive: Tensor) -> int:
+        """The size when only units with ``alive[unit]`` are left."""
+        kept = alive[self.units.clamp(min=0)] | (self.units < 0)
+        return int(kept.any(1).sum())
+
+
+def find_site(model: nn.Module, stack: Sequence[str], size: int) -> Site | None:
+    """The innermost running module with an attribute of this value.
+
+    Example:
+        >>> find_site(nn.Sequential(nn.Linear(5, 7)), ["", "0"], 7)
+        Site(module='0', attributes=('out_features',))
+    """
+    if size < 2:
+        return None
+    for path in list(reversed(stack))[:_LEVELS]:
+        module = model.get_submodule(path)
+        names = tuple(_holding(vars(module), size))
+        if not names and (config := getattr(module, "config", None)) is not None:
+            names = tuple(f"config.{name}" for name in _holding(_public(config), size))
+        if names:
+            return Site(path, names)
+    return None
+
+
+def _public(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in getattr(config, "__dict__", {}).items() if not k.startswith("_")}
+
+
+def _holding(values: dict[str, Any], size: int) -> list[str]:
+    found = []
+    for name, value in values.items():
+        if name.startswith("_") or any(part in name for part in _OTHER):
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and value == size:
+            found.append(name)
+        elif isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
+            found += [f"{name}[{i}]" for i, v in enumerate(value) if v == size]
+    return found
+
+
+def set_attribute_(module: nn.Module, name: str, value: int) -> None:
+    """Write a size. A configuration is copied first, because modules share it.
+
+    Example:
+        >>> layer = nn.LayerNorm(4)
+        >>> set_attribute_(layer, "normalized_shape[0]", 3)
+        >>> layer.normalized_shape
+        (3,)
+    """
+    holder: Any = module
+    if name.startswith("config."):
+        module.config = copy.copy(module.config)
+        holder, name = module.config, name.removeprefix("config.")
+    name, _, entry = name.partition("[")
+    if not entry:
+        setattr(holder, name, value)
+        return
+    values = list(getattr(holder, name))
+    values[int(entry.rstrip("]"))] = value
+    setattr(holder, name, type(getattr(holder, name))(values))

@@ -1,0 +1,429 @@
+"""Run a network once and follow the units of its parameters through every operator.
+
+Parameters lie on the ``meta`` device where that is possible: no arithmetic and no memory, so a
+network of billions of parameters is traced in seconds. What does not depend on parameters (indices,
+positions, masks) keeps its values, because code likes to look at them. Where the code looks at
+activations, the network runs with its real values. Operators are seen below autograd, where few
+remain.
+Operators that only move data are executed on the labels themselves; all others have a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from secateur.core.batches import evaluating
+from secateur.core.errors import UsageError
+from secateur.structure.labels import along, varying
+from secateur.structure.sizes import SizeUse, find_site
+from secateur.structure.units import Ledger, Meet
+
+Labels = tuple[Tensor, ...]
+#: (tracer, call) -> nothing: sets the labels of the call's outputs.
+Rule = Callable[["Tracer", "Call"], None]
+#: How an operator is executed; the default runs it as it is.
+Execute = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator as it ran."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    out: Any
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """A positional or named argument."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, also those in lists."""
+        return _tensors((self.args, tuple(self.kwargs.values())))
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors among the results."""
+        return _tensors(self.out)
+
+    @property
+    def name(self) -> str:
+        """As PyTorch prints it, e.g. ``aten.add``."""
+        return str(self.func.overloadpacket)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run of the network showed.
+
+    Args:
+        ledger: Joins, pins and open choices.
+        axes: The units of every axis of every parameter and one-dimensional buffer.
+        sizes: Where the code states a size that shrinks with units.
+        reached: Parameters that an operator used.
+        reductions: Operators that reduce over units, so that they see only the kept ones.
+        meta: Whether it ran without arithmetic.
+        operators: How many operators ran.
+    """
+
+    ledger: Ledger
+    axes: Mapping[tuple[str, int], Tensor]
+    sizes: list[SizeUse]
+    reached: frozenset[str]
+    reductions: Mapping[str, str]
+    meta: bool
+    operators: int
+
+
+@dataclass
+class _Seen:
+    """What the tracer gathers while the network runs."""
+
+    sizes: list[SizeUse] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)
+    reductions: dict[str, str] = field(default_factory=dict)
+    operators: int = 0
+
+
+class Tracer(TorchDispatchMode):
+    """Labels of all live tensors, updated at every operator."""
+
+    def __init__(self, model: nn.Module, execute: Execute | None = None) -> None:
+        # A dispatch mode cannot work without its parent's state.
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.ledger, self.seen = model, Ledger(), _Seen()
+        self.axes: dict[tuple[str, int], Tensor] = {}
+        self.stack: list[str] = []
+        self._labels: Any = WeakTensorKeyDictionary()
+        self._names: Any = WeakTensorKeyDictionary()
+        self._execute = execute or _run
+
+    # -- labels ---------------------------------------------------------------------------------
+
+    def labels(self, x: Any) -> Labels:
+        """The labels of a tensor; none for anything else."""
+        return self._labels.get(x, ()) if isinstance(x, Tensor) else ()
+
+    def put(self, x: Tensor, labels: Iterator[Tensor] | Labels | list[Tensor]) -> None:
+        """Give a tensor its labels; those that never change along an axis are dropped."""
+        kept = tuple(label for label in labels if varying(label))
+        for label in kept:
+            assert label.shape == x.shape, (label.shape, x.shape)
+        self._labels[x] = kept
+
+    def own(self, name: str, x: Tensor) -> None:
+        """Give every axis of a parameter its own units."""
+        labels = []
+        for axis, size in enumerate(x.shape):
+            ids = self.ledger.new(size)
+            self.axes[name, axis] = ids
+            labels.append(along(ids, axis, tuple(x.shape)))
+        self._names[x] = name
+        self.put(x, labels)
+
+    def meet(self, shape: tuple[int, ...], operands: list[Tensor], reason: str) -> list[Tensor]:
+        """Labels of an element-wise result: what lies at the same place is tied.
+
+        Args:
+            shape: Of the result.
+            operands: Tensors that broadcast to it.
+            reason: Why an axis keeps its size where one operand has no units along it.
+        """
+        seen = [(tuple(x.shape), self.labels(x)) for x in operands]
+        return self.meet_labels(shape, seen, reason)
+
+    def meet_labels(
+        self, shape: tuple[int, ...], operands: list[tuple[tuple[int, ...], Labels]], reason: str
+    ) -> list[Tensor]:
+        """:meth:`meet` for operands given as shapes and labels."""
+        merged: list[Tensor] = []
+        for _, labels in operands:
+            for label in labels:
+                self._merge(merged, label.expand(shape), reason)
+        for size, labels in operands:
+            lead = len(shape) - len(size)
+            known = {axis for label in labels for axis in varying(label.expand(shape))}
+            for axis in range(lead, len(shape)):
+                if size[axis - lead] > 1 and axis not in known:
+                    merged = self.fixed(merged, axis, reason)
+        return merged
+
+    def fixed(self, labels: list[Tensor] | Labels, axis: int, reason: str) -> list[Tensor]:
+        """Keep the size of ``axis`` for every label that changes along it."""
+        found = []
+        for label in labels:
+            left: Tensor | None = label
+            if axis in varying(label):
+                left = self.ledger.whole(label, axis, reason)
+            if left is not None:
+                found.append(left)
+        return found
+
+    def _merge(self, merged: list[Tensor], label: Tensor, reason: str) -> None:
+        mine = set(varying(label))
+        for index, other in enumerate(merged):
+            theirs = set(varying(other))
+            if not mine & theirs:
+                continue
+            wide, narrow = (label, other) if len(mine) > len(theirs) else (other, label)
+            if mine != theirs and (mine <= theirs or theirs <= mine):
+                shared = tuple(sorted(mine & theirs))
+                self.ledger.meet(Meet(wide, narrow, shared, reason))
+            else:
+                self.ledger.join(label, other, reason)
+            merged[index] = wide
+            return
+        if mine:
+            merged.append(label)
+
+    # -- sizes and reductions -------------------------------------------------------------------
+
+    def size(self, label: Tensor, axis: int, *, value: int | None = None) -> SizeUse | None:
+        """Note that the code may state the size of ``axis``; ``None`` if no attribute has it."""
+        old = label.shape[axis] if value is None else value
+        site = find_site(self.model, self.stack, old)
+        if site is None:
+            return None
+        units = compact_along(label, axis)
+        if len(units[:, 0].unique()) < len(units):
+            return None  # the axis also counts something else, e.g. batch times heads
+        use = SizeUse(site, old, units)
+        self.seen.sizes.append(use)
+        return use
+
+    def reduces(self, what: str) -> None:
+        """Note an operator whose value depends on how many units there are."""
+        self.seen.reductions.setdefault(self.stack[-1] if self.stack else "", what)
+
+    # -- the mode itself ------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        from secateur.structure.rules import rule_for
+
+        kwargs = kwargs or {}
+        out = self._execute(self, func, args, kwargs)
+        self.seen.operators += 1
+        call = Call(func, args, kwargs, out)
+        tensors = call.tensors
+        for x in tensors:
+            if x in self._names:
+                self.seen.reached.add(self._names[x])
+        rule = rule_for(func)
+        if rule is not None and (rule.always or any(self.labels(x) for x in tensors)):
+            rule.apply(self, call)
+        elif any(self.labels(x) for x in tensors):
+            self.refuse(call, f"no rule for the operator {call.name}")
+        return out
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """Pin everything that an operator touches."""
+        for x in call.tensors:
+            for label in self.labels(x):
+                self.ledger.pin(label, reason)
+
+
+def compact_along(label: Tensor, axis: int) -> Tensor:
+    """The units of a label, ``(size of axis, others)``, without repetition along still axes."""
+    moved = label.movedim(axis, 0)
+    for other in range(1, moved.ndim):
+        if other not in varying(moved):
+            moved = moved.narrow(other, 0, 1)
+    return moved.flatten(1)
+
+
+def trace(model: nn.Module, example: Any) -> Trace:
+    """Run ``model`` on one batch and follow its units.
+
+    Args:
+        model: Left as it is. It may live on the meta device.
+        example: Inputs: a tensor, a tuple of positional arguments, or a mapping of named ones.
+
+    Raises:
+        UsageError: The model fails on this example.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> found = trace(net, torch.zeros(1, 4))
+        >>> found.meta, found.ledger.settle()[found.axes["2.weight", 1]].tolist()
+        (True, [0, 1, 2])
+    """
+    with suppress(Exception):  # whatever the model does that needs values: they are computed then
+        return _trace_on(model, example, "meta")
+    if any(x.is_meta for x in model.parameters()):
+        return _failing(model, example, "meta")
+    return _failing(model, example, "")
+
+
+def _failing(model: nn.Module, example: Any, device: str) -> Trace:
+    try:
+        return _trace_on(model, example, device)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"tracing {type(model).__name__}",
+            f"its own forward fails on the example ({type(error).__name__}: {str(error)[:300]})",
+            "its operators are recorded while it runs",
+            "pass example inputs on which the model runs",
+        ) from error
+
+
+def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
+    tracer = Tracer(model, _run_without_values if device == "meta" else _run)
+    output = run_traced(model, example, tracer, device)
+    for x in _tensors(_plain(output)):
+        for label in tracer.labels(x):
+            tracer.ledger.pin(label, "it reaches the output of the model")
+    seen = tracer.seen
+    return Trace(
+        tracer.ledger,
+        tracer.axes,
+        seen.sizes,
+        frozenset(seen.reached),
+        seen.reductions,
+        device == "meta",
+        seen.operators,
+    )
+
+
+def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "") -> Any:
+    """Run ``model`` under ``tracer``, with its parameters on ``device`` (``""``: where they are)."""
+    twins: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, x in tensors:
+        twin = twins.get(id(x))
+        if twin is None:
+            # A new object even without a move: labels belong to objects, and this one is ours.
+            twin = x.detach().to(device) if device else x.detach()
+            twins[id(x)] = twin
+            unit = x.ndim and x.dtype.is_floating_point and name not in state
+            if unit and (isinstance(x, nn.Parameter) or (x.ndim == 1 and len(x) > 1)):
+                tracer.own(name, twin)
+        state[name] = twin
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_plain_attention())
+        stack.enter_context(_paths(model, tracer.stack))
+        stack.enter_context(_no_cache(model))
+        args, kwargs = positional(example)
+        stack.enter_context(tracer)
+        return torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
+
+
+def _run(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _run_without_values(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Where any argument has no values the result has none, either."""
+    tensors = _tensors((args, tuple(kwargs.values())))
+    if any(x.is_meta for x in tensors):
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+    elif not tensors and str(kwargs.get("device")) == "meta":
+        kwargs = {**kwargs, "device": "cpu"}  # a constant: its values are known
+    return func(*args, **kwargs)
+
+
+def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as positional and keyword arguments.
+
+    Example:
+        >>> positional(torch.zeros(1))
+        ((tensor([0.]),), {})
+    """
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as products and a softmax, not as one fused operator."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """No key and value cache of a Transformers model: it is no output that must keep its size."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(getattr(config, "use_cache", None), bool):
+        yield
+        return
+    before = config.use_cache
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+@contextmanager
+def _paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the paths of the modules that are running on ``stack``."""
+    handles = []
+    for path, module in model.named_modules():
+
+        def enter(_: nn.Module, __: Any, path: str = path) -> None:
+            stack.append(path)
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack.clear()
+
+
+def _plain(output: Any) -> Any:
+    """The tensors of an output that are predictions, without caches."""
+    if isinstance(output, Mapping):
+        return {k: _plain(v) for k, v in output.items() if k != "past_key_values"}
+    if isinstance(output, (tuple, list)):
+        return [_plain(v) for v in output]
+    return output
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [x for item in value for x in _tensors(item)]
+    return []
