@@ -11,7 +11,22 @@ from pathlib import Path
 
 import torch
 
-from bench import cifar, gemv, global_masks, gradual, oneshot, patterns, record, speed, sweep
+from bench import (
+    adversarial,
+    cifar,
+    gemv,
+    global_masks,
+    gradual,
+    leap,
+    oneshot,
+    overhead,
+    patterns,
+    record,
+    sparse_training,
+    speed,
+    sweep,
+    tickets,
+)
 
 # In the order in which they run: the short ones first.
 STUDIES: dict[str, Callable[..., None]] = {
@@ -20,8 +35,13 @@ STUDIES: dict[str, Callable[..., None]] = {
     "gemv": gemv.run,
     "patterns": patterns.run,
     "speed": speed.run,
+    "overhead": overhead.run,
+    "adversarial": adversarial.run,
+    "leap": leap.run,
     "oneshot": oneshot.run,
     "gradual": gradual.run,
+    "sparse_training": sparse_training.run,
+    "tickets": tickets.run,
 }
 
 
@@ -29,6 +49,16 @@ def main(words: list[str] | None = None) -> int:
     """Run the studies that are named, or all; one that lacks its data is skipped and named."""
     given = _parser().parse_args(words)
     torch.set_num_threads(given.threads)
+    if given.arm and given.study == ["sparse_training"]:
+        plan = sparse_training.plan_of(given.depth, given.epochs)
+        if given.arm == "summary":
+            sparse_training.summarise(plan)
+        else:
+            sparse_training.run_arm(given.arm, plan, seed=given.seed)
+        return 0
+    if given.arm in tickets.ARMS:
+        tickets.run_arm(given.arm, seed=given.seed)
+        return 0
     if given.arm:
         _run_part_of_gradual(given.arm, given.seed)
         return 0
@@ -65,10 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="for torch")
     parser.add_argument(
         "--arm",
-        choices=["trunk", *gradual.ARMS, "summary"],
-        help="one part of the study 'gradual', resumable; several may run beside one another",
+        choices=[
+            "trunk",
+            *dict.fromkeys((*gradual.ARMS, "summary", *tickets.ARMS, *sparse_training.ARMS)),
+        ],
+        help="one part of 'gradual' or 'tickets' (or of 'sparse_training', if that is named as the "
+        "study), resumable; several may run beside one another",
     )
-    parser.add_argument("--depth", type=int, choices=(20, 56), help="one network of 'oneshot'")
+    parser.add_argument(
+        "--depth", type=int, help="one network of 'oneshot' (20, 56), or that of 'sparse_training'"
+    )
+    parser.add_argument("--epochs", type=int, help="of each arm of 'sparse_training'")
     return parser
 
 

@@ -17,8 +17,8 @@ secateur.formats secateur.report secateur.evaluate secateur.runtime secateur.tes
 secateur.core.weight
 secateur.core.slots secateur.core.budget secateur.core.batches secateur.core.facts
 secateur.core.masks secateur.core.selectors secateur.core.select secateur.core.errors"""
-KINDS = ("criterion", "pattern", "allocation", "schedule", "recovery", "rounding")
-TITLES = ("Criteria", "Patterns", "Allocations", "Schedules", "Recoveries", "Roundings")
+KINDS = ("criterion", "pattern", "allocation", "schedule", "recovery", "rounding", "regrow")
+TITLES = ("Criteria", "Patterns", "Allocations", "Schedules", "Recoveries", "Roundings", "Regrowth")
 METHODS = """# Methods
 
 Every part in the catalogues, and every published method that is assembled from them.
@@ -87,7 +87,7 @@ def methods() -> str:
     """The table of everything in the catalogues."""
     from secateur import stats
     from secateur.drive.recipe import ALIASES, Recipe
-    from secateur.drive.recipe_file import CATALOGUES
+    from secateur.drive.parts import CATALOGUES
 
     head = ["name", "call", "what", *(c.lower() for c in COLUMNS)]
     text = [METHODS]

@@ -47,9 +47,19 @@ from secateur.recover import (
     LeastSquares,
     NoRecovery,
 )
-from secateur.schedule import SCHEDULES, Cosine, Cyclic, Exponential, Linear, OneShot, Polynomial
+from secateur.schedule import (
+    SCHEDULES,
+    Alternating,
+    Cosine,
+    Cyclic,
+    Exponential,
+    Linear,
+    OneShot,
+    Polynomial,
+)
 from secateur.score import (
     CRITERIA,
+    ExpectedBatchNorm,
     Grasp,
     Lamp,
     Magnitude,
@@ -108,6 +118,7 @@ CRITERIA_MADE: dict[str, list[Any]] = {
     "woodfisher": [WoodFisher(), WoodFisher(block=7, damp=0.0)],
     "grasp": [Grasp()],
     "synflow": [SynFlow()],
+    "expected_batchnorm": [ExpectedBatchNorm()],
     "wanda": [Wanda()],
     "ria": [Ria(), Ria(a=1.0)],
     "obs": [ObsSaliency(), ObsSaliency(damp=0.0)],
@@ -146,6 +157,7 @@ SCHEDULES_MADE: dict[str, list[Any]] = {
     "exponential": [Exponential(0, 5), Exponential(1, 100)],
     "cosine": [Cosine(0, 30, 1)],
     "cyclic": [Cyclic(0, 30, 1), Cyclic(0, 30, 4, cycles=3)],
+    "alternating": [Alternating(0, 30, 5), Alternating(5, 85, 5, "epochs")],
 }
 RECOVERIES_MADE: dict[str, list[Any]] = {
     "none": [NoRecovery()],

@@ -25,6 +25,8 @@ from secateur.drive.plan import plan
 from secateur.drive.pruned import Pruned, load
 from secateur.drive.recipe import Recipe, Scope
 from secateur.drive.recipe_file import read_recipe
+from secateur.drive.shrink import shrink, shrink_
+from secateur.drive.shrink_recipe import ShrinkRecipe
 from secateur.evaluate import compare, measure
 from secateur.frontends import export_onnx
 
@@ -40,6 +42,7 @@ __all__ = [
     "Recipe",
     "Scope",
     "SecateurError",
+    "ShrinkRecipe",
     "Target",
     "attach_",
     "compare",
@@ -54,4 +57,6 @@ __all__ = [
     "prune_",
     "read_recipe",
     "recipes",
+    "shrink",
+    "shrink_",
 ]

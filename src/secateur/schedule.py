@@ -281,6 +281,59 @@ class Cyclic:
         return (1 - math.cos(2 * math.pi * (self.cycles - 0.5) * progress)) / 2
 
 
+@dataclass(frozen=True)
+class Alternating:
+    r"""Dense and compressed phases in turn (AC/DC): ``frequency`` is the length of a phase.
+
+    The first phase is dense, so ``begin`` is one phase before the first compression. The last
+    phase before ``end`` is dense too, whatever the count, and at ``end`` the network is compressed
+    for good.
+
+    **formula** 1 in phases 1, 3, 5, ... except the last one before ``end``, else 0
+    **Shapes** scalar
+    **Units** ``begin``, ``end`` and ``frequency`` in ``unit``
+    **Needs** nothing
+    **Source** AC/DC, arXiv 2106.12379
+
+    Args:
+        begin: Start of the first dense phase that counts; before it the network is dense anyway.
+        end: Last compression.
+        frequency: Length of a phase.
+        unit: What the three count.
+        reset_momentum: Set the optimizer's momenta to zero at each decompression, as AC/DC does.
+
+    Example:
+        >>> phases = Alternating(begin=0, end=6, frequency=1)
+        >>> [share_at(phases, t, 0.9) for t in range(8)]
+        [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    """
+
+    begin: float = 0
+    end: float = 1000
+    frequency: float = 100
+    unit: str = "steps"
+    reset_momentum: bool = True
+    cyclic: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+        phases = (self.end - self.begin) / self.frequency
+        if phases < 1 or not math.isclose(phases, round(phases), abs_tol=1e-6):
+            raise UsageError(
+                f"Alternating(begin={self.begin:g}, end={self.end:g}, frequency={self.frequency:g})",
+                f"{phases:g} phases lie between begin and end",
+                "phases are whole and equally long",
+                "let end - begin be a multiple of frequency",
+            )
+
+    def share(self, progress: float, sparsity: float) -> float:
+        if progress >= 1:
+            return 1.0
+        phases = round((self.end - self.begin) / self.frequency)
+        phase = int(progress * phases + 1e-9)
+        return float(phase % 2 == 1 and phase < phases - 1)
+
+
 def _check(schedule: Schedule) -> None:
     name = type(schedule).__name__
     if schedule.unit not in ("steps", "epochs", "rounds"):
@@ -307,4 +360,5 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "exponential": Exponential,
     "cosine": Cosine,
     "cyclic": Cyclic,
+    "alternating": Alternating,
 }

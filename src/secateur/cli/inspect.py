@@ -14,13 +14,18 @@ from torch import nn
 from secateur.cli import options
 from secateur.cli.flags import Flags, recipe_from
 from secateur.cli.screen import Screen, screen
+from secateur.core.batches import inputs_of
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
+from secateur.drive.parts import CATALOGUES
 from secateur.drive.plan import plan
 from secateur.drive.recipe import ALIASES
-from secateur.drive.recipe_file import CATALOGUES
-from secateur.frontends import load_model
+from secateur.drive.width_cost import removable_share
+from secateur.frontends import load_data, load_model
+from secateur.frontends.example import example_inputs
+from secateur.report.structure import parameters_table, structure_rows, widths_table
 from secateur.report.units import count, percent
+from secateur.structure import couple
 
 _LISTS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "methods": ALIASES,
@@ -57,6 +62,12 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
     ] = None,
     ignore: options.Ignore = None,
     include: options.Include = None,
+    structure: Annotated[
+        bool,
+        typer.Option("--structure", help="Show what shrink can remove, and why the rest stays."),
+    ] = False,
+    inputs: options.Input = None,
+    data: options.Data = None,
     methods: Annotated[bool, _list("methods")] = False,
     criteria: Annotated[bool, _list("criteria")] = False,
     patterns: Annotated[bool, _list("patterns")] = False,
@@ -94,10 +105,44 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
             _show_list(out, name, content[name])
         if model is not None:
             loaded = load_model(model, weights=weights, model=architecture)
+            if structure:
+                content |= _structure(out, loaded.model, inputs, data)
+                out.finish(content)
+                return
             flags = Flags(pattern=pattern, ignore=tuple(ignore or ()), include=tuple(include or ()))
             slots = plan(loaded.model, recipe_from(flags)).slots
             content |= _parameters(out, loaded.model, slots)
         out.finish(content)
+
+
+def _structure(
+    out: Screen, model: nn.Module, inputs: str | None, data: str | None
+) -> dict[str, Any]:
+    if inputs is None and data is not None:
+        found = load_data(data)
+        first = next(iter(found.train if found.train is not None else found.test or ()))
+        positional, named = inputs_of(first)
+        example: Any = named or positional
+    else:
+        example = example_inputs(model, inputs)
+    found_structure = couple(model, example)
+    rows = structure_rows(model, found_structure)
+    free = removable_share(model, found_structure)
+    out.text.print(widths_table(found_structure))
+    out.show(parameters_table(rows))
+    out.show(
+        Text(
+            f"{len(found_structure.widths)} widths; up to {percent(free)} of the parameters can go."
+        )
+    )
+    return {
+        "widths": [
+            {"name": w.name, "groups": w.groups, "parameters": w.parameters(), "why": w.why}
+            for w in found_structure.widths
+        ],
+        "parameters": rows,
+        "removable": free,
+    }
 
 
 def _parameters(out: Screen, model: nn.Module, slots: tuple[Slot, ...]) -> dict[str, Any]:

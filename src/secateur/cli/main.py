@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import bench, compare, doctor, evaluate, export, inspect, prune
+from secateur.cli import bench, compare, doctor, evaluate, export, inspect, prune, shrink, ticket
 from secateur.cli import compile as compiling
 from secateur.cli.screen import INTERRUPTED, version
 from secateur.core.errors import UsageError
@@ -27,11 +27,13 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
+app.command("shrink")(shrink.shrink)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
 app.command("compile")(compiling.compile_model)
 app.command("bench")(bench.bench)
+app.command("ticket")(ticket.ticket)
 app.command("doctor")(doctor.doctor)
 
 

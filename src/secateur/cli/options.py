@@ -22,6 +22,15 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+Input = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPES",
+        help="Example inputs: 1x3x224x224, tokens:1x16, or name=shape; several with commas.",
+        show_default=False,
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option(

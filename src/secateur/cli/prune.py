@@ -22,6 +22,7 @@ from secateur.drive.oneshot import prune as run
 from secateur.drive.plan import plan
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
+from secateur.drive.recorder import Checkpoints
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
@@ -99,6 +100,20 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
             rich_help_panel=_TRAIN,
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Save training there; the same command continues a run that was interrupted.",
+            rich_help_panel=_TRAIN,
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Steps between two (default 500).", rich_help_panel=_TRAIN
+        ),
+    ] = None,
     calibration: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Samples that statistics are read from.")
     ] = None,
@@ -136,12 +151,13 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
         )
         wanted = recipe_from(flags)
         _require_places(output, onnx, data, overwrite=overwrite)
+        saved = _checkpoints(wanted, checkpoint, checkpoint_every)
         loaded = load_model(model, weights=weights, model=architecture)
         batches = None if data is None else load_data(data)
         if batches is not None and calibration is not None:
             batches = dataclasses.replace(batches, calibration=calibration)
         _announce(out, loaded, wanted, model)
-        pruned = _run(out, loaded, wanted, batches)
+        pruned = _run(out, loaded, wanted, batches, saved)
         found = compare_networks(loaded.model, pruned, _measurable(batches))
         pruned.facts.measures["comparison"] = comparison_json(found)
         # Checked before it is written: an ONNX file that fails leaves no bundle either.
@@ -159,6 +175,23 @@ def _require_places(output: Path, onnx: Path | None, data: str | None, *, overwr
                 f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
             )
         require_new_file(onnx, overwrite=overwrite)
+
+
+def _checkpoints(recipe: Recipe, folder: Path | None, every: int | None) -> Checkpoints | None:
+    if folder is None and every is None:
+        return None
+    if folder is None:
+        raise UsageError(
+            f"--checkpoint-every {every}", "there is no --checkpoint", "", "say where: --checkpoint"
+        )
+    if recipe.finetune is None:
+        raise UsageError(
+            f"--checkpoint {folder}",
+            "this recipe does not train",
+            "checkpoints save training",
+            "leave it out, or add --epochs",
+        )
+    return Checkpoints(folder) if every is None else Checkpoints(folder, every)
 
 
 def _announce(out: Screen, loaded: Loaded, recipe: Recipe, name: str) -> None:
@@ -180,11 +213,13 @@ def _announce(out: Screen, loaded: Loaded, recipe: Recipe, name: str) -> None:
     out.text.print(table)
 
 
-def _run(out: Screen, loaded: Loaded, recipe: Recipe, data: Data | None) -> Pruned:
+def _run(
+    out: Screen, loaded: Loaded, recipe: Recipe, data: Data | None, saved: Checkpoints | None
+) -> Pruned:
     if loaded.masks:  # prune a pruned model further: what is gone stays gone
         attach_(loaded.model, loaded.masks)
     with out.progress() as progress:
-        pruned = run(loaded.model, recipe, data, progress=progress)
+        pruned = run(loaded.model, recipe, data, progress=progress, checkpoint=saved)
     pruned.facts.environment["source"] = dict(loaded.source)
     return dataclasses.replace(pruned, masks=pruned.masks & loaded.masks)
 

@@ -85,10 +85,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Target:
-    """How much should be left, in one of four units.
+    """How much should be left, in one of five units.
 
     Args:
-        unit: ``"sparsity"``, ``"params"``, ``"macs"`` or ``"bytes"``.
+        unit: ``"sparsity"``, ``"params"``, ``"macs"``, ``"bytes"`` or, for structural pruning,
+            ``"latency"`` (milliseconds on this machine).
         value: For ``sparsity`` the fraction of zeros among the pruned weights, in [0, 1). For the
             other units a count for the *whole model*, or a fraction of the dense count below 1.
 
@@ -159,22 +160,24 @@ class Target:
         )
 
 
-UNITS = ("sparsity", "params", "macs", "bytes")
+UNITS = ("sparsity", "params", "macs", "bytes", "latency")
 
 
 def number(value: str | float | int) -> float:
-    """A number, where ``"90%"`` means 0.9.
+    """A number, where ``"90%"`` means 0.9 and ``"2x"`` one half (twice as fast, half as large).
 
     Example:
-        >>> number("90%"), number("1e6")
-        (0.9, 1000000.0)
+        >>> number("90%"), number("1e6"), number("2x")
+        (0.9, 1000000.0, 0.5)
     """
     if isinstance(value, (int, float)):
         return float(value)
     text = str(value).strip()
     try:
-        return round(float(text[:-1]) / 100, 12) if text.endswith("%") else float(text)
-    except ValueError:
+        if text.endswith("%"):
+            return round(float(text[:-1]) / 100, 12)
+        return 1 / float(text[:-1]) if text.endswith("x") else float(text)
+    except (ValueError, ZeroDivisionError):
         raise UsageError(
             f"the number {value!r}",
             "it cannot be read",

@@ -51,6 +51,25 @@ class LayerFacts:
         return 1.0 - self.kept / self.total
 
 
+@dataclass(frozen=True)
+class WidthFacts:
+    """One width of a network that was cut.
+
+    Args:
+        name: Of the width: the module that produces its units first.
+        groups: How many groups there were.
+        kept: How many are left.
+        parameters: Everything that lost something.
+        why: Why several units make one group, if they do.
+    """
+
+    name: str
+    groups: int
+    kept: int
+    parameters: tuple[str, ...]
+    why: str = ""
+
+
 @dataclass
 class Facts:
     """Everything that a run can say about itself.
@@ -65,6 +84,7 @@ class Facts:
     recipe: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     layers: list[LayerFacts] = field(default_factory=list)
+    widths: list[WidthFacts] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -93,9 +113,13 @@ class Facts:
             LayerFacts(**{**layer, "shape": tuple(layer["shape"])})
             for layer in data.get("layers", [])
         ]
+        widths = [
+            WidthFacts(**{**width, "parameters": tuple(width["parameters"])})
+            for width in data.get("widths", [])
+        ]
         notes = [Note(**note) for note in data.get("notes", [])]
-        rest = {k: v for k, v in data.items() if k not in ("layers", "notes")}
-        return Facts(layers=layers, notes=notes, **rest)
+        rest = {k: v for k, v in data.items() if k not in ("layers", "widths", "notes")}
+        return Facts(layers=layers, widths=widths, notes=notes, **rest)
 
 
 def environment() -> dict[str, Any]:

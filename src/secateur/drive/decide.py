@@ -114,10 +114,14 @@ def allocate(found: Sequence[Item], recipe: Recipe, budget: Budget) -> dict[str,
 def select(weight: Weight, recipe: Recipe, groups: Tensor, sparsity: float) -> Tensor:
     """The mask of one weight: the best ``quota`` groups of every pool."""
     keep = recipe.pattern.quota(groups.shape[1], sparsity)
-    kept = keep_top(groups, keep)
+    return spread(keep_top(groups, keep), weight, recipe)
+
+
+def spread(kept: Tensor, weight: Weight, recipe: Recipe) -> Tensor:
+    """The mask of one weight from flags of its groups, ``(pools, groups)``."""
     folded = recipe.pattern.fold(torch.empty(weight.value.shape, device="meta"), weight.axes)
-    spread = kept[..., None].expand(*kept.shape, folded.shape[2])
-    return recipe.pattern.unfold(spread, tuple(weight.value.shape), weight.axes)
+    flags = kept[..., None].expand(*kept.shape, folded.shape[2])
+    return recipe.pattern.unfold(flags, tuple(weight.value.shape), weight.axes)
 
 
 def probe_for(

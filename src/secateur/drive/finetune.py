@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,9 @@ from secateur.core.batches import (
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.slots import device_of
 from secateur.drive.held import Held, masks_of
+from secateur.drive.order import Feed
+from secateur.drive.recorder import Checkpoints, Recorder, Tally, as_checkpoints
+from secateur.drive.resume import Training
 
 
 class Progress(Protocol):
@@ -53,6 +57,8 @@ class FineTune:
         distill: α, 0 to 1.
         temperature: T.
         bfloat16: Run forward and backward under bfloat16 autocast.
+        on_nan: A loss that is NaN or infinite: ``"raise"``, or ``"rollback"`` to before the last
+            mask update and go on with half the learning rate, three times at most.
 
     Example:
         >>> FineTune(epochs=2, distill=0.5).lr
@@ -66,6 +72,7 @@ class FineTune:
     distill: float = 0.0
     temperature: float = 2.0
     bfloat16: bool = False
+    on_nan: str = "raise"
 
     def __post_init__(self) -> None:
         wrong = ""
@@ -73,6 +80,8 @@ class FineTune:
             wrong = "epochs, lr and temperature must be positive"
         elif self.optimizer not in ("sgd", "adamw"):
             wrong = f"optimizer is 'sgd' or 'adamw', not {self.optimizer!r}"
+        elif self.on_nan not in ("raise", "rollback"):
+            wrong = f"on_nan is 'raise' or 'rollback', not {self.on_nan!r}"
         elif not 0 <= self.distill <= 1:
             wrong = f"distill is a share from 0 to 1, not {self.distill:g}"
         if wrong:
@@ -95,7 +104,7 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     attach: Attach | None = None,
-    progress: Progress | None = None,
+    checkpoint: Checkpoints | str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place on ``data.train``; its masks stay exactly as they are.
 
@@ -106,7 +115,8 @@ def finetune(
         teacher: The dense network, for ``distill > 0``.
         attach: Builds what runs after each step from the optimizer and the steps per epoch; by
             default the masks are held.
-        progress: Called about once a step.
+        checkpoint: A folder, or :class:`Checkpoints`. A run that was killed and is called again
+            ends with the same bits (see :class:`~secateur.drive.order.Feed` for the order of data).
 
     Returns:
         One record an epoch: mean loss, learning rate, sparsity of the masked weights.
@@ -121,73 +131,114 @@ def finetune(
         >>> history[-1]["loss"] < history[0]["loss"]
         True
     """
-    how = how or FineTune()
-    if data.train is None:
-        raise NeedsData(
-            "fine-tuning", "no training data", "weights learn from batches", "pass Data(train=...)"
-        )
-    if how.distill and teacher is None:
-        raise NeedsData(
-            f"distill={how.distill:g}",
-            "no teacher",
-            "distillation follows the dense network",
-            "pass teacher=",
-        )
-    per_epoch = _length(data.train)
-    total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))
-    optimizer = _optimizer(model, how)
-    warmup = max(1, round(0.05 * total))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, warmup, total))
-    stepper = attach(optimizer, per_epoch) if attach else _Hold(model, optimizer)
-    device, modes = device_of(model), {m: m.training for m in model.modules()}
-    history: list[dict[str, Any]] = []
-    done = 0
-    model.train()
-    try:
-        while done < total:
-            losses, seen = 0.0, 0
-            for drawn in data.train:
-                batch = to_device(drawn, device)
-                optimizer.zero_grad(set_to_none=True)
-                with _autocast(device, how.bfloat16):
-                    loss = _objective(model, batch, how, teacher, data)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise DataError(
-                        f"fine-tuning at step {done + 1}",
-                        f"the loss is {value}",
-                        "training cannot go on from there",
-                        "lower the learning rate, or check the data",
-                    )
-                loss.backward()
-                optimizer.step()
-                stepper.step()
-                rate.step()
-                done += 1
-                losses, seen = losses + value * size_of(batch), seen + size_of(batch)
-                if progress is not None:
-                    progress("fine-tuning", done, total)
-                if done >= total:
-                    break
-            if not seen:
-                raise DataError(
-                    "fine-tuning",
-                    "the training loader yielded no batches",
-                    "it may be an iterator that was used up",
-                    "pass something that can be iterated once an epoch",
-                )
-            history.append(
-                {
-                    "epoch": done / per_epoch,
-                    "loss": losses / seen,
-                    "lr": rate.get_last_lr()[0],
-                    "sparsity": masks_of(model).sparsity,
-                }
+    return Loop(model, data, how or FineTune(), teacher, attach, None, checkpoint).run()
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop of :func:`finetune`, with a report of its progress. ``run()`` trains in place.
+
+    Args:
+        progress: Called about once a step; the other fields are those of :func:`finetune`.
+
+    Example:
+        >>> batch = (torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+        >>> steps = []
+        >>> note = lambda stage, done, total: steps.append(f"{stage} {done}/{total}")
+        >>> _ = Loop(nn.Linear(4, 2), Data(train=[batch]), FineTune(2), progress=note).run()
+        >>> steps
+        ['fine-tuning 1/2', 'fine-tuning 2/2']
+    """
+
+    model: nn.Module
+    data: Data
+    how: FineTune
+    teacher: nn.Module | None = None
+    attach: Attach | None = None
+    progress: Progress | None = None
+    checkpoint: Checkpoints | str | Path | None = None
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train, and return the history."""
+        model, how, data = self.model, self.how, self.data
+        if data.train is None:
+            what, found = "fine-tuning", "no training data"
+            raise NeedsData(what, found, "weights learn from batches", "pass Data(train=...)")
+        if how.distill and self.teacher is None:
+            raise NeedsData(
+                f"distill={how.distill:g}",
+                "no teacher",
+                "distillation follows the dense network",
+                "pass teacher=",
             )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return history
+        per_epoch = _length(data.train)
+        total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))
+        optimizer, tally = _optimizer(model, how), Tally()
+        warmup = max(1, round(0.05 * total))
+        # What is attached may add a group of its own parameters, so it comes before the schedule.
+        stepper = self.attach(optimizer, per_epoch) if self.attach else _Hold(model, optimizer)
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda t: tally.slowed * _cosine(t, warmup, total)
+        )
+        feed = Feed(data.train)
+        training = Training(model, optimizer, stepper, rate, feed, {"tally": tally})
+        recorder = Recorder(
+            training, as_checkpoints(self.checkpoint), rollback=how.on_nan == "rollback"
+        )
+        device, modes = device_of(model), {m: m.training for m in model.modules()}
+        model.train()
+        try:
+            recorder.start_()
+            while tally.done < total:
+                went_back = False
+                for drawn in feed.rest():
+                    batch = to_device(drawn, device)
+                    optimizer.zero_grad(set_to_none=True)
+                    with _autocast(device, how.bfloat16):
+                        loss = _objective(model, batch, how, self.teacher, data)
+                    value = float(loss.detach())
+                    if not math.isfinite(value):
+                        recorder.back_(value)
+                        went_back = True
+                        break
+                    loss.backward()
+                    optimizer.step()
+                    stepper.step()
+                    rate.step()
+                    tally.count(value, size_of(batch))
+                    if self.progress is not None:
+                        self.progress("fine-tuning", tally.done, total)
+                    recorder.after_step(last=tally.done >= total)
+                    if tally.done >= total:
+                        break
+                if not went_back:
+                    _close_epoch(tally, per_epoch, rate, model)
+            if tally.seen:  # the run had been finished already when it was called again
+                _close_epoch(tally, per_epoch, rate, model)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return tally.history
+
+
+def _close_epoch(tally: Tally, per_epoch: int, rate: Any, model: nn.Module) -> None:
+    if not tally.seen:
+        raise DataError(
+            "fine-tuning",
+            "the training loader yielded no batches",
+            "it may be an iterator that was used up",
+            "pass something that can be iterated once an epoch",
+        )
+    record: dict[str, Any] = {
+        "epoch": tally.done / per_epoch,
+        "loss": tally.losses / tally.seen,
+        "lr": float(rate.get_last_lr()[0]),
+        "sparsity": masks_of(model).sparsity,
+    }
+    if tally.rollbacks:
+        record["rollbacks"] = list(tally.rollbacks)
+    tally.history.append(record)
+    tally.losses, tally.seen = 0.0, 0
 
 
 class _Hold:
@@ -196,6 +247,12 @@ class _Hold:
 
     def step(self) -> None:
         self._held.hold_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        self._held.refresh()
 
 
 def _objective(

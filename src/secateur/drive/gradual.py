@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, device_of, weights
+from secateur.core.weight import Weight
+from secateur.drive import ranks
 from secateur.drive.decide import (
     allocate,
     group_scores,
@@ -21,13 +24,18 @@ from secateur.drive.decide import (
     select,
     smoothed_parts,
 )
-from secateur.drive.held import Held, attach_, detach_, masks_of
+from secateur.drive.held import Held, attach_, detach_, masks_of, reset_momentum_
 from secateur.drive.money import money, uses
 from secateur.drive.plan import note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
-from secateur.schedule import Schedule, due, share_at
+from secateur.drive.regrow import Regrow, TopKast
+from secateur.drive.regrowing import Regrowing, gradient_promise, random_promise, turn
+from secateur.drive.timing import every, is_due, require_time, training_length
+from secateur.drive.topkast import Superset
+from secateur.schedule import share_at
+from secateur.score import Random
 from secateur.stats import Stat, Stats, collect, stream_gradients
 
 
@@ -36,7 +44,8 @@ class Gradual:
 
     Masks are buffers on the model; pruned weights, their momenta and Adam moments are set to zero
     after every step, so weight decay and momentum cannot wake them. Masks only change when the
-    schedule says so; a pruned weight comes back only if the schedule is cyclic.
+    schedule says so; a pruned weight comes back only if the schedule is cyclic, or if the recipe has
+    ``regrow``: dynamic sparse training (SET, RigL, Top-KAST).
 
     Gradients that a criterion needs are read just before each optimizer step. Statistics of inputs
     or of single samples are measured on ``data`` at each mask update.
@@ -46,7 +55,9 @@ class Gradual:
         optimizer: The caller's optimizer.
         recipe: Its schedule counts steps or epochs.
         data: For criteria that need data at mask updates.
-        steps_per_epoch: Needed when the schedule counts epochs.
+        steps_per_epoch: Needed when the schedule or the exchange counts epochs.
+        steps: Optimizer steps of the whole training, which :class:`Regrow` must know; by default the
+            epochs of the recipe's fine-tuning step, if it has one.
 
     Example:
         >>> from secateur.core.budget import Target
@@ -73,21 +84,12 @@ class Gradual:
         *,
         data: Data | Any = None,
         steps_per_epoch: int | None = None,
+        steps: int | None = None,
     ) -> None:
-        if recipe.schedule.unit == "rounds":
-            raise UsageError(
-                f"Gradual(schedule={type(recipe.schedule).__name__})",
-                "its unit is rounds",
-                "inside a training loop time is counted in steps or epochs",
-                "write e.g. Polynomial(begin=0, end=1000, frequency=100)",
-            )
-        if recipe.schedule.unit == "epochs" and not steps_per_epoch:
-            raise UsageError(
-                "Gradual(...) with a schedule in epochs",
-                "steps_per_epoch is not given",
-                "the pruner only sees steps",
-                "pass steps_per_epoch=len(loader)",
-            )
+        model, optimizer = ranks.bare(model), ranks.bare_optimizer(optimizer)
+        ranks.require_whole(model)
+        self._length = training_length(recipe, steps_per_epoch, steps)
+        require_time(recipe, steps_per_epoch, self._length)
         if recipe.repairs or recipe.rounding is not None:
             raise UsageError(
                 "Gradual(...) with weight-wise repairs or a rounding",
@@ -115,10 +117,43 @@ class Gradual:
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
         attach_(model, Masks(fresh))
         self._held = Held(model, optimizer)
-        self._stream = stream_gradients(optimizer, model, self._slots, self._streamed, self._stats)
+        self._regrowing, self._superset = self._regrowth()
+        seen = self._slots if self._streamed else []
+        self._stream = stream_gradients(optimizer, model, seen, self._streamed, self._stats)
         self._uses = self._count_uses()
-        if not self._streamed:  # a schedule may start before the first step
+        # A schedule may start before the first step.
+        if not self._streamed or self._starts_at_random:
             self._maybe_update()
+
+    def _regrowth(self) -> tuple[Regrowing | None, Superset | None]:
+        part, optimizer, per_epoch = self.recipe.regrow, self.optimizer, self._per_epoch
+        if isinstance(part, Regrow):
+            assert self._length is not None
+            regrowing = Regrowing(
+                part,
+                optimizer,
+                length=self._length,
+                per_epoch=per_epoch,
+                perform=self._exchange,
+                check=lambda step: gradient_promise(self.model, self._found(), step),
+            )
+            if part.skips and every(part.frequency, part.unit, per_epoch) < 2:
+                said = "an exchange replaces at most every second step of the optimizer"
+                self.facts.note("regrow", "", f"frequency {part.frequency:g} {part.unit}: {said}")
+            return regrowing, None
+        if isinstance(part, TopKast):
+            names = [slot.name for slot in self._slots]
+            return None, Superset(self.model, optimizer, names, part, per_epoch)
+        return None, None
+
+    @property
+    def _starts_at_random(self) -> bool:
+        part = self.recipe.regrow
+        return self.steps == 0 and isinstance(part, Regrow) and part.start == "random"
+
+    def _found(self) -> list[Weight]:
+        found = weights(self.model, self._slots)
+        return self._superset.dense(found) if self._superset is not None else found
 
     def _split_needs(self) -> tuple[list[Stat], list[Any]]:
         needs: list[Any] = list(self.recipe.criterion.needs)
@@ -151,6 +186,14 @@ class Gradual:
         return self.steps / self._per_epoch if epochs else float(self.steps)
 
     @property
+    def imminent(self) -> bool:
+        """Whether masks may change at the next step: the moment to keep a copy of everything."""
+        following = self.steps + 1
+        parts = [p for p in (self._regrowing, self._superset) if p is not None]
+        ticks = is_due(self.recipe.schedule, following, self._per_epoch)
+        return ticks or any(part.is_due(following) for part in parts)
+
+    @property
     def masks(self) -> Masks:
         """The masks of this moment."""
         return masks_of(self.model)
@@ -161,29 +204,71 @@ class Gradual:
         self.steps += 1
         self._held.hold_()
         self._maybe_update()
+        if self._regrowing is not None:
+            self._regrowing.step()
 
     def _maybe_update(self) -> None:
         schedule, time = self.recipe.schedule, self.time
-        if schedule.unit == "epochs":
-            # A frequency in epochs need not be a whole number of steps: the first step past it counts.
-            before = (self.steps - 1) / self._per_epoch
-            inside = schedule.begin <= time and before < schedule.end
-            ticked = _ticks(schedule, time) > _ticks(schedule, before)
-            now = inside and (ticked or before < schedule.begin)
-        else:
-            now = due(schedule, time)
+        now = is_due(schedule, self.steps, self._per_epoch)
         late = time >= schedule.end and self._share < 1
-        # Whether anything is due does not depend on the target; at share 0 nothing is.
-        if (now or late) and share_at(schedule, time, 0.5) > 0:
+        anew = self._superset is not None and self._superset.is_due(self.steps)
+        if not (now or late or anew):
+            return
+        # Whether anything is due does not depend on the target; at share 0 nothing is, unless a
+        # cyclic schedule has come down to it.
+        if share_at(schedule, time, 0.5) > 0:
             self._update(time)
+        elif self._share > 0:
+            self._decompress()
+
+    def _decompress(self) -> None:
+        self._adopt(Masks(_ones(self.model, self._slots)), self.steps)
+        self._share = 0.0
+        if getattr(self.recipe.schedule, "reset_momentum", False):
+            reset_momentum_(self.optimizer)
+
+    @torch.no_grad()
+    def _exchange(self, step: int, fraction: float) -> int:
+        found, before, recipe = self._found(), masks_of(self.model), self.recipe
+        assert isinstance(recipe.regrow, Regrow)
+        if recipe.regrow.grow == "gradient":
+            promise = gradient_promise(self.model, found, step)
+        else:
+            promise = random_promise(found, recipe, step)
+        done = turn(found, before, recipe, self._measure(), promise, fraction=fraction)
+        if done.moved:
+            self._adopt(done.masks, step)
+            counts = {"dropped": done.moved, "grown": done.moved, "again": done.again}
+            self.facts.history[-1] |= {**counts, "fraction": fraction}
+        return done.moved
+
+    def _adopt(self, masks: Masks, step: int) -> None:
+        before = masks_of(self.model)
+        masks = ranks.settled(masks, before, f"{self.recipe.fingerprint()} {self.steps}")
+        attach_(self.model, masks)
+        self._held.refresh(self._superset.wide if self._superset is not None else None)
+        self._held.hold_()
+        dropped, grown = before.diff(masks)
+        self.facts.history.append(
+            {
+                "step": step,
+                "sparsity": masks.sparsity,
+                "dropped": dropped.kept,
+                "grown": grown.kept,
+            }
+        )
 
     @torch.no_grad()
     def _update(self, time: float) -> None:
         recipe, slots = self.recipe, self._slots
-        found = weights(self.model, slots)
-        stats = self._measure()
-        before = masks_of(self.model)
-        prior = None if recipe.schedule.cyclic else before
+        if self._starts_at_random:
+            recipe = dataclasses.replace(recipe, criterion=Random())
+            stats = self._stats
+        else:
+            stats = self._measure()
+        found = self._found()
+        free = recipe.schedule.cyclic or self._superset is not None
+        prior = None if free else masks_of(self.model)
         groups = {}
         for weight in found:
             old = prior[weight.name] if prior is not None else None
@@ -197,19 +282,10 @@ class Gradual:
         choice = items(found, slots, recipe, groups, purse.costs)
         levels = allocate(choice, recipe, purse.at(share, probe))
         masks = Masks({w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found})
-        attach_(self.model, masks)
-        self._held.refresh()
-        self._held.hold_()
+        if self._superset is not None:
+            self._superset.widen_(found, groups, levels, recipe, masks)
+        self._adopt(masks, self.steps)
         self._share = share
-        dropped, grown = before.diff(masks)
-        self.facts.history.append(
-            {
-                "step": self.steps,
-                "sparsity": masks.sparsity,
-                "dropped": dropped.kept,
-                "grown": grown.kept,
-            }
-        )
 
     def _measure(self) -> Stats:
         if self._streamed and not self._stats.names():
@@ -225,6 +301,7 @@ class Gradual:
         fresh = collect(
             self.model, self._slots, self._measured, self._data.sample(), loss=self._data.loss
         )
+        fresh = ranks.merged(fresh, self._measured, self._slots, self.model)
         merged = fresh.merge(self._stats)
         merged.memory, merged.seed = self._stats.memory, self._stats.seed
         merged.keep_values(fresh)
@@ -234,10 +311,10 @@ class Gradual:
         """End: remove the mask buffers, keep the zeros, and return the result with its facts.
 
         Args:
-            early: Accept a schedule that has not reached its end.
+            early: Accept a schedule or an exchange that has not reached its end.
 
         Raises:
-            UsageError: The schedule has not reached its end, so the target is missed.
+            UsageError: The schedule or the exchange has not reached its end.
         """
         if self._share < 1 and not early:
             raise UsageError(
@@ -247,8 +324,17 @@ class Gradual:
                 "training ended before pruning did, or step() was not called",
                 "train longer, shorten the schedule, or call finalize(early=True)",
             )
+        if self._regrowing is not None and self.steps < int(self._regrowing.end) and not early:
+            raise UsageError(
+                f"finalize() at step {self.steps}",
+                f"weights are exchanged up to step {int(self._regrowing.end)} of {self._length}",
+                "training ended before the masks settled, or step() was not called",
+                "train longer, correct steps=, or call finalize(early=True)",
+            )
         self._held.hold_()
-        self._stream.remove()
+        for part in (self._stream, self._regrowing, self._superset):
+            if part is not None:
+                part.remove()
         masks = detach_(self.model)
         self.facts.layers = [
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
@@ -258,12 +344,17 @@ class Gradual:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the schedule and streamed sums; the masks are in the model's ``state_dict()``."""
-        return {
+        state = {
             "steps": self.steps,
             "share": self._share,
             "fingerprint": self.recipe.fingerprint(),
             "stats": self._stats.state_dict(),
+            "history": list(self.facts.history),
         }
+        for part in (self._regrowing, self._superset):
+            if part is not None:
+                state["regrow"] = part.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run: load the model's (masks and all) and optimizer's state first.
@@ -279,14 +370,15 @@ class Gradual:
                 "resume with the recipe of the run",
             )
         self.steps, self._share = int(state["steps"]), float(state["share"])
+        self.facts.history = [dict(event) for event in state.get("history", ())]
         parts = [*self._streamed, *smoothed_parts(self.recipe.criterion)]
         keys = [(part, slot.name) for part in parts for slot in self._slots]
         self._stats.load_state_dict(state["stats"], keys)
-        self._held.refresh()
-
-
-def _ticks(schedule: Schedule, time: float) -> int:
-    return int((time - schedule.begin) / schedule.frequency + 1e-9)
+        if self._regrowing is not None:
+            self._regrowing.load_state_dict(state["regrow"], self.steps)
+        if self._superset is not None:
+            self._superset.load_state_dict(state["regrow"], self.masks)
+        self._held.refresh(self._superset.wide if self._superset is not None else None)
 
 
 def _ones(model: nn.Module, slots: list[Slot]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ runs under autocast, and its ``state_dict()`` has the same parameter names as be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -110,22 +110,49 @@ class Held:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._model, self._optimizer = model, optimizer
-        self._holes: list[tuple[nn.Parameter, Tensor]] = []
+        self._holes: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read the masks from the model again, after they changed."""
-        self._holes = [(self._model.get_parameter(n), ~m) for n, m in masks_of(self._model).items()]
+    def refresh(self, wide: Mapping[str, Tensor] | None = None) -> None:
+        """Read the masks from the model again, after they changed.
+
+        Args:
+            wide: Where optimizer state may live, if that is more than the mask.
+        """
+        wide = wide or {}
+        self._holes = [
+            (self._model.get_parameter(n), ~m, ~wide[n] if n in wide else ~m)
+            for n, m in masks_of(self._model).items()
+        ]
 
     @torch.no_grad()
     def hold_(self) -> None:
         """Zero pruned entries of weights, momenta and Adam moments, in place."""
         state = self._optimizer.state if self._optimizer is not None else {}
-        for parameter, hole in self._holes:
+        for parameter, hole, unused in self._holes:
             parameter.masked_fill_(hole, 0)
             for value in _shaped_like(parameter, state.get(parameter, {}).values()):
-                value.masked_fill_(hole, 0)
+                value.masked_fill_(unused, 0)
 
 
 def _shaped_like(parameter: nn.Parameter, values: Iterable[object]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]
+
+
+@torch.no_grad()
+def reset_momentum_(optimizer: torch.optim.Optimizer) -> None:
+    """Set running means of the gradient to zero, in place; second moments stay.
+
+    Example:
+        >>> net = nn.Linear(1, 1)
+        >>> sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        >>> net(torch.ones(1, 1)).sum().backward()
+        >>> sgd.step()
+        >>> reset_momentum_(sgd)
+        >>> [float(s["momentum_buffer"].sum()) for s in sgd.state.values()]
+        [0.0, 0.0]
+    """
+    for state in optimizer.state.values():
+        for name in ("momentum_buffer", "exp_avg"):
+            if isinstance(state.get(name), Tensor):
+                state[name].zero_()

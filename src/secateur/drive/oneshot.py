@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from secateur.core.slots import Slot, weights
 from secateur.core.weight import Weight
 from secateur.drive.decide import allocate, group_scores, items, probe_for, score
 from secateur.drive.diagnosis import diagnose
-from secateur.drive.finetune import Attach, FineTune, Progress, finetune
+from secateur.drive.finetune import Attach, FineTune, Loop, Progress
 from secateur.drive.gradual import Gradual, mean_loss
 from secateur.drive.held import attach_, detach_, masks_of
 from secateur.drive.layerwise import MaskChoice, repair_
@@ -27,6 +28,7 @@ from secateur.drive.plan import Plan, note_left_out, plan, require_finite, requi
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
+from secateur.drive.recorder import Checkpoints, as_checkpoints
 from secateur.recover import BatchNorm
 from secateur.schedule import events, share_at
 from secateur.stats import Positions, Sketch, Stats, collect
@@ -38,6 +40,7 @@ def prune(
     data: Any = None,
     *,
     progress: Progress | None = None,
+    checkpoint: Checkpoints | str | Path | None = None,
 ) -> Pruned:
     """Prune a copy of ``model``.
 
@@ -47,6 +50,8 @@ def prune(
         data: :class:`~secateur.core.batches.Data`, or an iterable of training batches, where the
             recipe needs it (statistics, fine-tuning, multiply-adds).
         progress: Called with a stage, the work done and the whole.
+        checkpoint: A folder (or :class:`~secateur.drive.recorder.Checkpoints`) in which training
+            saves itself. The same call, made again after an interruption, ends with the same bits.
 
     Returns:
         The pruned copy, its masks and the facts.
@@ -63,7 +68,9 @@ def prune(
         >>> pruned.masks
         Masks(1 weights, 128 of 512 kept)
     """
-    return prune_(copy.deepcopy(model), recipe, data, dense=model, progress=progress)
+    return prune_(
+        copy.deepcopy(model), recipe, data, dense=model, progress=progress, checkpoint=checkpoint
+    )
 
 
 def prune_(
@@ -73,6 +80,7 @@ def prune_(
     *,
     dense: nn.Module | None = None,
     progress: Progress | None = None,
+    checkpoint: Checkpoints | str | Path | None = None,
 ) -> Pruned:
     """Like :func:`prune`, but changes ``model`` itself.
 
@@ -82,13 +90,15 @@ def prune_(
         data: As in :func:`prune`.
         dense: The untouched network, as the teacher of a distillation.
         progress: As in :func:`prune`.
+        checkpoint: As in :func:`prune`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> prune_(net).model is net
         True
     """
-    return _Run(model, recipe or Recipe(), as_data(data), dense, progress).run()
+    saved = as_checkpoints(checkpoint)
+    return _Run(model, recipe or Recipe(), as_data(data), dense, progress, saved).run()
 
 
 _FEW = 128
@@ -104,10 +114,12 @@ class _Run:
         data: Data | None,
         dense: nn.Module | None,
         progress: Progress | None,
+        checkpoint: Checkpoints | None = None,
     ) -> None:
         self.model, self.recipe, self.data = model, recipe, data
         self.dense = dense
         self.progress: Progress = progress or _silent
+        self.checkpoint, self._stages = checkpoint, 0
         self.plan = plan(model, recipe)
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
@@ -334,9 +346,13 @@ class _Run:
 
     def _train(self, how: FineTune, attach: Attach | None) -> list[dict[str, Any]]:
         assert self.data is not None
-        return finetune(
-            self.model, self.data, how, teacher=self.dense, attach=attach, progress=self.progress
-        )
+        folder, self._stages = self.checkpoint, self._stages + 1
+        folder = folder.stage(self._stages - 1) if folder is not None else None
+        loop = Loop(self.model, self.data, how, self.dense, attach, self.progress, folder)
+        history = loop.run()
+        for text in history[-1].get("rollbacks", ()):
+            self.facts.note("rolled-back", "", text)
+        return history
 
     def _after(self, masks: Masks) -> None:
         steps = [type(step) for step in self.recipe.recovery]

@@ -9,7 +9,8 @@ from torch import nn
 
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.formats import load_into_, read_bundle, write_bundle
+from secateur.formats import Surgery, read_bundle, write_bundle
+from secateur.frontends.surgery import load_bundle_
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Pruned:
         model: The pruned network; pruned weights are exactly zero, nothing else is attached.
         masks: Which weights were kept.
         facts: What happened, per weight and in all.
+        surgery: What was cut, if anything was; see :func:`~secateur.frontends.surgery.surgery_for`.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -30,12 +32,13 @@ class Pruned:
     model: nn.Module
     masks: Masks
     facts: Facts
+    surgery: Surgery | None = None
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the bundle; the folder appears whole or not at all.
 
-        It holds ``model.safetensors`` (sparse weights stored sparse), ``recipe.yaml`` and
-        ``facts.json``.
+        It holds ``model.safetensors`` (sparse weights stored sparse), ``recipe.yaml``,
+        ``facts.json``, and ``surgery.json`` if the network was cut.
 
         Raises:
             OutputExists: The folder exists and ``overwrite`` is false.
@@ -46,18 +49,27 @@ class Pruned:
             self.masks,
             recipe=self.facts.recipe,
             facts=self.facts,
+            surgery=self.surgery,
             overwrite=overwrite,
         )
         return Path(folder)
 
 
-def load(model: nn.Module, folder: str | Path) -> Pruned:
+def load(model: nn.Module, folder: str | Path, *, check_weights: bool = False) -> Pruned:
     """Restore a bundle into a freshly built ``model`` (in place), exactly.
 
-    Names, shapes and types are checked before anything is changed.
+    A network that was cut is cut again first, as ``surgery.json`` says: ``model`` is the original
+    one. Classes, names, shapes and types are checked before anything is changed.
+
+    Args:
+        model: The architecture that the bundle was made from. Its values do not matter.
+        folder: The bundle.
+        check_weights: Require that ``model`` has the very weights that were cut (their hash is in
+            ``surgery.json``). A freshly built model has others.
 
     Raises:
-        FormatError: A file of the bundle is damaged, or belongs to another model.
+        FormatError: A file of the bundle is damaged.
+        UsageError: The bundle belongs to another model; nothing was changed.
 
     Example:
         >>> import tempfile, torch, secateur
@@ -70,5 +82,5 @@ def load(model: nn.Module, folder: str | Path) -> Pruned:
         True
     """
     bundle = read_bundle(folder)
-    load_into_(model, bundle)
-    return Pruned(model, bundle.masks, bundle.facts)
+    load_bundle_(model, bundle, check_weights=check_weights)
+    return Pruned(model, bundle.masks, bundle.facts, bundle.surgery)

@@ -12,6 +12,7 @@ from secateur.allocate import Allocation, ErdosRenyi, Ranked, Uniform
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UsageError
 from secateur.drive.finetune import FineTune
+from secateur.drive.regrow import Regrow, TopKast
 from secateur.pattern import NM, Elements, Pattern, PerRow
 from secateur.recover import (
     BatchNorm,
@@ -21,7 +22,7 @@ from secateur.recover import (
     Recovery,
     Rounding,
 )
-from secateur.schedule import Exponential, OneShot, Polynomial, Schedule
+from secateur.schedule import Alternating, Exponential, OneShot, Polynomial, Schedule
 from secateur.score import (
     Criterion,
     Grasp,
@@ -30,6 +31,7 @@ from secateur.score import (
     Movement,
     Obd,
     ObsSaliency,
+    Random,
     Ria,
     Snip,
     SynFlow,
@@ -81,6 +83,8 @@ class Recipe:
         rounding: Values that the survivors must take, e.g. int8.
         sequential: Measure each weight's inputs with all earlier weights already pruned.
         seed: For everything random.
+        regrow: How pruned weights come back while the network trains; by default they do not. Then
+            the default schedule is :class:`OneShot` before the first *step*.
 
     Example:
         >>> recipe = Recipe(target=Target("sparsity", 0.9))
@@ -98,12 +102,22 @@ class Recipe:
     rounding: Rounding | None = None
     sequential: bool = False
     seed: int = 0
+    regrow: Regrow | TopKast | None = None
 
     def __post_init__(self) -> None:
         # Lists and single steps are what people write; the value itself is always a tuple.
         steps: Any = self.recovery
         single = not isinstance(steps, (tuple, list))
         object.__setattr__(self, "recovery", (steps,) if single else tuple(steps))
+        if self.regrow is not None and self.schedule == OneShot():
+            object.__setattr__(self, "schedule", OneShot(unit="steps"))
+        if self.regrow is not None and self.schedule.unit == "rounds":
+            raise UsageError(
+                f"regrow={type(self.regrow).__name__}(...) with {type(self.schedule).__name__}(...)",
+                "the schedule is in rounds",
+                "weights are exchanged while the network trains, and rounds come before training",
+                "give the schedule in steps or epochs",
+            )
         fixed = self.pattern.sparsity if isinstance(self.pattern, NM) else None
         if self.target is None and fixed is None:
             object.__setattr__(self, "target", Target("sparsity", 0.5))
@@ -275,6 +289,69 @@ def movement(sparsity: float = 0.9, epochs: float = 6) -> Recipe:
     )
 
 
+def rigl(sparsity: float = 0.9, epochs: float = 10, pattern: Pattern | None = None) -> Recipe:
+    """Sparse from a random start, grown by dense gradients (RigL, arXiv 1911.11134).
+
+    For networks that are not trained yet: the first mask is random.
+    """
+    return _sparse(
+        sparsity, epochs, Regrow("gradient", frequency=epochs / 50, unit="epochs"), pattern
+    )
+
+
+def set_(sparsity: float = 0.9, epochs: float = 10, pattern: Pattern | None = None) -> Recipe:
+    """Sparse from a random start, grown at random (SET, arXiv 1707.04780).
+
+    For networks that are not trained yet. Everything but the growth is as in :func:`rigl`.
+    """
+    return _sparse(
+        sparsity, epochs, Regrow("random", frequency=epochs / 50, unit="epochs"), pattern
+    )
+
+
+def static_sparse(sparsity: float = 0.9, epochs: float = 10) -> Recipe:
+    """A random mask at Erdős-Rényi-kernel densities, held: what sparse training must beat."""
+    return dataclasses.replace(_sparse(sparsity, epochs, None), criterion=Random())
+
+
+def topkast(sparsity: float = 0.9, epochs: float = 10, extra: float = 0.1) -> Recipe:
+    """Forward with the largest weights, train those and ``extra`` more (arXiv 2106.03517)."""
+    regrow = TopKast(extra, frequency=epochs / 50, unit="epochs")
+    return dataclasses.replace(_sparse(sparsity, epochs, regrow), allocation=Uniform())
+
+
+def acdc(sparsity: float = 0.9, epochs: float = 10) -> Recipe:
+    """Dense and compressed phases in turn, ranked globally (AC/DC, arXiv 2106.12379).
+
+    As for ImageNet: a dense tenth, phases of a twentieth, a last dense tenth, sparse from 85 % on.
+    """
+    return Recipe(
+        target=Target("sparsity", sparsity),
+        allocation=Ranked(),
+        schedule=Alternating(0.05 * epochs, 0.85 * epochs, 0.05 * epochs, "epochs"),
+        recovery=(FineTune(epochs=epochs, lr=0.1),),
+    )
+
+
+def _sparse(
+    sparsity: float,
+    epochs: float,
+    regrow: Regrow | TopKast | None,
+    pattern: Pattern | None = None,
+) -> Recipe:
+    """Sparse before the first step, and trained from scratch."""
+    pattern = pattern or Elements()
+    fixed = isinstance(pattern, NM)
+    return Recipe(
+        pattern=pattern,
+        target=None if fixed else Target("sparsity", sparsity),
+        allocation=Uniform() if fixed else ErdosRenyi(),
+        schedule=OneShot(unit="epochs"),
+        recovery=(FineTune(epochs=epochs, lr=0.1),),
+        regrow=regrow,
+    )
+
+
 ALIASES = {
     "magnitude": magnitude,
     "gmp": gmp,
@@ -290,4 +367,9 @@ ALIASES = {
     "obd": obd,
     "movement": movement,
     "ria": ria,
+    "rigl": rigl,
+    "set": set_,
+    "static_sparse": static_sparse,
+    "topkast": topkast,
+    "acdc": acdc,
 }

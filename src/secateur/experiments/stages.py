@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,13 +25,13 @@ from secateur.core.atomic import new_file, new_folder
 from secateur.core.errors import FileError, FormatError, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.formats import read_bundle, read_tensors, write_tensors
+from secateur.formats import read_bundle, write_tensors
 from secateur.formats.bundle import FACTS, MODEL, RECIPE
 from secateur.formats.table import read_json
 from secateur.formats.texts import facts_text, read_limited, recipe_text
 
 VERSION = 1
-RUN, STAGE, SNAPSHOT = "run.json", "stage.json", "rewind.safetensors"
+RUN, STAGE = "run.json", "stage.json"
 _LIMIT = 1_000_000
 _AGAIN = "remove the folder to compute it again, or name another one"
 
@@ -45,7 +46,6 @@ class Stage:
         masks: Which weights were kept.
         facts: What the stage said about itself.
         digest: Hash of the network's file; the next stage names it as its parent.
-        snapshot: The network at the rewinding point, if the stage kept one.
     """
 
     folder: Path
@@ -53,7 +53,6 @@ class Stage:
     masks: Masks
     facts: Facts
     digest: str
-    snapshot: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class Run:
             return None
         files = _checked_list(folder, {"run": self.name, "stage": stage, "parent": parent})
         bundle = read_bundle(folder)
-        snapshot = read_tensors(folder / SNAPSHOT)[0] if SNAPSHOT in files else None
-        return Stage(folder, bundle.tensors, bundle.masks, bundle.facts, files[MODEL], snapshot)
+        return Stage(folder, bundle.tensors, bundle.masks, bundle.facts, files[MODEL])
 
     def write(self, stage: str, found: Stage, parent: str = "") -> Stage:
         """Write a stage and read it back, so that a run goes on from what is on the disk."""
@@ -94,8 +92,6 @@ class Run:
             write_tensors(temporary / MODEL, found.tensors, found.masks)
             (temporary / RECIPE).write_text(recipe, encoding="utf-8")
             (temporary / FACTS).write_text(facts, encoding="utf-8")
-            if found.snapshot is not None:
-                write_tensors(temporary / SNAPSHOT, found.snapshot, Masks({}))
             files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
             content = {"run": self.name, "stage": stage, "parent": parent, "files": files}
             _write_json(temporary / STAGE, content)
@@ -105,7 +101,9 @@ class Run:
 
 
 @contextmanager
-def open_run(folder: Path, identity: Mapping[str, Any], network: Mapping[str, Any]) -> Iterator[Run]:
+def open_run(
+    folder: Path, identity: Mapping[str, Any], network: Mapping[str, Any]
+) -> Iterator[Run]:
     """The run that ``folder`` holds, made if it is new; one process at a time works in it.
 
     A second process waits until the first one ends, and then finds the finished stages.
@@ -136,10 +134,12 @@ def open_run(folder: Path, identity: Mapping[str, Any], network: Mapping[str, An
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         why = "every stage is written there"
-        raise FileError(f"the run in {str(folder)!r}", str(error), why, "name another one") from error
+        raise FileError(
+            f"the run in {str(folder)!r}", str(error), why, "name another one"
+        ) from error
     content = json.loads(json.dumps({"identity": identity, "network": network}, default=str))
     with _alone(folder):
-        for left in folder.glob(".*"):  # of a process that was killed while it wrote
+        for left in filter(_is_leftover, folder.iterdir()):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         path = folder / RUN
         if path.exists():
@@ -173,7 +173,11 @@ def _checked_list(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
             raise FormatError(asked, found, "it belongs to another run or was moved", _AGAIN)
     files = content.get("files")
     names = {p.name for p in folder.iterdir()} - {STAGE}
-    if not isinstance(files, dict) or not {MODEL, RECIPE, FACTS} <= set(files) or set(files) != names:
+    if (
+        not isinstance(files, dict)
+        or not {MODEL, RECIPE, FACTS} <= set(files)
+        or set(files) != names
+    ):
         known = sorted(files) if isinstance(files, dict) else files
         found = f"it holds {', '.join(sorted(names))}; {STAGE} names {known}"
         raise FormatError(asked, found, "files were added or removed", _AGAIN)
@@ -221,6 +225,13 @@ def _require_empty(folder: Path) -> None:
             "it is the folder of something else",
             "name another folder",
         )
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a name is one that atomic writing gives to what is not yet in its place."""
+    return (
+        re.fullmatch(r"\.(run\.json|dense|step-.+|level-.+)\.[a-z0-9_]{8}", path.name) is not None
+    )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,8 @@ class Training:
         warmup: Share of the training over which the rate rises.
         bfloat16: Run forward and backward under bfloat16 autocast.
         seed: Of first weights (with a function that builds the network), order and augmentation.
-        same_order: Every level sees the batches in the order of the dense training. By default each
-            level has an order of its own.
+        same_order: Every level sees the batches in the order of the dense training (augmented alike,
+            too, if it goes back to a whole epoch). By default each level has an order of its own.
 
     Example:
         >>> how = Training(epochs=4, lr=1.0, warmup=0)
@@ -200,7 +201,7 @@ def levels_of(plan: TicketPlan, recipe: Recipe) -> tuple[float, ...]:
 def _require_rising(levels: tuple[float, ...] | None) -> None:
     if levels is None:
         return
-    rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(levels))
     if levels and rising and all(0 < level < 1 for level in levels):
         return
     raise BudgetError(

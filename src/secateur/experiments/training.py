@@ -29,7 +29,8 @@ class Stretch:
 
     Args:
         index: Number of the stage, 0 for the dense training; decides the order of the data.
-        begin: Step of the schedule at which it starts; it goes on to the schedule's end.
+        begin: Step of the schedule at which it starts.
+        end: Step before which it ends; by default the schedule's end.
         last_rate: Whether the whole stretch has the schedule's last rate.
 
     Example:
@@ -39,6 +40,7 @@ class Stretch:
 
     index: int
     begin: int = 0
+    end: int | None = None
     last_rate: bool = False
 
 
@@ -71,10 +73,9 @@ def train_(
     how: Training,
     stretch: Stretch,
     *,
-    before_step: Callable[[int], None] = lambda step: None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Train ``model`` in place from a step of the schedule to its end; its masks are held.
+    """Train ``model`` in place over a part of the schedule; its masks are held.
 
     The optimizer is new: no momentum comes from an earlier stretch. Must run inside
     :func:`seeded`, which gives the caller's random state back.
@@ -84,7 +85,6 @@ def train_(
         data: Training batches and, if wanted, a loss.
         how: The whole schedule.
         stretch: Which part of it.
-        before_step: Called with the number of every step before it is taken.
         progress: Called once a step.
 
     Returns:
@@ -99,9 +99,9 @@ def train_(
     held, device = Held(model, optimizer), device_of(model)
     loss_of = data.loss or default_loss
     history: list[dict[str, Any]] = []
-    step = stretch.begin
+    step, end = stretch.begin, total if stretch.end is None else stretch.end
     model.train()
-    while step < total:
+    while step < end:
         epoch, skipped = divmod(step, per_epoch)
         order = 0 if how.same_order else stretch.index
         start_epoch_(data.train, seed_of(how.seed, order, epoch), order * per_epoch + epoch)
@@ -109,7 +109,6 @@ def train_(
         for position, drawn in enumerate(data.train):
             if position < skipped:
                 continue  # a stretch that begins inside an epoch sees its second part
-            before_step(step)
             rate = how.rate_at(total - 1 if stretch.last_rate else step, total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -118,8 +117,8 @@ def train_(
             held.hold_()
             losses, seen, step = losses + value * size_of(batch), seen + size_of(batch), step + 1
             if progress is not None:
-                progress("training", step - stretch.begin, total - stretch.begin)
-            if step >= total or position + 1 >= per_epoch:
+                progress("training", step - stretch.begin, end - stretch.begin)
+            if step >= end or position + 1 >= per_epoch:
                 break
         if step == began:
             raise DataError(
@@ -153,7 +152,7 @@ def _one_step_(
             "training cannot go on from there; the stages before it are kept",
             "lower the learning rate, or check the data",
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return value
 

@@ -15,6 +15,8 @@ from secateur.core.errors import FormatError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.formats.container import read_tensors, write_tensors
+from secateur.formats.surgery import Surgery
+from secateur.formats.surgery_file import SURGERY_LIMIT, parse_surgery, surgery_text
 from secateur.formats.texts import (
     FACTS_LIMIT,
     RECIPE_LIMIT,
@@ -26,6 +28,8 @@ from secateur.formats.texts import (
 )
 
 MODEL, RECIPE, FACTS = "model.safetensors", "recipe.yaml", "facts.json"
+#: Only in the bundle of a network that was cut.
+SURGERY = "surgery.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Bundle:
         masks: Which entries are kept, for the weights that were pruned.
         recipe: The recipe as plain values.
         facts: What the run said about itself.
+        surgery: What was cut, if anything was.
 
     Example:
         >>> Bundle({}, Masks({}), {"seed": 1}, Facts()).recipe
@@ -47,15 +52,17 @@ class Bundle:
     masks: Masks
     recipe: Mapping[str, Any]
     facts: Facts
+    surgery: Surgery | None = None
 
 
-def write_bundle(
+def write_bundle(  # noqa: PLR0913  a folder, and one argument for each of its files
     folder: str | Path,
     tensors: Mapping[str, Tensor],
     masks: Masks,
     *,
     recipe: Mapping[str, Any],
     facts: Facts,
+    surgery: Surgery | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a bundle. An interrupted run leaves the old folder or the new one, never a mixture.
@@ -66,6 +73,7 @@ def write_bundle(
         masks: Masks of some of its weights.
         recipe: Plain values: text, numbers, flags, lists and mappings.
         facts: What the run said about itself.
+        surgery: What was cut, if anything was. Such a folder is not replaced by one without.
         overwrite: Replace a folder that is already there.
 
     Raises:
@@ -82,10 +90,13 @@ def write_bundle(
         Masks(1 weights, 2 of 8 kept)
     """
     recipe_yaml, facts_json = recipe_text(recipe), facts_text(facts)
+    cuts_json = None if surgery is None else surgery_text(surgery)
     with new_folder(folder, overwrite=overwrite) as temporary:
         write_tensors(temporary / MODEL, tensors, masks)
         (temporary / RECIPE).write_text(recipe_yaml, encoding="utf-8")
         (temporary / FACTS).write_text(facts_json, encoding="utf-8")
+        if cuts_json is not None:
+            (temporary / SURGERY).write_text(cuts_json, encoding="utf-8")
 
 
 def read_bundle(folder: str | Path) -> Bundle:
@@ -116,8 +127,26 @@ recipe.yaml, facts.json. Check the path.
         recipe = parse_recipe(read_limited(folder / RECIPE, RECIPE_LIMIT))
     with _reading(folder / FACTS):
         facts = parse_facts(read_limited(folder / FACTS, FACTS_LIMIT))
+    surgery = read_surgery(folder) if (folder / SURGERY).exists() else None
     tensors, masks = read_tensors(folder / MODEL)
-    return Bundle(tensors, masks, recipe, facts)
+    return Bundle(tensors, masks, recipe, facts, surgery)
+
+
+def read_surgery(folder: str | Path) -> Surgery:
+    """What was cut, out of the ``surgery.json`` of a folder.
+
+    Raises:
+        FormatError: It is missing, damaged, oversized or of another version.
+
+    Example:
+        >>> read_surgery("no-such-folder")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.FormatError: reading 'no-such-folder/surgery.json': ...
+    """
+    path = Path(folder) / SURGERY
+    with _reading(path):
+        return parse_surgery(read_limited(path, SURGERY_LIMIT))
 
 
 def is_bundle(folder: str | Path) -> bool:

@@ -188,9 +188,9 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
             name, count = f"{where}~{count}", count + 1
         tensors[name] = value.detach()
         return {"tensor": name}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if value is None or type(value) in (bool, int, float, str):
+    if isinstance(value, float):  # numpy's float64 is one too
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}
+    if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": bytes(value).hex()}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from secateur.core.errors import FileError, FormatError, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.formats import Bundle, is_bundle, load_into_, read_bundle, read_tensors
+from secateur.formats import Bundle, is_bundle, read_bundle, read_tensors
+from secateur.frontends.surgery import load_bundle_
 
 
 def load_weights_(network: nn.Module, path: str, bundle: Bundle | None = None) -> Masks:
@@ -37,7 +38,7 @@ def load_weights_(network: nn.Module, path: str, bundle: Bundle | None = None) -
     """
     found = bundle or _read(Path(path), network)
     try:
-        load_into_(network, found)
+        load_bundle_(network, found)
     except UsageError as error:
         do = "use the weights and the network of the same model; nothing was loaded"
         raise UsageError(f"the weights {path!r}", error.found, error.why, do) from error

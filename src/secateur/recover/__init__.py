@@ -6,6 +6,7 @@ a training loop and live in ``drive/finetune.py``.
 
 from secateur.recover.batchnorm import BatchNorm
 from secateur.recover.bias import BiasCorrection
+from secateur.recover.compensation import Compensation, Moments
 from secateur.recover.exact import ExactObs
 from secateur.recover.least_squares import LeastSquares
 from secateur.recover.recovery import (
@@ -36,11 +37,13 @@ __all__ = [
     "BiasCorrection",
     "Choose",
     "ColumnSweep",
+    "Compensation",
     "ExactObs",
     "FixedMask",
     "Grid",
     "Integer",
     "LeastSquares",
+    "Moments",
     "NoRecovery",
     "Recovery",
     "Repaired",

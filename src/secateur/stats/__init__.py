@@ -1,20 +1,32 @@
 """Evidence from data: streamable, mergeable statistics, and the one engine that collects them."""
 
 from secateur.stats.activations import Gram, InputNorm, Moments, Positions, Sketch
+from secateur.stats.blocks import BlockCosine
 from secateur.stats.engine import Stats, collect, stream_gradients
+from secateur.stats.experts import RoutedOutput
+from secateur.stats.gates import GateGradient
 from secateur.stats.gradients import BlockFisher, Gradient, SquaredGradient, WeightGradient
+from secateur.stats.groups import GroupProbe, collect_groups, wants_data
+from secateur.stats.neighbours import Neighbours
 from secateur.stats.probes import GradientFlow, SynapticFlow
+from secateur.stats.size import InputSize
 from secateur.stats.stat import Probe, Stat, State
 
 __all__ = [
+    "BlockCosine",
     "BlockFisher",
+    "GateGradient",
     "Gradient",
     "GradientFlow",
     "Gram",
+    "GroupProbe",
     "InputNorm",
+    "InputSize",
     "Moments",
+    "Neighbours",
     "Positions",
     "Probe",
+    "RoutedOutput",
     "Sketch",
     "SquaredGradient",
     "Stat",
@@ -23,5 +35,7 @@ __all__ = [
     "SynapticFlow",
     "WeightGradient",
     "collect",
+    "collect_groups",
     "stream_gradients",
+    "wants_data",
 ]

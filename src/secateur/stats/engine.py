@@ -69,7 +69,18 @@ class Stats:
         self._states[key] = stat.update(state or stat.init(weight), weight, seen, samples)
         self._values.pop(key, None)
 
-    def put(self, stat: Probe, name: str, value: Tensor) -> None:
+    def at(self, probe: object, name: str) -> Tensor:
+        """The result of a probe for a width, block or weight of that name."""
+        if (probe, name) not in self._values:
+            raise NeedsData(
+                f"{type(probe).__name__} of {name!r}",
+                "it was not collected",
+                "this criterion works on what is measured on the whole network",
+                "collect with stats.collect or stats.collect_groups, and declare it in needs",
+            )
+        return self._values[(probe, name)]
+
+    def put(self, stat: object, name: str, value: Tensor) -> None:
         """Store the result of a probe."""
         self._values[(stat, name)] = value
 
@@ -164,7 +175,7 @@ def collect(
             moved = [to_device(b, device) for b in batches]
             found = probe.measure(model, slots, moved, loss or default_loss)
             for name, value in found.items():
-                stats.put(probe, name, _finite(value, name, "a probe"))
+                stats.put(probe, name, finite(value, name, "a probe"))
     return stats
 
 
@@ -236,7 +247,7 @@ class _Watch:
             step = max(1, _ROWS_AT_ONCE * total // max(1, x.numel() * weight.cube().shape[2]))
         for start in range(0, total, step):
             part = inputs if step >= total else (x[start : start + step], *inputs[1:])
-            rows = _finite(slot.rows(module, part, output), slot.name, "an input")
+            rows = finite(slot.rows(module, part, output), slot.name, "an input")
             share = self._samples if step >= total else round(self._samples * len(part[0]) / total)
             if self._calls[slot.module] > 1:
                 share = 0  # the same samples again: a shared module
@@ -256,20 +267,21 @@ def _collect_gradients(
     stats: Stats,
 ) -> None:
     parameters = [slot.tensor(model) for slot in slots]
-    with _requiring_grad(parameters), torch.enable_grad():
+    with requiring_grad(parameters), torch.enable_grad():
         for batch in batches:
             value = loss(model, batch)
             found = torch.autograd.grad(value, parameters, allow_unused=True)
             for slot, gradient in zip(slots, found, strict=True):
                 weight = slot.weight(model)
                 seen = torch.zeros_like(weight.value) if gradient is None else gradient
-                _finite(seen, slot.name, "a gradient")
+                finite(seen, slot.name, "a gradient")
                 for need in needs:
                     stats.update(need, weight, seen, size_of(batch))
 
 
 @contextmanager
-def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """All of ``parameters`` with gradients inside; their own flags restored afterwards."""
     flags = [p.requires_grad for p in parameters]
     for p in parameters:
         p.requires_grad_(True)
@@ -280,7 +292,8 @@ def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def _finite(x: Tensor, name: str, what: str) -> Tensor:
+def finite(x: Tensor, name: str, what: str) -> Tensor:
+    """``x``, if it has no NaN or infinity."""
     # One reduction: a sum is NaN or infinite if any entry is (or if it overflows: then look closer).
     if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())

@@ -77,6 +77,8 @@ def couple(model: nn.Module, example: Any) -> Structure:
     found = trace(model, example)
     pin_opaque(model, found)
     root = found.ledger.settle()
+    if _tie_sizes(found, root):
+        root = found.ledger.settle(root)
     reasons = found.ledger.reasons(root)
     parameters = [name for name, _ in model.named_parameters()]
     unreached = tuple(name for name in parameters if name not in found.reached)
@@ -86,12 +88,40 @@ def couple(model: nn.Module, example: Any) -> Structure:
     return Structure(_widths(model, found, root, reasons), pinned, unreached, found, root)
 
 
+def _tie_sizes(found: Trace, root: Tensor) -> bool:
+    """Tie units that one attribute counts in several places: it can hold one number only."""
+    pinned = torch.zeros(len(root), dtype=torch.bool)
+    pinned[torch.tensor(list(found.ledger.reasons(root)), dtype=torch.long)] = True
+    groups: dict[tuple[str, tuple[str, ...], int], list[Tensor]] = {}
+    for use in found.sizes:
+        key = (use.site.module, use.site.attributes, use.old)
+        groups.setdefault(key, []).append(use.units)
+    tied = False
+    for (path, attributes, _), (first, *others) in groups.items():
+        for units in others:
+            a, b = root[first[:, 0].clamp(min=0)], root[units[:, 0].clamp(min=0)]
+            if torch.equal(a, b) or (_stays(a, pinned) and _stays(b, pinned)):
+                continue
+            reason = f"{attributes[0]} of {path or 'the model'} counts them, too"
+            same = first.shape == units.shape
+            found.ledger.join(*((x if same else x[:, 0]) for x in (first, units)), reason)
+            tied = True
+    return tied
+
+
+def _stays(own: Tensor, pinned: Tensor) -> bool:
+    """Whether a size cannot change."""
+    return bool(pinned[own].all()) or len(own.unique()) == 1
+
+
 def _pin_idle(found: Trace, root: Tensor, used: set[str], reasons: dict[int, str]) -> None:
     """Pin components without a parameter that the example reaches."""
-    ids = [found.axes[key] for key in found.axes if key[0] in used]
-    live = root[torch.cat(ids)].unique() if ids else torch.empty(0, dtype=torch.long)
+    live = torch.zeros(len(root), dtype=torch.bool)
+    for (name, _), ids in found.axes.items():
+        if name in used:
+            live[root[ids]] = True
     for own in (root[ids] for ids in found.axes.values()):
-        for component in own[~torch.isin(own, live)].tolist():
+        for component in own[~live[own]].tolist():
             reasons.setdefault(component, "the example inputs do not reach it")
 
 
@@ -104,6 +134,8 @@ def _pin_whole(found: Trace, root: Tensor, reasons: dict[int, str]) -> None:
             component = int(own[0])
             told = why.get(component, "")
             text = f"together they are the whole of axis {axis} of {name}"
+            if len(ids) == 1:
+                text = f"axis {axis} of {name} has one position only, and that stays"
             reasons.setdefault(component, f"{text}: {told}" if told else text)
 
 

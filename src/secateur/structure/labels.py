@@ -59,11 +59,11 @@ def relaxed(label: Tensor) -> Tensor:
 
     Operators like ``cat`` write copies; later steps are cheap only on labels without copies.
     """
-    shape = label.shape
+    shape, label = label.shape, narrowed(label)
     for axis in varying(label):
         head = first_along(label, axis)
         if bool((label == head).all()):
-            label = head.expand(label.shape)
+            label = head
     return label.expand(shape)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 Shape = tuple[int, ...]
+_PARAMETRIZED = ".parametrizations."
 
 
 def layer_sizes(
@@ -27,17 +28,18 @@ def layer_sizes(
         {'0': {'out_features': 2}}
     """
     found: dict[str, dict[str, int]] = {}
-    touched = {name.rpartition(".")[0] for name in kept}
+    touched = {name.partition(".parametrizations.")[0] for name in kept if _PARAMETRIZED in name}
+    touched |= {name.rpartition(".")[0] for name in kept if _PARAMETRIZED not in name}
     for path in touched:
         module: Any = model.get_submodule(path)
         shapes = {}
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for name, parameter in module.named_parameters():
             shape = list(parameter.shape)
             for axis, positions in kept.get(f"{path}.{name}" if path else name, {}).items():
                 shape[int(axis)] = len(positions)
-            shapes[name] = tuple(shape)
+            # A weight norm keeps the direction, which has the shape of the weight, as the last one.
+            owner = name.split(".")[1] if name.startswith("parametrizations.") else name
+            shapes[owner] = tuple(shape)
         sizes = {k: v for k, v in _sizes(module, shapes).items() if getattr(module, k) != v}
         if sizes:
             found[path] = sizes

@@ -20,7 +20,7 @@ from secateur.core.batches import evaluating
 from secateur.structure.coupling import Structure
 from secateur.structure.labels import varying
 from secateur.structure.rules.reductions import reduced_axes
-from secateur.structure.trace import Call, Tracer, run_traced
+from secateur.structure.trace import BY_PRODUCTS, Call, Tracer, run_traced
 
 _REDUCTIONS = {"aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
                "aten.var_mean", "aten.linalg_vector_norm", "aten.logsumexp"}  # fmt: skip
@@ -183,7 +183,7 @@ def predictions(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
-        values = [v for k, v in output.items() if k != "past_key_values"]
+        values = [v for k, v in output.items() if k not in BY_PRODUCTS]
     elif isinstance(output, (tuple, list)):
         values = list(output)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 _OTHER = (
     "kernel", "stride", "dilation", "padding", "window", "patch", "layer_idx", "layer_id", "shift",
     "training", "version", "max_", "position", "vocab", "seq", "image", "num_layers", "eps",
-    "depth", "dropout", "_idx", "chunk", "num_labels", "input_dimensions",
+    "depth", "dropout", "_idx", "chunk", "num_labels", "input_dimensions", "bucket", "hidden_layers",
 )  # fmt: skip
 _LEVELS = 3
 

@@ -24,13 +24,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
-from secateur.structure.labels import along, varying
+from secateur.structure.counted import Counted, Sizes, Source, counting, follow, rows_along
+from secateur.structure.labels import along, fill, varying
 from secateur.structure.sizes import SizeUse, find_site
 from secateur.structure.units import Ledger, Meet
 
 Labels = tuple[Tensor, ...]
 #: (tracer, call) -> nothing: sets the labels of the call's outputs.
 Rule = Callable[["Tracer", "Call"], None]
+#: Outputs of Transformers models that serve as inputs of their next call: they may become narrower.
+BY_PRODUCTS = frozenset({"past_key_values", "cache_params", "state", "encoder_last_hidden_state"})
 #: How an operator is executed; the default runs it as it is.
 Execute = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -109,6 +112,8 @@ class Tracer(TorchDispatchMode):
         self._labels: Any = WeakTensorKeyDictionary()
         self._names: Any = WeakTensorKeyDictionary()
         self._execute = execute or _run
+        self._busy = False
+        self._stated: Sizes | None = None
 
     # -- labels ---------------------------------------------------------------------------------
 
@@ -141,7 +146,7 @@ class Tracer(TorchDispatchMode):
             operands: Tensors that broadcast to it.
             reason: Why an axis keeps its size where one operand has no units along it.
         """
-        seen = [(tuple(x.shape), self.labels(x)) for x in operands]
+        seen = [(_own_shape(x), self.labels(x)) for x in operands]
         return self.meet_labels(shape, seen, reason)
 
     def meet_labels(
@@ -192,16 +197,65 @@ class Tracer(TorchDispatchMode):
 
     def size(self, label: Tensor, axis: int, *, value: int | None = None) -> SizeUse | None:
         """Note that the code may state the size of ``axis``; ``None`` if no attribute has it."""
-        old = label.shape[axis] if value is None else value
+        units = rows_along(label, axis)
+        rows = units[:, 0].unique(return_inverse=True)[1]
+        if len(units) > 1 and 1 < int(rows.max()) + 1 < len(units) and value is None:
+            # The axis also counts something else, e.g. batch times heads.
+            first = torch.full((len(units),), len(units)).scatter_reduce(
+                0, rows, torch.arange(len(units)), "amin"
+            )
+            units = units[first[: int(rows.max()) + 1]]
+        old = len(units) if value is None else value
         site = find_site(self.model, self.stack, old)
         if site is None:
             return None
-        units = compact_along(label, axis)
-        if len(units[:, 0].unique()) < len(units):
-            return None  # the axis also counts something else, e.g. batch times heads
         use = SizeUse(site, old, units)
         self.seen.sizes.append(use)
         return use
+
+    def stated(self, count: int) -> Sizes | None:
+        """The sizes that the code of the network gave to an operator, if it gave so many."""
+        sizes = self._stated
+        return None if sizes is None or len(sizes) != count else sizes
+
+    def state(self, sizes: Sizes | None) -> None:
+        """Note the sizes that the operator to come was given."""
+        if not self._busy:  # the rules themselves reshape labels
+            self._stated = sizes
+
+    def counted(self, x: Tensor, axis: int) -> Source | None:
+        """The units along an axis of a tensor, if it is the network that asks for its size."""
+        if self._busy:
+            return None
+        found = (Source(v, axis, self._agreed) for v in self.labels(x) if axis in varying(v))
+        return next(found, None)
+
+    def _agreed(self, label: Tensor, axis: int) -> None:
+        if not self._busy:
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.size(label, axis)
+
+    def sized(self, label: Tensor, axis: int, given: int | None) -> Tensor:
+        """Make the number of units along ``axis`` follow what the code says about it.
+
+        Args:
+            label: Of a result.
+            axis: One along which it changes.
+            given: The size as the code gave it; ``None`` or -1 where it gave none.
+
+        Returns:
+            The label, without units along ``axis`` where nothing could change the size.
+        """
+        if given is None or given == -1:
+            return label
+        if isinstance(given, Counted):
+            follow(self.ledger, label, axis, given)
+            return label
+        if self.size(label, axis) is not None:
+            return label
+        reason = f"its code gives the size {int(given)} as a number"
+        left = self.ledger.whole(label, axis, reason)
+        return fill(tuple(label.shape)) if left is None else left
 
     def reduces(self, what: str) -> None:
         """Note an operator whose value depends on how many units there are."""
@@ -216,9 +270,15 @@ class Tracer(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        self._busy = True
+        try:
+            return self._dispatch(func, args, kwargs or {})
+        finally:
+            self._busy = False
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from secateur.structure.rules import rule_for
 
-        kwargs = kwargs or {}
         out = self._execute(self, func, args, kwargs)
         self.seen.operators += 1
         call = Call(func, args, kwargs, out)
@@ -240,13 +300,9 @@ class Tracer(TorchDispatchMode):
                 self.ledger.pin(label, reason)
 
 
-def compact_along(label: Tensor, axis: int) -> Tensor:
-    """The units of a label, ``(size of axis, others)``, without repetition along still axes."""
-    moved = label.movedim(axis, 0)
-    for other in range(1, moved.ndim):
-        if other not in varying(moved):
-            moved = moved.narrow(other, 0, 1)
-    return moved.flatten(1)
+def _own_shape(x: Tensor) -> tuple[int, ...]:
+    """The shape with 1 along axes to which a tensor was only expanded: there it fits any size."""
+    return tuple(1 if step == 0 else n for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
@@ -327,8 +383,8 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
         stack.enter_context(torch.no_grad())
         stack.enter_context(_plain_attention())
         stack.enter_context(_paths(model, tracer.stack))
-        stack.enter_context(_no_cache(model))
         args, kwargs = positional(example)
+        stack.enter_context(counting(tracer.counted, tracer.state))
         stack.enter_context(tracer)
         return torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
 
@@ -411,9 +467,9 @@ def _paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 def _plain(output: Any) -> Any:
-    """The tensors of an output that are predictions, without caches."""
+    """The tensors of an output that are predictions, without caches and other by-products."""
     if isinstance(output, Mapping):
-        return {k: _plain(v) for k, v in output.items() if k != "past_key_values"}
+        return {k: _plain(v) for k, v in output.items() if k not in BY_PRODUCTS}
     if isinstance(output, (tuple, list)):
         return [_plain(v) for v in output]
     return output

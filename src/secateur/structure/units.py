@@ -120,13 +120,13 @@ class Ledger:
         wide, narrow = compact(meet.wide, meet.narrow)
         self._meets.append(Meet(wide, narrow, meet.shared, meet.reason))
 
-    def settle(self) -> Tensor:
+    def settle(self, root: Tensor | None = None) -> Tensor:
         """Make the open choices, and return the component of every unit.
 
         Boxes and meets whose outcome follows from what is known go first. Of a box that is still
         open, the axis with most groups is cut; of a meet, the two sides are tied.
         """
-        root = self._roots()
+        root = self._roots(root)
         boxes, meets = list(self._boxes), list(self._meets)
         while boxes or meets:
             before = len(boxes) + len(meets)
@@ -161,14 +161,16 @@ class Ledger:
         return found
 
     def _roots(self, root: Tensor | None = None) -> Tensor:
-        if root is not None and not self._edges:
+        root = torch.arange(self.count) if root is None else root
+        if not self._edges:
             return root
-        start = torch.arange(self.count) if root is None else root
-        edges = [(start[a], start[b]) for a, b in self._edges]
-        edges.append((torch.arange(self.count), start))
+        a, b = (root[torch.cat(side)] for side in zip(*self._edges, strict=True))
         self._edges = []
-        a, b = (torch.cat(side) for side in zip(*edges, strict=True))
-        return components(self.count, a, b)
+        # Only components at the ends of new edges can change: they are numbered anew among themselves.
+        ends, number = torch.cat([a, b]).unique(return_inverse=True)
+        renamed = torch.arange(self.count)
+        renamed[ends] = ends[components(len(ends), number[: len(a)], number[len(a) :])]
+        return renamed[root]
 
     def _try_box(self, roots: Tensor, ids: Tensor, *, force: bool) -> bool:
         """Join across all axes but the free one, if it is clear which that is."""
@@ -197,7 +199,7 @@ class Ledger:
 
 def _groups_along(roots: Tensor, axis: int) -> int:
     """How many groups are left when everything across ``axis`` is joined."""
-    slices = roots.movedim(axis, 0).flatten(1)
+    slices = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)
     values, inverse = slices.unique(return_inverse=True)
     rows = torch.arange(len(slices))[:, None].expand_as(inverse) + len(values)
     joined = components(len(values) + len(slices), rows.reshape(-1), inverse.reshape(-1))

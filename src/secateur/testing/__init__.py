@@ -14,6 +14,7 @@ from secateur.recover import FixedMask
 from secateur.testing.allocations import check_allocation, sample_items
 from secateur.testing.criteria import check_criterion
 from secateur.testing.evidence import evidence, sample_rows
+from secateur.testing.groups import SampleGroups, check_group_criterion, sample_groups
 from secateur.testing.layouts import check_layout
 from secateur.testing.masks import check_masks
 from secateur.testing.patterns import check_pattern, check_refusal
@@ -26,8 +27,10 @@ from secateur.testing.statistics import check_stat
 __all__ = [
     "KINDS",
     "FixedMask",
+    "SampleGroups",
     "check_allocation",
     "check_criterion",
+    "check_group_criterion",
     "check_layout",
     "check_masks",
     "check_pattern",
@@ -38,6 +41,7 @@ __all__ = [
     "check_schedule",
     "check_stat",
     "evidence",
+    "sample_groups",
     "sample_items",
     "sample_rows",
     "sample_weight",

@@ -153,10 +153,15 @@ def _along_channels(tracer: Tracer, x: Tensor) -> Tensor | None:
     """The units along the channels of an input; others end here."""
     found = None
     for label in tracer.labels(x):
-        if varying(label) == (1,) and found is None:
-            found = label.movedim(1, 0).flatten(1)[:, 0]
-        else:
-            tracer.ledger.pin(label, "they lie along the pixels that a convolution mixes")
+        rest = [label]
+        for axis in varying(label):
+            if axis != 1:
+                rest = tracer.fixed(rest, axis, "a convolution mixes their pixels")
+        for left in rest:
+            if found is None:
+                found = left.movedim(1, 0).flatten(1)[:, 0]
+            else:
+                tracer.ledger.pin(left, "two kinds of units lie along the channels")
     return found
 
 

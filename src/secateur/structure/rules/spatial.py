@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.structure.labels import first_along, varying
+from secateur.structure.labels import fill, first_along, varying
 from secateur.structure.rules import rule
 from secateur.structure.trace import Call, Tracer
 
@@ -26,12 +26,12 @@ def pooled(tracer: Tracer, call: Call) -> None:
     for out in call.outputs:
         labels = []
         for label in tracer.labels(x):
-            narrow = label
             for axis in range(label.ndim):
-                if out.shape[axis] == label.shape[axis]:
+                if out.shape[axis] == x.shape[axis]:
                     continue
                 if axis in varying(label):
-                    tracer.ledger.pin(label, "they lie along pixels that are pooled or resized")
-                narrow = first_along(narrow, axis)
-            labels.append(narrow.expand(out.shape))
+                    left = tracer.ledger.whole(label, axis, "their pixels are pooled or resized")
+                    label = fill(tuple(label.shape)) if left is None else left
+                label = first_along(label, axis)
+            labels.append(label.expand(out.shape))
         tracer.put(out, labels)

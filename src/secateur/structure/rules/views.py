@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.structure.labels import NONE, along, fill, first_along, relaxed, varying
+from secateur.structure.counted import Counted, Sizes
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.sizes import find_site
@@ -19,8 +20,13 @@ _PICKED = "one of them is picked by its position"
 _SLICED = "they are sliced at fixed positions"
 
 
-def moved(tracer: Tracer, call: Call, move: Callable[[Tensor], Tensor]) -> None:
-    """Put ``move(label)`` on the output for each label of the first argument."""
+def moved(
+    tracer: Tracer, call: Call, move: Callable[[Tensor], Tensor], given: Sizes | None = None
+) -> None:
+    """Put ``move(label)`` on the output for each label of the first argument.
+
+    ``given`` is the shape of the output as the code of the network states it, if it does.
+    """
     labels = []
     for label in tracer.labels(call.args[0]):
         new = relaxed(move(label))
@@ -28,7 +34,9 @@ def moved(tracer: Tracer, call: Call, move: Callable[[Tensor], Tensor]) -> None:
         if len(varying(new)) > len(varying(label)):
             tracer.ledger.box(new)
         for axis in varying(new):
-            if new.shape[axis] not in label.shape:
+            if given is not None:
+                labels[-1] = tracer.sized(labels[-1], axis, given[axis])
+            elif new.shape[axis] not in label.shape:
                 tracer.size(new, axis)
     tracer.put(call.out, labels)
 
@@ -37,7 +45,7 @@ def moved(tracer: Tracer, call: Call, move: Callable[[Tensor], Tensor]) -> None:
 def reshaped(tracer: Tracer, call: Call) -> None:
     """The shape of the output is what counts; the arguments may hold -1."""
     shape = tuple(call.out.shape)
-    moved(tracer, call, lambda label: label.reshape(shape))
+    moved(tracer, call, lambda label: label.reshape(shape), tracer.stated(len(shape)))
 
 
 @rule("aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.alias",
@@ -55,6 +63,18 @@ def same_move(tracer: Tracer, call: Call) -> None:
 def cloned(tracer: Tracer, call: Call) -> None:
     """A copy in any memory format."""
     tracer.put(call.out, tracer.labels(call.args[0]))
+
+
+@rule("aten.as_strided", "aten.as_strided_")
+def restrided(tracer: Tracer, call: Call) -> None:
+    """Only where it changes nothing but strides that do not matter."""
+    x, out = call.args[0], call.out
+    before = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    after = [stride for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1]
+    if x.shape != out.shape or before != after:
+        tracer.refuse(call, "it is read by strides in memory")
+        return
+    tracer.put(out, tracer.labels(x))
 
 
 @rule("aten.repeat")
@@ -111,14 +131,15 @@ def parted(tracer: Tracer, call: Call) -> None:
 
 def _part(tracer: Tracer, pieces: list[Tensor], axis: int) -> None:
     sizes = {piece.shape[axis] for piece in pieces}
-    stated = [find_site(tracer.model, tracer.stack, size) for size in sizes]
+    given = tracer.stated(len(pieces)) or [None] * len(pieces)
     if len(sizes) == 1:
         for piece in pieces[1:]:
             tracer.ledger.join(pieces[0], piece)
-        tracer.size(pieces[0], axis)
-    elif all(site is not None for site in stated):
-        for piece in pieces:
-            tracer.size(piece, axis)
+        tracer.sized(pieces[0], axis, given[0])
+    elif all(isinstance(size, Counted) or find_site(tracer.model, tracer.stack, piece.shape[axis])
+             for size, piece in zip(given, pieces, strict=True)):  # fmt: skip
+        for size, piece in zip(given, pieces, strict=True):
+            tracer.sized(piece, axis, piece.shape[axis] if size is None else size)
     else:
         for piece in pieces:
             tracer.ledger.pin(piece, _SLICED)
@@ -171,6 +192,7 @@ def joined(tracer: Tracer, call: Call) -> None:
     """Along units the labels are strung together; along other axes the parts meet."""
     tensors = [x for x in call.args[0] if x.shape != (0,)]
     axis = _axes(call.argument(1, "dim", 0), call.out.ndim)[0]
+    tensors = [x for x in tensors if x.shape[axis] or not call.out.shape[axis]]
     labels = _strung(tracer, tensors, axis)
     labels += _meeting(tracer, tensors, axis, tuple(call.out.shape))
     tracer.put(call.out, labels)
@@ -187,25 +209,42 @@ def stacked(tracer: Tracer, call: Call) -> None:
 
 
 def _strung(tracer: Tracer, tensors: list[Tensor], axis: int) -> list[Tensor]:
-    parts, found = [], False
-    for x in tensors:
-        mine = [label for label in tracer.labels(x) if axis in varying(label)]
-        found = found or bool(mine)
-        parts.append(mine[0] if mine else fill(tuple(x.shape)))
-    if not found:
+    lying = {axes for x in tensors for axes in map(varying, tracer.labels(x)) if axis in axes}
+    if not lying:
         return []
+    parts = [_part_along(tracer, x, axis, lying) for x in tensors]
     label = relaxed(torch.cat(parts, axis))
     if len(varying(label)) > max(len(varying(part)) for part in parts):
         tracer.ledger.box(label)
     return [label]
 
 
+def _part_along(
+    tracer: Tracer, x: Tensor, axis: int, lying: set[tuple[int, ...]]
+) -> Tensor:
+    """The label of one part of a concatenation whose units lie along ``axis``, here or in others."""
+    for label in tracer.labels(x):
+        # Of a whole head that meets parts of heads, the units do not differ along the axis.
+        if axis in varying(label) or _lies(label, axis, lying):
+            return label
+    return fill(tuple(x.shape))
+
+
+def _lies(label: Tensor, axis: int, lying: set[tuple[int, ...]]) -> bool:
+    return any({*varying(label), axis} == set(axes) for axes in lying)
+
+
 def _meeting(
     tracer: Tracer, tensors: list[Tensor], axis: int, shape: tuple[int, ...]
 ) -> list[Tensor]:
     flat: list[tuple[tuple[int, ...], Labels]] = []
+    lying = {axes for x in tensors for axes in map(varying, tracer.labels(x)) if axis in axes}
     for x in tensors:
-        still = [label for label in tracer.labels(x) if axis not in varying(label)]
+        still = [
+            label
+            for label in tracer.labels(x)
+            if axis not in varying(label) and not _lies(label, axis, lying)
+        ]
         narrow = tuple(first_along(label, axis) for label in still)
         flat.append(((*x.shape[:axis], 1, *x.shape[axis + 1 :]), narrow))
     frame = (*shape[:axis], 1, *shape[axis + 1 :])

@@ -1,0 +1,235 @@
+"""``secateur shrink``: remove filters, channels, heads and neurons, and prove the cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from secateur.cli import options
+from secateur.cli.flags import part
+from secateur.cli.places import require_new_file
+from secateur.cli.screen import Screen, screen
+from secateur.core.atomic import require_new
+from secateur.core.errors import UsageError
+from secateur.drive.finetune import FineTune
+from secateur.drive.pruned import Pruned
+from secateur.drive.shrink import shrink as run
+from secateur.drive.shrink_file import from_plain, read_shrink_recipe
+from secateur.drive.shrink_recipe import ShrinkRecipe
+from secateur.evaluate import Comparison
+from secateur.evaluate import compare as compare_networks
+from secateur.evaluate.measure import batches_of
+from secateur.formats.bundle import FACTS, MODEL, RECIPE
+from secateur.frontends import Exported, export_onnx, load_data, load_model
+from secateur.frontends.example import example_inputs
+from secateur.report import comparison_table, notes_text, verdict_text
+from secateur.report.jsonreport import comparison_json
+from secateur.report.structure import cut_table, proof_text
+
+_RECIPE = "What to do"
+_TRAIN = "Training"
+
+
+def _part(example: str) -> Any:
+    return typer.Option(metavar="NAME[:KEY=VALUE,...]", help=example, rich_help_panel=_RECIPE)
+
+
+def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle is written.")
+    ],
+    data: options.Data = None,
+    weights: options.Weights = None,
+    architecture: options.Architecture = None,
+    inputs: options.Input = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.YAML", help="Everything in a file.", rich_help_panel=_RECIPE),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UNIT=VALUE",
+            help="What the whole model may keep: macs=50%, params=1e6, bytes=50%, latency=2x or "
+            "latency=5 (milliseconds). Default: macs=50%.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    criterion: Annotated[str | None, _part("How much a group matters.")] = None,
+    allocation: Annotated[str | None, _part("uniform, ranked or given.")] = None,
+    recovery: Annotated[
+        list[str] | None,
+        _part("Repair: compensation, batchnorm, finetune, or none. Repeatable."),
+    ] = None,
+    ignore: options.Ignore = None,
+    include: options.Include = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            help="Like widths in all blocks stay alike, so that a plain configuration describes them.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = False,
+    align: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Widths in multiples of N.", rich_help_panel=_RECIPE),
+    ] = 0,
+    epochs: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Fine-tune the cut network.", rich_help_panel=_TRAIN),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Peak learning rate.", rich_help_panel=_TRAIN),
+    ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the loss, 0 to 1, that follows the dense network.",
+            rich_help_panel=_TRAIN,
+        ),
+    ] = None,
+    calibration: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples that statistics are read from.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write an ONNX file too (needs --data).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Remove filters, channels, heads and neurons of MODEL, repair it, and prove the cut.
+
+    The result needs no special runtime: it is a smaller network of the same class. Without --data
+    there is no repair and no accuracy; --input then says what the network reads.
+
+        secateur shrink net.py:build -o small --target macs=50% --data data.py:load --epochs 3
+    """
+    with screen("shrink", json=json, threads=threads) as out:
+        wanted = _recipe(
+            recipe,
+            {
+                "target": target,
+                "criterion": criterion,
+                "allocation": allocation,
+                "recovery": recovery,
+                "scope": {"ignore": ignore, "include": include},
+            },
+            {"uniform": uniform, "align": align, "seed": seed},
+        )
+        wanted = _trained(wanted, {"epochs": epochs, "lr": lr, "distill": distill})
+        _require_places(output, onnx, data, overwrite=overwrite)
+        loaded = load_model(model, weights=weights, model=architecture)
+        batches = None if data is None else load_data(data)
+        if batches is not None and calibration is not None:
+            batches = dataclasses.replace(batches, calibration=calibration)
+        example = None
+        if inputs is not None or batches is None:
+            example = example_inputs(loaded.model, inputs)
+        with out.progress() as progress:
+            pruned = run(loaded.model, wanted, example, batches, progress=progress)
+        pruned.facts.environment["source"] = dict(loaded.source)
+        measurable = batches is not None and (batches.test or batches.train) is not None
+        found = compare_networks(loaded.model, pruned, batches if measurable else None)
+        pruned.facts.measures["comparison"] = comparison_json(found)
+        exported = None
+        if onnx is not None:
+            assert batches is not None
+            exported = export_onnx(pruned.model, next(iter(batches_of(batches)[1])), onnx)
+        pruned.save(output, overwrite=overwrite)
+        _report(out, pruned, found, exported, output)
+
+
+def _recipe(path: str | None, parts: dict[str, Any], settings: dict[str, Any]) -> ShrinkRecipe:
+    given = {key: value for key, value in parts.items() if value and key != "scope"}
+    scope = {key: list(value) for key, value in parts["scope"].items() if value}
+    given |= {key: value for key, value in settings.items() if value}
+    if path is not None:
+        if given or scope:
+            raise UsageError(
+                f"--recipe {path}",
+                f"{', '.join(f'--{key}' for key in (*given, *scope))} was given too",
+                "a recipe file says everything",
+                "change the file, or leave --recipe out",
+            )
+        return read_shrink_recipe(path)
+    for key in ("criterion", "allocation"):
+        if key in given:
+            given[key] = part(key, given[key])
+    if "recovery" in given:
+        given["recovery"] = [part("recovery", text) for text in given["recovery"]]
+    return from_plain({**given, **({"scope": scope} if scope else {})})
+
+
+def _trained(recipe: ShrinkRecipe, asked: dict[str, float | None]) -> ShrinkRecipe:
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if not given:
+        return recipe
+    own = recipe.finetune
+    if own is None and "epochs" not in given:
+        raise UsageError(
+            " ".join(f"--{key} {value:g}" for key, value in given.items()),
+            "the run does not train",
+            "these are settings of fine-tuning",
+            "add --epochs N",
+        )
+    how = dataclasses.replace(own, **given) if own is not None else FineTune(**given)
+    rest = tuple(step for step in recipe.recovery if not isinstance(step, FineTune))
+    return dataclasses.replace(recipe, recovery=(*rest, how))
+
+
+def _require_places(output: Path, onnx: Path | None, data: str | None, *, overwrite: bool) -> None:
+    """Fail now where writing would fail at the end."""
+    require_new(output, {MODEL, RECIPE, FACTS, "surgery.json"}, overwrite=overwrite)
+    if onnx is not None:
+        if data is None:
+            raise UsageError(
+                f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
+            )
+        require_new_file(onnx, overwrite=overwrite)
+
+
+def _report(
+    out: Screen, pruned: Pruned, found: Comparison, exported: Exported | None, output: Path
+) -> None:
+    facts = pruned.facts
+    out.show(
+        cut_table(facts), proof_text(facts), comparison_table(found), verdict_text(found.verdict)
+    )
+    # Pinned parts are many and say the same; inspect --structure lists them.
+    notes = [note for note in facts.notes if note.topic != "pinned"]
+    if notes:
+        out.show(notes_text(notes))
+    pinned = len(facts.notes) - len(notes)
+    if pinned:
+        out.say(f"{pinned} axes of parameters stay as they are: see inspect --structure.")
+    out.show(Text(f"Written to {output} after {facts.measures['seconds']:.1f} s."))
+    if exported is not None:
+        text = f"ONNX: {exported.path}, differs from PyTorch by {exported.error:.1g} (relative)."
+        out.say(text)
+    out.finish(
+        {
+            "output": str(output),
+            "recipe": facts.recipe,
+            "fingerprint": facts.fingerprint,
+            "widths": [dataclasses.asdict(width) for width in facts.widths],
+            "proof": facts.measures["proof"],
+            "target": facts.measures["target"],
+            "parameters": facts.measures["parameters"],
+            "comparison": comparison_json(found),
+            "notes": [dataclasses.asdict(note) for note in facts.notes],
+            "history": facts.history,
+            "seconds": facts.measures["seconds"],
+            "environment": facts.environment,
+            "onnx": None if exported is None else dataclasses.asdict(exported),
+        }
+    )

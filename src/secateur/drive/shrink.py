@@ -1,0 +1,340 @@
+"""Structural pruning: score groups, allocate a budget, repair, cut, prove, and train if asked."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate.widths import WidthItem
+from secateur.core.batches import Batch, Data, as_data, inputs_of
+from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.facts import Facts, WidthFacts, environment
+from secateur.core.masks import Masks
+from secateur.core.select import keep_top
+from secateur.core.selectors import matches, require_hits
+from secateur.core.widths import Width
+from secateur.drive.compensate import Told, compensate_
+from secateur.drive.finetune import FineTune, Loop, Progress
+from secateur.drive.group_scores import group_scores
+from secateur.drive.held import masks_of
+from secateur.drive.money import uses
+from secateur.drive.plan import require_finite
+from secateur.drive.pruned import Pruned
+from secateur.drive.shrink_file import to_plain
+from secateur.drive.shrink_recipe import ShrinkRecipe
+from secateur.drive.width_cost import WidthCost, limit_of, width_cost
+from secateur.formats import Surgery
+from secateur.frontends import discover
+from secateur.frontends.surgery import surgery_for
+from secateur.recover import BatchNorm, Compensation
+from secateur.structure import apply_, couple, cuts_for, prove
+
+# The largest error of a proof, by the type of the weights. Sums are taken in another order.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+_SURGERY = "secateur_surgery"
+
+
+def shrink(
+    model: nn.Module,
+    recipe: ShrinkRecipe | None = None,
+    example_inputs: Any = None,
+    data: Any = None,
+    *,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Remove groups from a copy of ``model``: it becomes smaller and faster everywhere.
+
+    Args:
+        model: Any torch module. It is not changed.
+        recipe: What to do; by default half of the multiply-adds, by squared weights, ranked
+            globally.
+        example_inputs: A tensor, a tuple of positional arguments or a mapping of named ones, on
+            which the network is traced and proved. By default the first batch of ``data``.
+        data: Training batches, for criteria that measure, for repair and for fine-tuning.
+        progress: Called with a stage, the work done and the whole.
+
+    Returns:
+        The cut copy and the facts; ``facts.measures["proof"]`` is the largest relative difference
+        to the masked network.
+
+    Raises:
+        UsageError: The model does not run on the example, or nothing can be cut.
+        BudgetError: The target is below what is pinned; the floor is named.
+        DataError: The cut network does not compute what the masked one does. Nothing is returned.
+
+    Example:
+        >>> import secateur
+        >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> recipe = secateur.ShrinkRecipe(target=secateur.Target.parse("params=50%"))
+        >>> small = secateur.shrink(net, recipe, torch.zeros(1, 16)).model
+        >>> small[0], small[2]
+        (Linear(in_features=16, out_features=15, bias=True), Linear(in_features=15, out_features=4,
+        bias=True))
+    """
+    return shrink_(copy.deepcopy(model), recipe, example_inputs, data, progress=progress)
+
+
+def shrink_(
+    model: nn.Module,
+    recipe: ShrinkRecipe | None = None,
+    example_inputs: Any = None,
+    data: Any = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Like :func:`shrink`, but cuts ``model`` itself, in the middle of training if need be.
+
+    Args:
+        model: Changed in place. Its parameters stay the same objects.
+        recipe: As in :func:`shrink`.
+        example_inputs: As in :func:`shrink`.
+        data: As in :func:`shrink`.
+        optimizer: Its momenta and moments are cut along, so training goes on.
+        progress: As in :func:`shrink`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> net(torch.ones(2, 16)).sum().backward()
+        >>> optimizer.step()
+        >>> _ = shrink_(net, None, torch.zeros(1, 16), optimizer=optimizer)
+        >>> optimizer.state[net[0].weight]["momentum_buffer"].shape == net[0].weight.shape
+        True
+    """
+    run = _Run(model, recipe or ShrinkRecipe(), as_data(data), progress or _silent)
+    return run.run(example_inputs, optimizer)
+
+
+@dataclass
+class _Run:
+    """One run from start to end."""
+
+    model: nn.Module
+    recipe: ShrinkRecipe
+    data: Data | None
+    progress: Progress
+
+    def run(self, example: Any, optimizer: torch.optim.Optimizer | None) -> Pruned:
+        begun = time.perf_counter()
+        facts = self.facts = Facts(to_plain(self.recipe), self.recipe.fingerprint())
+        facts.environment = environment()
+        self._check()
+        example = self._example(example)
+        self.progress("tracing", 0, 1)
+        self.structure = couple(self.model, example)
+        self._note_structure()
+        widths = self._chosen()
+        with torch.random.fork_rng(_devices(self.model)):
+            torch.manual_seed(self.recipe.seed)
+            keep = self._choose(widths, example)
+            dense = copy.deepcopy(self.model)
+            surgery = surgery_for(dense, cuts_for(dense, self.structure, keep))
+            self._cut_(keep, example, optimizer)
+            self._after_(dense)
+        facts.measures["seconds"] = time.perf_counter() - begun
+        return Pruned(self.model, Masks({}), facts, surgery=_remember_(self.model, surgery))
+
+    def _check(self) -> None:
+        require_finite(self.model)
+        if masks_of(self.model):
+            raise UsageError(
+                "shrinking a model that carries masks",
+                f"{len(masks_of(self.model))} weights are masked",
+                "a cut would leave the masks behind",
+                "call detach_ first; the zeros stay",
+            )
+        has_data = self.data is not None and self.data.train is not None
+        needs = [f"criterion {type(self.recipe.criterion).__name__}"] * bool(
+            self.recipe.criterion.needs
+        )
+        needs += ["FineTune"] * (self.recipe.finetune is not None)
+        if needs and not has_data:
+            raise NeedsData(
+                needs[0],
+                "no data was given",
+                "it works on training batches",
+                "pass data= in Python or --data file.py:function on the command line",
+            )
+
+    def _example(self, example: Any) -> Any:
+        if example is not None:
+            return example
+        if self.data is None or self.data.train is None:
+            raise UsageError(
+                "shrinking without example inputs",
+                "neither example_inputs nor data was given",
+                "what is cut together is found by running the network once",
+                "pass example_inputs=, e.g. torch.zeros(1, 3, 224, 224)",
+            )
+        positional, named = inputs_of(next(iter(self.data.train)))
+        return named or positional
+
+    def _note_structure(self) -> None:
+        trace = self.structure.trace
+        if not trace.meta:
+            text = (
+                "the network looks at its activations: only the path of this example was followed"
+            )
+            self.facts.note("traced-path", "", text)
+        for name in self.structure.unreached:
+            self.facts.note("pinned", name, "the example inputs do not reach it")
+        for where, text in trace.reductions.items():
+            self.facts.note("reduces", where, text)
+        for (name, axis), reason in self.structure.pinned.items():
+            self.facts.note("pinned", f"{name}[{axis}]", reason)
+
+    def _chosen(self) -> list[Width]:
+        scope, widths = self.recipe.scope, self.structure.widths
+        names = [(n, "") for w in widths for n in (w.name, *w.parameters())]
+        require_hits((*scope.include, *scope.ignore), names, "the width selector")
+
+        def hit(width: Width, selectors: tuple[str, ...]) -> bool:
+            return any(
+                matches(s, n, "") for s in selectors for n in (width.name, *width.parameters())
+            )
+
+        chosen = [
+            w
+            for w in widths
+            if w.groups > 1
+            and (not scope.include or hit(w, scope.include))
+            and not hit(w, scope.ignore)
+        ]
+        if not chosen:
+            reasons = dict.fromkeys(self.structure.pinned.values())
+            raise UsageError(
+                "structural pruning",
+                f"none of {len(widths)} widths takes part",
+                "; ".join(list(reasons)[:3]) or "nothing is wider than one",
+                "widen the scope, or see inspect --structure",
+            )
+        return chosen
+
+    # -- choosing -------------------------------------------------------------------------------
+
+    def _choose(self, widths: list[Width], example: Any) -> dict[str, Tensor]:
+        scores = group_scores(self.model, widths, self.recipe, self.data)
+        items = [
+            WidthItem(w.name, scores[w.name], step=max(1, min(self.recipe.align, w.groups)))
+            for w in widths
+        ]
+        unit = self.recipe.target.unit
+        used = (
+            uses(self.model, discover(self.model), self._batch(example)) if unit == "macs" else {}
+        )
+        cost = width_cost(self.model, self.structure, unit, used)
+        limit = limit_of(self.recipe.target, cost.dense)
+        counts = self.recipe.allocation(items, cost, limit)
+        self._note_target(cost, counts, limit)
+        return {
+            item.name: keep_top(item.scores[None].float(), counts[item.name])[0] for item in items
+        }
+
+    def _note_target(self, cost: WidthCost, counts: Mapping[str, int], limit: float) -> None:
+        spent, unit = cost(counts), self.recipe.target.unit
+        self.facts.measures["target"] = {
+            "unit": unit,
+            "dense": cost.dense,
+            "limit": limit,
+            "reached": spent,
+        }
+        if abs(spent - limit) > 0.02 * limit:
+            text = (
+                f"asked for {limit:,.4g} {unit}, reached {spent:,.4g}: groups are whole heads or "
+                "channels, and the next one would have gone beyond"
+            )
+            self.facts.note("target", "", text)
+
+    def _batch(self, example: Any) -> Batch:
+        return example if isinstance(example, (Tensor, Mapping)) else (*example, None)
+
+    # -- cutting --------------------------------------------------------------------------------
+
+    def _cut_(
+        self, keep: dict[str, Tensor], example: Any, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self._repair_(keep)
+        cuts = cuts_for(self.model, self.structure, keep)
+        begun = time.perf_counter()
+        small = copy.deepcopy(self.model)
+        apply_(small, cuts)
+        self.progress("proving", 0, 1)
+        proof = prove(self.model, small, self.structure, keep, example)
+        self.facts.measures["proof"] = proof.error
+        self.facts.measures["proof_seconds"] = time.perf_counter() - begun
+        worst = max(_TOLERANCE.get(p.dtype, 1e-4) for p in self.model.parameters())
+        if not proof.error <= worst:
+            raise DataError(
+                "the proof of the cut",
+                f"the cut network differs from the masked one by {proof.error:.2g} of its largest "
+                f"output, and {worst:g} is allowed",
+                "an operator of the network is not understood",
+                "leave widths out with ignore= until it holds, and report the network, please",
+            )
+        before = sum(p.numel() for p in self.model.parameters())
+        apply_(self.model, cuts, optimizer)
+        self.facts.measures["parameters"] = [
+            before,
+            sum(p.numel() for p in self.model.parameters()),
+        ]
+        for name, flags in keep.items():
+            width = self.structure.by_name[name]
+            self.facts.widths.append(
+                WidthFacts(
+                    name, width.groups, int(flags.sum()), tuple(width.parameters()), width.why
+                )
+            )
+
+    def _repair_(self, keep: dict[str, Tensor]) -> None:
+        how = self.recipe.compensation
+        if how is None:
+            return
+        if self.data is None or self.data.train is None:
+            self.facts.note("left-out", "Compensation", "no data was given to fit on")
+            return
+        batches = self.data.sample()
+        told = Told(self.facts, lambda done, total: self.progress("compensating", done, total))
+        compensate_(self.model, self.structure, keep, batches, how=how, told=told)
+
+    def _after_(self, dense: nn.Module) -> None:
+        has_data = self.data is not None and self.data.train is not None
+        for step in self.recipe.recovery:
+            if isinstance(step, Compensation):
+                continue
+            if isinstance(step, BatchNorm):
+                if has_data:
+                    assert self.data is not None
+                    step.reestimate_(self.model, self.data.sample())
+                elif any(
+                    isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
+                ):
+                    self.facts.note("left-out", "BatchNorm", "no data was given to measure on")
+            elif isinstance(step, FineTune):
+                assert self.data is not None
+                self.facts.history += Loop(
+                    self.model, self.data, step, teacher=dense, progress=self.progress
+                ).run()
+
+
+def _remember_(model: nn.Module, surgery: Surgery) -> Surgery:
+    """Keep what was cut so far on the model, so that cutting further can still be replayed."""
+    earlier = getattr(model, _SURGERY, None)
+    whole = earlier.then(surgery) if isinstance(earlier, Surgery) else surgery
+    setattr(model, _SURGERY, whole)
+    return whole
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    found = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return sorted(found, key=str)
+
+
+def _silent(stage: str, done: float, total: float) -> None:
+    pass

@@ -1,0 +1,141 @@
+"""What a network costs as a function of its widths: parameters, multiply-adds, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from secateur.core.budget import Target
+from secateur.core.errors import BudgetError, UsageError
+from secateur.structure import Structure
+
+# What a tensor's entry in the file's header takes, beside its name.
+_ENTRY = 110
+
+
+@dataclass(frozen=True)
+class WidthCost:
+    """Cost of the whole model for any choice of widths.
+
+    Every parameter costs its number of elements times a factor: 1, its uses, or its bytes. Groups of
+    one width take equally many positions of an axis, so sizes follow from counts alone.
+
+    Args:
+        shapes: Name of a parameter -> its shape.
+        factors: Name of a parameter -> cost of one element; 0 leaves it out.
+        losses: Name of a parameter -> (axis, width, positions a group takes).
+        groups: Name of a width -> its number of groups.
+        fixed: What is paid in any case.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    factors: Mapping[str, float]
+    losses: Mapping[str, tuple[tuple[int, str, int], ...]]
+    groups: Mapping[str, int]
+    fixed: float = 0.0
+
+    def __call__(self, kept: Mapping[str, int]) -> float:
+        """The cost when each width keeps so many groups; widths that are not named stay whole."""
+        return self.fixed + sum(self.of(name, kept) for name in self.shapes)
+
+    def of(self, name: str, kept: Mapping[str, int]) -> float:
+        """The cost of one parameter."""
+        sizes = list(self.shapes[name])
+        for axis, width, members in self.losses.get(name, ()):
+            sizes[axis] -= members * (self.groups[width] - kept.get(width, self.groups[width]))
+        cost = self.factors.get(name, 0.0)
+        for size in sizes:
+            cost *= size
+        return cost
+
+    @property
+    def dense(self) -> float:
+        """The cost of the uncut model."""
+        return self(self.groups)
+
+
+def width_cost(
+    model: nn.Module, structure: Structure, unit: str, uses: Mapping[str, float] | None = None
+) -> WidthCost:
+    """The cost of a model in a unit, as a function of its widths.
+
+    Args:
+        model: The uncut model.
+        structure: Its structure.
+        unit: ``"params"``, ``"macs"`` or ``"bytes"``.
+        uses: For ``"macs"``: name of a weight -> how often a sample uses each of its elements.
+
+    Example:
+        >>> import torch
+        >>> from secateur.structure import couple
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> cost = width_cost(net, couple(net, torch.zeros(1, 4)), "params")
+        >>> cost.dense, cost({"0": 2})
+        (23.0, 16.0)
+    """
+    parameters = dict(model.named_parameters())
+    losses: dict[str, list[tuple[int, str, int]]] = {}
+    for width in structure.widths:
+        for part in width.slices:
+            losses.setdefault(part.parameter, []).append(
+                (part.axis, width.name, part.index.shape[1])
+            )
+    if unit == "params":
+        factors = dict.fromkeys(parameters, 1.0)
+    elif unit == "macs":
+        factors = dict(uses or {})
+    elif unit == "bytes":
+        factors = {name: float(p.element_size()) for name, p in parameters.items()}
+    else:
+        raise UsageError(
+            f"a target in {unit}",
+            "structural pruning was asked",
+            "its units are params, macs, bytes and latency",
+            "write e.g. macs=50%",
+        )
+    fixed = 0.0
+    if unit == "bytes":
+        buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+        fixed = float(sum(b.numel() * b.element_size() for b in buffers.values()))
+        fixed += sum(_ENTRY + len(name) for name in (*parameters, *buffers))
+    return WidthCost(
+        shapes={name: tuple(p.shape) for name, p in parameters.items()},
+        factors=factors,
+        losses={name: tuple(entries) for name, entries in losses.items()},
+        groups={width.name: width.groups for width in structure.widths},
+        fixed=fixed,
+    )
+
+
+def removable_share(model: nn.Module, structure: Structure) -> float:
+    """The share of parameters that goes when every width keeps a single group.
+
+    Example:
+        >>> import torch
+        >>> from secateur.structure import couple
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> round(removable_share(net, couple(net, torch.zeros(1, 4))), 3)
+        0.609
+    """
+    cost = width_cost(model, structure, "params")
+    return 1 - cost(dict.fromkeys(cost.groups, 1)) / cost.dense if cost.dense else 0.0
+
+
+def limit_of(target: Target, dense: float) -> float:
+    """The most that may be spent: the target's count, or its share of the dense cost.
+
+    Example:
+        >>> limit_of(Target("macs", 0.5), 1000.0), limit_of(Target("params", 300.0), 1000.0)
+        (500.0, 300.0)
+    """
+    limit = target.value if target.value >= 1 else target.value * dense
+    if limit > dense:
+        raise BudgetError(
+            f"{target.unit}={target.value:g}",
+            f"the uncut model costs {dense:,.4g}",
+            "it fits already",
+            "ask for less",
+        )
+    return limit

@@ -1,0 +1,203 @@
+"""Accuracy against the size of adversarial perturbations, for one network or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from secateur.core.batches import Batch, as_data, evaluating, size_of, to_device
+from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.slots import device_of
+from secateur.evaluate.accuracy import answer
+from secateur.learn.attacks import Attack
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy of one network under one attack.
+
+    Args:
+        model: Name of the network.
+        attack: Name of the attack.
+        sizes: Of the perturbations, in the units of the attack, rising.
+        accuracy: Share of right answers at each size, 0 to 1.
+        natural: Share of right answers on the inputs as they are.
+
+    Example:
+        >>> Curve("dense", "Fgsm", (0.1,), (0.5,), 0.9).lost
+        (0.4,)
+    """
+
+    model: str
+    attack: str
+    sizes: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    natural: float
+
+    @property
+    def lost(self) -> tuple[float, ...]:
+        """How much accuracy each size costs."""
+        return tuple(self.natural - found for found in self.accuracy)
+
+    @property
+    def area(self) -> float:
+        """Mean accuracy over the range of sizes from 0 on (trapezoids): one number a curve."""
+        xs = (0.0, *self.sizes)
+        ys = (self.natural, *self.accuracy)
+        corners = list(zip(xs, ys, strict=True))
+        areas = [(x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in itertools.pairwise(corners)]
+        return sum(areas) / xs[-1] if xs[-1] else self.natural
+
+
+@dataclass(frozen=True)
+class RobustnessFacts:
+    """All curves of a measurement, as plain data.
+
+    Args:
+        curves: One for each network and attack.
+        units: Answers that were judged (samples, tokens, pixels) at each point.
+
+    Example:
+        >>> facts = RobustnessFacts((Curve("dense", "Fgsm", (0.1,), (0.5,), 0.9),), units=10)
+        >>> facts.curve("dense", "Fgsm").accuracy, facts.rows()[1]
+        ((0.5,), ('dense', 'Fgsm', 0.1, 0.5))
+    """
+
+    curves: tuple[Curve, ...]
+    units: int
+
+    def curve(self, model: str, attack: str) -> Curve:
+        """The curve of a network under an attack."""
+        for found in self.curves:
+            if (found.model, found.attack) == (model, attack):
+                return found
+        known = ", ".join(f"{c.model}/{c.attack}" for c in self.curves)
+        raise UsageError(
+            f"the curve of {model!r} under {attack!r}",
+            "it was not measured",
+            f"there are {known}",
+            "name one of them",
+        )
+
+    def rows(self) -> list[tuple[str, str, float, float]]:
+        """(network, attack, size, accuracy), natural accuracy as size 0: the rows of a CSV."""
+        return [
+            (c.model, c.attack, size, accuracy)
+            for c in self.curves
+            for size, accuracy in zip((0.0, *c.sizes), (c.natural, *c.accuracy), strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def robustness(
+    models: nn.Module | Mapping[str, nn.Module],
+    data: Any,
+    attacks: Attack | Mapping[str, Attack] | Sequence[Attack],
+    *,
+    sizes: Sequence[float],
+) -> RobustnessFacts:
+    """Measure accuracy against the size of perturbations.
+
+    Each network is attacked with its own gradients (white box), on the same batches. Networks,
+    their modes and the caller's random state stay as they are.
+
+    Args:
+        models: A network, or several by name, e.g. ``{"dense": ..., "pruned": ...}``.
+        data: :class:`~secateur.core.batches.Data`, whose ``test`` batches are used (``train`` if it
+            has none), or an iterable of batches with targets.
+        attacks: An attack, or several; each is measured at all sizes. Their names are those of a
+            mapping, else of their classes.
+        sizes: Of the perturbations, positive, in the units of the attack (ε or δ).
+
+    Raises:
+        NeedsData: There are no batches, or they have no targets.
+        UsageError: A size is not positive, or two attacks have one name.
+
+    Example:
+        >>> import torch
+        >>> from secateur.learn import Fgsm
+        >>> net = nn.Linear(1, 2, bias=False)
+        >>> _ = net.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+        >>> batch = (torch.tensor([[0.1], [0.4]]), torch.tensor([0, 0]))
+        >>> facts = robustness(net, [batch], Fgsm(0, low=-1.0), sizes=[0.2, 0.5])
+        >>> facts.curves[0].natural, facts.curves[0].accuracy
+        (1.0, (0.5, 0.0))
+    """
+    named = {"model": models} if isinstance(models, nn.Module) else dict(models)
+    tried = _named(attacks)
+    steps = tuple(sorted(float(size) for size in sizes))
+    if not steps or steps[0] <= 0:
+        raise UsageError(
+            f"sizes={list(sizes)}",
+            "there is none, or one is not positive",
+            "size 0 is the natural accuracy, which is measured anyway",
+            "write e.g. [0.05, 0.1, 0.2]",
+        )
+    batches = _batches(data)
+    curves = []
+    units = 0
+    for name, model in named.items():
+        natural, units = _accuracy(model, batches, None)
+        for kind, attack in tried.items():
+            found = tuple(_accuracy(model, batches, attack.sized(size))[0] for size in steps)
+            curves.append(Curve(name, kind, steps, found, natural))
+    return RobustnessFacts(tuple(curves), units)
+
+
+def _accuracy(
+    model: nn.Module, batches: Sequence[Batch], attack: Attack | None
+) -> tuple[float, int]:
+    right = total = 0
+    for batch in batches:
+        moved = to_device(batch, device_of(model))
+        with evaluating(model):
+            judged = answer(model, moved if attack is None else attack(model, moved)).right
+        if judged is None:
+            raise NeedsData(
+                "robustness(...)",
+                "the batches carry no class targets",
+                "accuracy compares answers with targets",
+                "yield (inputs, classes)",
+            )
+        right, total = right + int(judged.sum()), total + len(judged)
+    if not total:
+        raise DataError(
+            "robustness(...)", "no answer counts", "every target is ignored (-100)", "check them"
+        )
+    return right / total, total
+
+
+def _batches(data: Any) -> list[Batch]:
+    found = as_data(data)
+    source: Iterable[Batch] | None = None
+    if found is not None:
+        source = found.test if found.test is not None else found.train
+    batches = [batch for batch in source or () if size_of(batch)]
+    if not batches:
+        raise NeedsData(
+            "robustness(...)", "no batches", "accuracy is measured on some", "pass test batches"
+        )
+    return batches
+
+
+def _named(attacks: Attack | Mapping[str, Attack] | Sequence[Attack]) -> dict[str, Attack]:
+    if isinstance(attacks, Mapping):
+        return dict(attacks)
+    listed = list(attacks) if isinstance(attacks, Sequence) else [attacks]
+    names = [type(attack).__name__ for attack in listed]
+    if len(set(names)) < len(names) or not names:
+        raise UsageError(
+            "attacks=",
+            f"{len(names)} attacks, named {', '.join(names) or 'nothing'}",
+            "each curve needs a name of its own",
+            "pass a mapping, e.g. {'pgd-7': Pgd(0.1), 'pgd-20': Pgd(0.1, steps=20)}",
+        )
+    return dict(zip(names, listed, strict=True))

@@ -1,0 +1,326 @@
+"""Perturbations of inputs that raise the loss: FGSM, PGD, and DeepFool with a cut-off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import (
+    Batch,
+    Loss,
+    default_loss,
+    evaluating,
+    first_tensor,
+    forward,
+    logits_of,
+)
+from secateur.core.errors import DataError, UsageError
+
+#: A bound of the inputs: one number, or one a channel (axis 1) for normalised images.
+Bound = float | tuple[float, ...]
+
+
+class Attack(Protocol):
+    """Makes harder inputs out of a batch."""
+
+    def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
+        """The batch with perturbed inputs. Model, gradients and random states stay as they were."""
+
+    def sized(self, size: float) -> Attack:
+        """The same attack with perturbations of another size."""
+
+
+@dataclass(frozen=True)
+class Fgsm:
+    r"""One step of fixed size against the sign of the gradient.
+
+    **formula** :math:`x + ε \, sign(\nabla_x L)`, clipped to ``[low, high]``
+    **Shapes** those of the inputs
+    **Units** ε those of the inputs (largest change of an entry)
+    **Needs** inputs of floats, targets
+    **Source** Goodfellow et al., arXiv 1412.6572
+
+    Args:
+        eps: ε.
+        low: Smallest valid input; a tuple holds one bound a channel.
+        high: Largest valid input.
+
+    Example:
+        >>> net = nn.Linear(1, 2, bias=False)
+        >>> _ = net.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+        >>> x, y = Fgsm(0.25)(net, (torch.tensor([[0.5]]), torch.tensor([0])))
+        >>> x
+        tensor([[0.2500]])
+    """
+
+    eps: float
+    low: Bound = 0.0
+    high: Bound = 1.0
+
+    def __post_init__(self) -> None:
+        _require_size("Fgsm", "eps", self.eps)
+
+    def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
+        x = inputs_of_floats(batch)
+        with undisturbed(model):
+            slope = _slope(model, batch, x, loss)
+        return with_inputs(batch, _clip(x + self.eps * slope.sign(), self.low, self.high))
+
+    def sized(self, size: float) -> Fgsm:
+        return replace(self, eps=size)
+
+
+@dataclass(frozen=True)
+class Pgd:
+    r"""Several steps up the loss, each brought back into the ball around the input.
+
+    **formula** :math:`x_{k+1} = \Pi_{|x' - x| \le ε} (x_k + a \, sign(\nabla L(x_k)))`, clipped to
+    ``[low, high]``
+    **Shapes** those of the inputs
+    **Units** ε and a those of the inputs (largest change of an entry)
+    **Needs** inputs of floats, targets
+    **Source** Madry et al., arXiv 1706.06083
+
+    Args:
+        eps: ε, radius of the ball.
+        step: a; by default ``2.5 eps / steps``.
+        steps: How many.
+        low: Smallest valid input; a tuple holds one bound a channel.
+        high: Largest valid input.
+        start: Share of ε from which a random start is drawn; 0 starts at the input itself. The
+            draw has a seed of its own, so a batch of the same shape starts alike.
+
+    Example:
+        >>> net = nn.Linear(1, 2, bias=False)
+        >>> _ = net.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+        >>> x, y = Pgd(0.25, step=0.2, steps=3)(net, (torch.tensor([[0.5]]), torch.tensor([0])))
+        >>> x
+        tensor([[0.2500]])
+    """
+
+    eps: float
+    step: float | None = None
+    steps: int = 7
+    low: Bound = 0.0
+    high: Bound = 1.0
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_size("Pgd", "eps", self.eps)
+        if self.steps < 1 or not 0 <= self.start <= 1:
+            raise UsageError(
+                f"Pgd(steps={self.steps}, start={self.start:g})",
+                "steps is 1 or more, start a share from 0 to 1",
+                "",
+                "correct the value",
+            )
+
+    def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
+        x = inputs_of_floats(batch)
+        size = self.step if self.step is not None else 2.5 * self.eps / self.steps
+        here = x.clone()
+        if self.start:
+            own = torch.Generator(x.device).manual_seed(0)
+            noise = torch.rand(x.shape, generator=own, device=x.device, dtype=x.dtype)
+            here = _clip(x + self.start * self.eps * (2 * noise - 1), self.low, self.high)
+        with undisturbed(model):
+            for _ in range(self.steps):
+                here = here + size * _slope(model, batch, here, loss).sign()
+                here = torch.minimum(torch.maximum(here, x - self.eps), x + self.eps)
+                here = _clip(here, self.low, self.high)
+        return with_inputs(batch, here)
+
+    def sized(self, size: float) -> Pgd:
+        return replace(self, eps=size)
+
+
+@dataclass(frozen=True)
+class DeepFoolCutoff:
+    r"""The smallest step across the decision boundary, cut off where it is too long.
+
+    Every sample gets the strength it needs: a perturbation just across its nearest boundary, found
+    by DeepFool, shortened to a root mean square of δ. So no strength has to be guessed beforehand.
+
+    **formula** DeepFool: :math:`r \leftarrow r + |f_l| w_l / \|w_l\|^2` for the candidate class l of
+    smallest :math:`|f_l| / \|w_l\|`, f and w the differences of logits and of their gradients to
+    the predicted class, until the class changes; :math:`η = (1 + o) r`,
+    :math:`x + ρ η \min(1, δ / \mathrm{rms}(η))`, clipped to ``[low, high]``
+    **Shapes** those of the inputs
+    **Units** δ those of the inputs
+    **Needs** inputs of floats; one class a sample; a backward pass a candidate and iteration
+    **Source** Blind adversarial pruning, arXiv 2004.05913; DeepFool, arXiv 1511.04599
+
+    Args:
+        max_iter: DeepFool's iterations.
+        overshoot: o, how far beyond the boundary.
+        candidates: How many of the likeliest classes are tried.
+        rho: ρ, from 0.9 to 1 in the source.
+        delta: δ, or ``"mean"``: the mean root mean square of the batch.
+        low: Smallest valid input; a tuple holds one bound a channel.
+        high: Largest valid input.
+
+    Example:
+        >>> net = nn.Linear(1, 2, bias=False)
+        >>> _ = net.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+        >>> attack = DeepFoolCutoff(overshoot=0.02, low=-1.0)
+        >>> attack(net, (torch.tensor([[0.5]]), torch.tensor([0])))[0]  # the boundary is at 0
+        tensor([[-0.0100]])
+    """
+
+    max_iter: int = 5
+    overshoot: float = 0.02
+    candidates: int = 10
+    rho: float = 1.0
+    delta: float | str = 1.0
+    low: Bound = 0.0
+    high: Bound = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.delta, str) and self.delta != "mean":
+            raise UsageError(
+                f"DeepFoolCutoff(delta={self.delta!r})",
+                "delta is a number or 'mean'",
+                "it is the longest perturbation allowed, as a root mean square",
+                "write e.g. 1.0",
+            )
+        if not isinstance(self.delta, str):
+            _require_size("DeepFoolCutoff", "delta", self.delta)
+
+    def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
+        x = inputs_of_floats(batch)
+        with undisturbed(model):
+            eta = (1 + self.overshoot) * self._across(model, batch, x)
+        rms = eta.flatten(1).square().mean(1).sqrt()
+        limit = rms.mean() if isinstance(self.delta, str) else torch.full_like(rms, self.delta)
+        factor = self.rho * (limit / rms.clamp(min=1e-12)).clamp(max=1)
+        moved = x + eta * _each(factor, x)
+        return with_inputs(batch, _clip(moved, self.low, self.high))
+
+    def sized(self, size: float) -> DeepFoolCutoff:
+        return replace(self, delta=size)
+
+    def _across(self, model: nn.Module, batch: Batch, x: Tensor) -> Tensor:
+        """The smallest perturbation found that changes the class; samples that did it stop."""
+        with torch.no_grad():
+            first = _scores(model, batch, x)
+        count = min(self.candidates, first.shape[1])
+        ranked = first.topk(count, 1).indices
+        own, others = ranked[:, :1], ranked[:, 1:]
+        total = torch.zeros_like(x)
+        for _ in range(self.max_iter):
+            here = _clip(x + (1 + self.overshoot) * total, self.low, self.high).requires_grad_()
+            scores = _scores(model, batch, here)
+            stays = scores.argmax(1) == own[:, 0]
+            if not bool(stays.any()):
+                break
+            base = _gradient(scores.gather(1, own).sum(), here)
+            shortest = torch.full(stays.shape, math.inf, device=x.device, dtype=torch.float64)
+            best = torch.zeros_like(x)
+            for k in range(others.shape[1]):
+                gap = (scores.gather(1, others[:, k : k + 1]) - scores.gather(1, own))[:, 0]
+                w = _gradient(scores.gather(1, others[:, k : k + 1]).sum(), here) - base
+                norm = w.flatten(1).double().norm(dim=1)
+                gap = gap.detach().abs().double()
+                far = torch.where(norm > 0, gap / norm, math.inf)
+                nearer = far < shortest
+                shortest = torch.where(nearer, far, shortest)
+                ratio = torch.where(nearer, gap / norm.square().clamp(min=1e-300), 0.0)
+                best = torch.where(_each(nearer, x), w * _each(ratio.to(x), x), best)
+            total = total + best * _each(stays.to(x), x)
+        return total.detach()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with gradients on; modes and the caller's random state come back.
+
+    In evaluation mode batch normalisations use and keep their running statistics, so perturbed
+    inputs do not reach them.
+    """
+    on = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        torch.random.fork_rng(sorted(on, key=str)),
+    ):
+        yield
+
+
+def inputs_of_floats(batch: Batch) -> Tensor:
+    """The inputs of a batch, which must be floats to be perturbed.
+
+    Example:
+        >>> inputs_of_floats((torch.zeros(1, 3), torch.tensor([0]))).shape
+        torch.Size([1, 3])
+    """
+    x = first_tensor(batch)
+    if not x.dtype.is_floating_point:
+        raise DataError(
+            "an adversarial perturbation",
+            f"the inputs are {x.dtype}",
+            "only inputs of floats can be moved a little",
+            "perturb images or features, not token numbers",
+        )
+    return x.detach()
+
+
+def with_inputs(batch: Batch, x: Tensor) -> Batch:
+    """The batch with its first tensor replaced; gradients reach ``x``.
+
+    Example:
+        >>> with_inputs((torch.zeros(2), torch.tensor(1)), torch.ones(2))
+        (tensor([1., 1.]), tensor(1))
+    """
+    if isinstance(batch, Tensor):
+        return x
+    if isinstance(batch, Mapping):
+        name = next(k for k, v in batch.items() if isinstance(v, Tensor))
+        return {**batch, name: x}
+    place = next(i for i, v in enumerate(batch) if isinstance(v, Tensor))
+    return (*batch[:place], x, *batch[place + 1 :])
+
+
+def _slope(model: nn.Module, batch: Batch, x: Tensor, loss: Loss | None) -> Tensor:
+    here = x.detach().requires_grad_()
+    changed = with_inputs(batch, here)
+    (slope,) = torch.autograd.grad((loss or default_loss)(model, changed), here)
+    return slope
+
+
+def _scores(model: nn.Module, batch: Batch, x: Tensor) -> Tensor:
+    return logits_of(forward(model, with_inputs(batch, x)))
+
+
+def _gradient(scalar: Tensor, x: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(scalar, x, retain_graph=True)
+    return found
+
+
+def _each(values: Tensor, x: Tensor) -> Tensor:
+    """One value a sample, shaped to multiply ``x``."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _clip(x: Tensor, low: Bound, high: Bound) -> Tensor:
+    return torch.minimum(torch.maximum(x, _bound(low, x)), _bound(high, x))
+
+
+def _bound(bound: Bound, x: Tensor) -> Tensor:
+    value = torch.tensor(bound, dtype=x.dtype, device=x.device)
+    return value.reshape(-1, *[1] * (x.ndim - 2)) if value.ndim else value
+
+
+def _require_size(attack: str, name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise UsageError(
+            f"{attack}({name}={value:g})",
+            "it is negative or not finite",
+            "it is the size of a perturbation",
+            "write e.g. 0.03",
+        )

@@ -1,0 +1,280 @@
+"""What a network is trained towards: a sum of terms that plugs into ``Data(loss=...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.core.batches import (
+    Batch,
+    default_loss,
+    evaluating,
+    inputs_of,
+    logits_of,
+    task_loss,
+)
+from secateur.core.errors import NeedsData, UsageError
+from secateur.learn.attacks import Attack
+
+
+class Term(Protocol):
+    """One term of an objective, already weighted."""
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What the output must hold beside logits: ``"hidden"``, ``"attention"``."""
+
+    def of(self, model: nn.Module, output: Any, batch: Batch) -> Tensor:
+        """The term, given what ``model`` put out on ``batch``."""
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """The sum of terms; the network runs once on the batch, whatever their number.
+
+    Args:
+        terms: Each with its own weight.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> objective = Objectives((Task(0.5), Distill(net, weight=0.5)))
+        >>> loss = objective(net, (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)))
+        >>> loss.shape, loss.requires_grad
+        (torch.Size([]), True)
+    """
+
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
+        if not self.terms:
+            raise UsageError(
+                "Objectives(())", "no term", "there is nothing to train towards", "add Task()"
+            )
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        wants: frozenset[str] = frozenset().union(*(term.wants for term in self.terms))
+        output = run(model, batch, wants)
+        return torch.stack([term.of(model, output, batch) for term in self.terms]).sum()
+
+
+@dataclass(frozen=True)
+class Task:
+    """The model's own loss if it returns one, else cross-entropy or squared error to the target.
+
+    Args:
+        weight: Factor.
+
+    Example:
+        >>> Task(2.0)(nn.Identity(), (torch.zeros(1, 2), torch.tensor([0])))
+        tensor(1.3863)
+    """
+
+    weight: float = 1.0
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.of(model, run(model, batch), batch)
+
+    def of(self, model: nn.Module, output: Any, batch: Batch) -> Tensor:
+        return self.weight * _task(output, batch)
+
+
+@dataclass(frozen=True)
+class Distill:
+    r"""Towards a teacher: its logits, and if wanted its hidden states and attention maps.
+
+    **formula** :math:`w \, (T^2 \, \mathrm{KL}(p_t^{1/T} \| p_s^{1/T}) + h \, \mathrm{mean}_l
+    \mathrm{MSE}(H_t, H_s) + a \, \mathrm{mean}_l \mathrm{MSE}(A_t, A_s))`
+    **Shapes** scalar
+    **Units** loss
+    **Needs** a teacher of the same shape where hidden states or attention are compared
+    **Source** Hinton et al., arXiv 1503.02531; TinyBERT, arXiv 1909.10351
+    **Differs** attention maps are compared after the softmax; padded tokens count for nothing
+
+    Args:
+        teacher: Run in evaluation mode, without gradients.
+        weight: w, factor of the whole term.
+        temperature: T.
+        hidden: h; needs a model of Transformers, which puts out hidden states.
+        attention: a; needs such a model with ``attn_implementation="eager"``.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> abs(Distill(net)(net, torch.ones(3, 4)).item()) < 1e-6
+        True
+    """
+
+    teacher: nn.Module
+    weight: float = 1.0
+    temperature: float = 2.0
+    hidden: float = 0.0
+    attention: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise UsageError(
+                f"Distill(temperature={self.temperature:g})",
+                "it is not positive",
+                "logits are divided by it",
+                "write e.g. 2.0",
+            )
+
+    @property
+    def wants(self) -> frozenset[str]:
+        pairs = {"hidden": self.hidden, "attention": self.attention}
+        return frozenset(name for name, share in pairs.items() if share)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.of(model, run(model, batch, self.wants), batch)
+
+    def of(self, model: nn.Module, output: Any, batch: Batch) -> Tensor:
+        with torch.no_grad(), evaluating(self.teacher):
+            taught = run(self.teacher, batch, self.wants)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        total = softened(logits_of(output), logits_of(taught), self.temperature)
+        if self.hidden:
+            pairs = _paired(output, taught, "hidden_states")
+            far = [_squared(s, t, _tokens(mask, s)) for s, t in pairs]
+            total = total + self.hidden * torch.stack(far).mean()
+        if self.attention:
+            pairs = _paired(output, taught, "attentions")
+            far = [_squared(s, t, _maps(mask, s)) for s, t in pairs]
+            total = total + self.attention * torch.stack(far).mean()
+        return self.weight * total
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    r"""The task on clean and on perturbed inputs.
+
+    **formula** :math:`w \, ((1 - s) L(x) + s L(x_{adv}))`; no gradient passes through the making of
+    :math:`x_{adv}`
+    **Shapes** scalar
+    **Units** loss
+    **Needs** inputs of floats, targets
+    **Source** Goodfellow et al., arXiv 1412.6572; blind adversarial pruning, arXiv 2004.05913
+
+    Args:
+        attack: Makes the perturbed inputs, anew in each step.
+        share: s.
+        weight: w.
+
+    Example:
+        >>> from secateur.learn.attacks import Fgsm
+        >>> net, batch = nn.Linear(4, 2), (torch.rand(3, 4), torch.tensor([0, 1, 0]))
+        >>> objective = Adversarial(Fgsm(0.1))
+        >>> bool(objective(net, batch) > Task()(net, batch))
+        True
+    """
+
+    attack: Attack
+    share: float = 0.5
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UsageError(
+                f"Adversarial(share={self.share:g})",
+                "it is not between 0 and 1",
+                "share is how much the perturbed inputs count",
+                "write e.g. 0.5",
+            )
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.share == 1:  # the clean inputs need not run
+            return self.weight * default_loss(model, self.attack(model, batch))
+        return self.of(model, run(model, batch), batch)
+
+    def of(self, model: nn.Module, output: Any, batch: Batch) -> Tensor:
+        clean = _task(output, batch)
+        harder = default_loss(model, self.attack(model, batch))
+        return self.weight * ((1 - self.share) * clean + self.share * harder)
+
+
+def run(model: nn.Module, batch: Batch, wants: frozenset[str] = frozenset()) -> Any:
+    """Run ``model`` on a batch and ask for hidden states or attention maps where wanted."""
+    names = {"hidden": "output_hidden_states", "attention": "output_attentions"}
+    args, kwargs = inputs_of(batch)
+    return model(*args, **kwargs, **{names[want]: True for want in sorted(wants)})
+
+
+def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T² KL(teacher || student)`` of logits at a temperature, mean over the rows.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> float(softened(x, x, 2.0)), bool(softened(x.flip(1), x, 2.0) > 0.1)
+        (0.0, True)
+    """
+    p, q = (F.log_softmax(x.float() / temperature, -1) for x in (teacher, student))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean() * temperature**2
+
+
+def _task(output: Any, batch: Batch) -> Tensor:
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return task_loss(logits_of(output), batch[-1])
+    raise NeedsData(
+        "the task term of an objective",
+        f"a batch of type {type(batch).__name__} carries no target and the model returned no loss",
+        "a loss compares answers with targets",
+        "yield (inputs, targets), or add 'labels' to the batch",
+    )
+
+
+def _paired(student: Any, teacher: Any, name: str) -> Sequence[tuple[Tensor, Tensor]]:
+    own, taught = (tuple(getattr(x, name, None) or ()) for x in (student, teacher))
+    if any(not isinstance(x, Tensor) for x in (*own, *taught)) or not own or not taught:
+        eager = ' loaded with attn_implementation="eager"' if name == "attentions" else ""
+        raise UsageError(
+            f"distilling {name}",
+            "the model or its teacher does not put them out",
+            f"this needs models of Transformers{eager}",
+            "set this share to 0, or load the models so",
+        )
+    shapes = [(s.shape, t.shape) for s, t in zip(own, taught, strict=False)]
+    if len(own) != len(taught) or any(s != t for s, t in shapes):
+        raise UsageError(
+            f"distilling {name}",
+            f"the model has {len(own)} of shape {tuple(own[0].shape)}, "
+            f"its teacher {len(taught)} of shape {tuple(taught[0].shape)}",
+            "they are compared layer by layer",
+            "use a teacher of the same shape, or set this share to 0",
+        )
+    return list(zip(own, taught, strict=True))
+
+
+def _squared(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
+    far = (student.float() - teacher.float()).square()
+    if counts is None:
+        return far.mean()
+    wide = counts.to(far).expand_as(far)
+    return (far * wide).sum() / wide.sum().clamp(min=1)
+
+
+def _tokens(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Which entries of hidden states ``(N, T, d)`` belong to real tokens."""
+    fits = mask is not None and mask.shape == hidden.shape[:2]
+    return mask[:, :, None] if fits and mask is not None else None
+
+
+def _maps(mask: Tensor | None, attention: Tensor) -> Tensor | None:
+    """Which entries of attention maps ``(N, heads, T, T)`` are between real tokens."""
+    if mask is None or attention.ndim != 4 or mask.shape[1] != attention.shape[-1]:
+        return None
+    return mask[:, None, :, None] * mask[:, None, None, :]

@@ -1,0 +1,143 @@
+"""What can be removed from a network, and what was: tables and plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from secateur.core.facts import Facts
+from secateur.core.widths import Width
+from secateur.report.units import count, percent
+from secateur.structure import Structure
+
+_SHOWN = 3
+
+
+def widths_table(structure: Structure) -> Table:
+    """One row per width: what one group consists of.
+
+    Example:
+        >>> import torch
+        >>> from rich.console import Console
+        >>> from secateur.structure import couple
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> Console(width=70).print(widths_table(couple(net, torch.zeros(1, 4))))
+        width  groups  cut together, one group
+        0           3  0.weight[0], 0.bias[0], 2.weight[1]
+    """
+    table = _table("width", "groups")
+    table.add_column("cut together, one group", ratio=1)
+    for width in structure.widths:
+        table.add_row(Text(width.name), str(width.groups), Text(_members(width)))
+    return table
+
+
+def _members(width: Width) -> str:
+    listed = []
+    for part in width.slices:
+        times = part.index.shape[1]
+        listed.append(f"{part.parameter}[{part.axis}]" + (f" x {times}" if times > 1 else ""))
+    more = len(listed) - _SHOWN
+    return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def parameters_table(rows: list[dict[str, Any]]) -> Table:
+    """One row per axis of a parameter, from :func:`structure_rows`."""
+    table = _table("parameter", "size")
+    table.add_column("width, or why it stays", ratio=1)
+    for row in rows:
+        style = "green" if row["width"] else "dim"
+        text = row["width"] or row["pinned"]
+        if row["width"] and row["pinned"]:
+            text = f"{row['width']} ({row['pinned']})"
+        table.add_row(
+            Text(f"{row['parameter']}[{row['axis']}]"), str(row["size"]), Text(text, style)
+        )
+    return table
+
+
+def structure_rows(model: nn.Module, structure: Structure) -> list[dict[str, Any]]:
+    """Every axis of every parameter, with the widths it belongs to or why it stays.
+
+    Example:
+        >>> import torch
+        >>> from secateur.structure import couple
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> rows = structure_rows(net, couple(net, torch.zeros(1, 4)))
+        >>> rows[1]["pinned"]
+        'it reads a tensor of fixed size, such as the input of the model'
+        >>> rows[0]["width"], rows[0]["with"]
+        ('0', ['0.bias', '2.weight'])
+    """
+    homes: dict[tuple[str, int], list[Width]] = {}
+    for width in structure.widths:
+        for part in width.slices:
+            homes.setdefault((part.parameter, part.axis), []).append(width)
+    rows = []
+    for name, parameter in model.named_parameters():
+        for axis, size in enumerate(parameter.shape):
+            widths = homes.get((name, axis), [])
+            partners = {p for w in widths for p in w.parameters()} - {name}
+            pinned = structure.pinned.get((name, axis), "")
+            if name in structure.unreached:
+                pinned = "the example inputs do not reach it"
+            rows.append(
+                {
+                    "parameter": name,
+                    "axis": axis,
+                    "size": size,
+                    "width": ", ".join(w.name for w in widths),
+                    "with": sorted(partners),
+                    "pinned": pinned if pinned or widths else "an axis of size 1",
+                }
+            )
+    return rows
+
+
+def cut_table(facts: Facts) -> Table:
+    """One row per width that was cut.
+
+    Example:
+        >>> from rich.console import Console
+        >>> from secateur.core.facts import WidthFacts
+        >>> Console(width=70).print(cut_table(Facts(widths=[WidthFacts("conv1", 64, 40, ("a", "b"))])))
+        width  kept / groups  removed  parameters
+        conv1        40 / 64   37.5 %  2
+    """
+    table = _table("width", "kept / groups", "removed")
+    table.add_column("parameters")
+    for width in facts.widths:
+        table.add_row(
+            Text(width.name),
+            f"{width.kept:,} / {width.groups:,}",
+            percent(1 - width.kept / width.groups),
+            str(len(width.parameters)),
+        )
+    return table
+
+
+def proof_text(facts: Facts) -> Text:
+    """What was proved, in one sentence.
+
+    Example:
+        >>> facts = Facts(measures={"proof": 2e-7, "parameters": [1000, 400]})
+        >>> print(proof_text(facts))
+        Proved: the cut network computes what the masked one does, to 2e-07 of its largest output. \
+Parameters: 1.00 k -> 400.
+    """
+    before, after = facts.measures["parameters"]
+    return Text(
+        "Proved: the cut network computes what the masked one does, to "
+        f"{facts.measures['proof']:.1g} of its largest output. "
+        f"Parameters: {count(before)} -> {count(after)}."
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
+    return table

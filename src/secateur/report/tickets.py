@@ -1,0 +1,105 @@
+"""Lottery tickets for the terminal: levels, emergent structure and matrices of similar masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from secateur.report.units import percent, points
+
+
+def ticket_table(facts: Mapping[str, Any]) -> Table:
+    """One row a level, dense first.
+
+    "At start" is right after pruning and rewinding, before training; "churn" is how much the mask
+    differs from the one before it.
+
+    Args:
+        facts: A ticket's facts as plain data, as they stand in the JSON document.
+
+    Example:
+        >>> from rich.console import Console
+        >>> dense = {"name": "dense", "sparsity": 0.0, "accuracy": 0.9, "accuracy_at_start": 0.1,
+        ...          "churn": 0.0, "seconds": 8.0, "done": True}
+        >>> level = {**dense, "name": "level-01-0.36", "sparsity": 0.36, "accuracy": 0.91,
+        ...          "churn": 0.36, "done": False}
+        >>> facts = {"metric": "accuracy", "dense": dense, "levels": [level]}
+        >>> Console(width=80).print(ticket_table(facts))
+        stage    sparsity  accuracy  against dense  at start   churn  time
+        dense       0.0 %   90.00 %                  10.00 %          done before
+        level 1    36.0 %   91.00 %   +1.00 points   10.00 %  36.0 %  8.0 s
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("stage", overflow="fold")
+    for name in ("sparsity", facts["metric"], "against dense", "at start", "churn"):
+        table.add_column(str(name), justify="right", no_wrap=True)
+    table.add_column("time", justify="left", no_wrap=True)
+    shares = facts["metric"] == "accuracy"
+    dense = facts["dense"]["accuracy"]
+    for number, stage in enumerate((facts["dense"], *facts["levels"])):
+        found, first = stage["accuracy"], number == 0
+        missing = found is None or dense is None or first
+        table.add_row(
+            "dense" if first else f"level {number}",
+            percent(stage["sparsity"]),
+            _value(found, shares),
+            "" if missing else _change(found - dense, shares),
+            _value(stage["accuracy_at_start"], shares),
+            "" if first else percent(stage["churn"]),
+            "done before" if stage["done"] else f"{stage['seconds']:.1f} s",
+        )
+    return table
+
+
+def structure_table(shares: Mapping[str, tuple[float, float]]) -> Table:
+    """Kinds of groups that are entirely zero, beside what a random mask would give.
+
+    Args:
+        shares: Kind -> share found and share expected.
+
+    Example:
+        >>> from rich.console import Console
+        >>> Console(width=60).print(structure_table({"filters": (0.25, 0.0)}))
+        entirely zero   found  random mask
+        filters        25.0 %        0.0 %
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("entirely zero")
+    for name in ("found", "random mask"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind, (found, expected) in shares.items():
+        table.add_row(kind, percent(found), percent(expected) if expected > 1e-6 else percent(0))
+    return table
+
+
+def similarity_table(names: Sequence[str], values: Sequence[Sequence[float]]) -> Table:
+    """A matrix of similarities; numbers stand for the columns.
+
+    Example:
+        >>> from rich.console import Console
+        >>> Console(width=40).print(similarity_table(["a", "b"], [[1, 0.25], [0.25, 1]]))
+                1     2
+        1  a  1.00  0.25
+        2  b  0.25  1.00
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("", justify="right")
+    table.add_column("", overflow="fold")
+    for number in range(1, len(names) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    for number, (name, row) in enumerate(zip(names, values, strict=True), start=1):
+        table.add_row(str(number), Text(name), *(f"{value:.2f}" for value in row))
+    return table
+
+
+def _value(value: float | None, shares: bool) -> str:
+    if value is None:
+        return "-"
+    return percent(value, 2) if shares else f"{value:.4g}"
+
+
+def _change(difference: float, shares: bool) -> str:
+    return points(difference, None) if shares else f"{difference:+.4g}"

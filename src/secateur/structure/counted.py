@@ -1,0 +1,225 @@
+"""Sizes that know their units: what ``x.shape`` gives while a network is traced.
+
+``b, n, c = x.shape; y.view(b, n, heads, c // heads)`` makes the width of ``y`` follow that of ``x``.
+The operator sees plain numbers only. So ``shape`` and ``size`` give integers that remember which
+units they count, and methods that take a shape say which of its numbers were such, and which came
+from elsewhere: an attribute of the module, or a number in its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.structure.labels import compact, varying
+from secateur.structure.units import Ledger
+
+Sizes = list[int | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The axis that a size was read from.
+
+    Args:
+        label: Of the tensor.
+        axis: One along which the label changes.
+        agreed: Told when the size was compared with a number and is equal to it.
+    """
+
+    label: Tensor
+    axis: int
+    agreed: Callable[[Tensor, int], object]
+
+    @property
+    def rows(self) -> Tensor:
+        """The units along the axis, ``(size, others)``."""
+        return rows_along(self.label, self.axis)
+
+
+class Counted(int):
+    """A size of an axis with units, or a number computed from one.
+
+    Args:
+        value: The number.
+        source: Where it is from; ``None`` if sums or products of several sizes went into it.
+        times: It is the size times this,
+        over: divided by this.
+
+    Example:
+        >>> size = Counted(12, Source(torch.arange(12), 0, print))
+        >>> (size // 4).over, (2 * size).times, (size + 1), size // 5
+        (4, 2, 13, 2)
+    """
+
+    source: Source | None
+    times: int
+    over: int
+
+    def __new__(cls, value: int, source: Source | None, times: int = 1, over: int = 1) -> Counted:
+        self = int.__new__(cls, value)
+        self.source, self.times, self.over = source, times, over
+        return self
+
+    def __mul__(self, other: Any) -> Any:
+        if type(other) is int:
+            return Counted(int(self) * other, self.source, self.times * other, self.over)
+        product = int.__mul__(self, other)
+        return Counted(product, None) if isinstance(other, Counted) else product
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        quotient = int.__floordiv__(self, other)
+        if type(other) is int and int(self) == quotient * other:
+            return Counted(quotient, self.source, self.times, self.over * other)
+        return Counted(quotient, None) if isinstance(other, int) else quotient
+
+    def __add__(self, other: Any) -> Any:
+        total = int.__add__(self, other)
+        return Counted(total, None) if isinstance(other, int) else total
+
+    def __sub__(self, other: Any) -> Any:
+        total = int.__sub__(self, other)
+        return Counted(total, None) if isinstance(other, int) else total
+
+    __radd__ = __add__
+
+    def __eq__(self, other: object) -> Any:
+        equal = int.__eq__(self, other)  # type: ignore[operator]
+        if equal is True and type(other) is int and self.source and self.times == self.over == 1:
+            self.source.agreed(self.source.label, self.source.axis)
+        return equal
+
+    def __ne__(self, other: object) -> Any:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+    def __reduce__(self) -> Any:
+        """A copy is a plain number: modules that keep one do not keep its units."""
+        return int, (int(self),)
+
+
+@contextmanager
+def counting(
+    source: Callable[[Tensor, int], Source | None], stated: Callable[[Sizes | None], None]
+) -> Iterator[None]:
+    """Make tensors give counted sizes.
+
+    Args:
+        source: (tensor, axis) -> where its size is from, or ``None`` if it has no units.
+        stated: Told the numbers of a shape before a method that takes one runs, ``None`` after it.
+    """
+    plain = torch._C.TensorBase.shape.__get__  # type: ignore[attr-defined]
+
+    def shape(x: Tensor) -> Any:
+        sizes = list(plain(x))
+        for axis, size in enumerate(sizes):
+            found = source(x, axis) if size > 1 else None
+            sizes[axis] = size if found is None else Counted(size, found)
+        return torch.Size(sizes)  # keeps the objects it is given
+
+    def size(x: Tensor, dim: int | None = None) -> Any:
+        return shape(x) if dim is None else shape(x)[dim]
+
+    def told(method: Any, reading: Callable[..., Sizes | None]) -> Any:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            stated(reading(x, *args, **kwargs))
+            try:
+                return method(x, *args, **kwargs)
+            finally:
+                stated(None)
+
+        return run
+
+    changes: list[tuple[Any, str, Any]] = [
+        (Tensor, "shape", property(shape)),
+        (Tensor, "size", size),
+        (Tensor, "unflatten", told(Tensor.unflatten, _unflattened)),
+        (torch, "unflatten", told(torch.unflatten, _unflattened)),
+        (torch, "reshape", told(torch.reshape, _whole)),
+        (Tensor, "split", told(Tensor.split, _parts)),
+        (torch, "split", told(torch.split, _parts)),
+    ]
+    changes += [(Tensor, name, told(getattr(Tensor, name), _whole)) for name in ("view", "reshape")]
+    own = [(place, name, vars(place).get(name)) for place, name, _ in changes]
+    try:
+        for place, name, value in changes:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in own:
+            delattr(place, name) if value is None else setattr(place, name, value)
+
+
+def _whole(x: Tensor, *args: Any, **kwargs: Any) -> Sizes | None:
+    """The sizes of ``x.view(2, 3)`` or ``x.reshape((2, 3))``."""
+    listed: Any = args or tuple(kwargs.values())
+    if listed and isinstance(listed[0], (tuple, list)):
+        listed = listed[0]
+    return list(listed) if all(isinstance(v, int) for v in listed) else None
+
+
+def _parts(x: Tensor, split_size: Any, dim: int = 0) -> Sizes | None:
+    """The sizes of ``x.split([2, 3], 1)`` or ``x.split(2)``."""
+    if isinstance(split_size, int):
+        return [split_size] * -(-x.shape[dim] // split_size)
+    return list(split_size)
+
+
+def _unflattened(x: Tensor, dim: Any, sizes: Any) -> Sizes | None:
+    if not isinstance(dim, int):
+        return None
+    before = dim % x.ndim
+    return [*[None] * before, *sizes, *[None] * (x.ndim - 1 - before)]
+
+
+def follow(ledger: Ledger, label: Tensor, axis: int, size: Counted) -> None:
+    """Tie the units along an axis to those that its size was computed from.
+
+    Their numbers must stay equal, so units at the same places are cut together.
+    """
+    if size.source is None:
+        return
+    source = size.source.rows
+    mine = rows_along(label, axis)
+    if bool(torch.isin(mine, source).all()):
+        return  # the same units: their number follows by itself
+    if size.times > 1 and size.over > 1:
+        reason = "the code computes their number from that of other units"
+        ledger.pin(source, reason)
+        ledger.pin(mine, reason)
+    elif size.over > 1:
+        _divided(ledger, label, axis, source, size.over)
+    else:
+        ledger.join(mine.reshape(size.times, len(source), -1), source[:, :1])
+        ledger.join(source, source[:, :1])
+
+
+def _divided(ledger: Ledger, label: Tensor, axis: int, source: Tensor, over: int) -> None:
+    """``x.view(..., heads, width // heads)``: the units of ``width`` lie as heads times places."""
+    places = source[:, 0].reshape(over, -1)
+    ledger.join(source, source[:, :1])
+    beside = axis - 1
+    if beside >= 0 and label.shape[beside] % over == 0 and beside in varying(label):
+        block = compact(label.movedim((beside, axis), (-2, -1)))[0]
+        block = block.reshape(*block.shape[:-2], -1, over, block.shape[-1])
+        ledger.join(block, places)
+        return
+    ledger.join(places, places[:1])
+    ledger.join(rows_along(label, axis), places[0][:, None])
+
+
+def rows_along(label: Tensor, axis: int) -> Tensor:
+    """The units of a label, ``(size of axis, others)``, without repetition along still axes."""
+    moved = label.movedim(axis, 0)
+    narrow = compact(moved)[0]
+    return narrow.expand(len(moved), *narrow.shape[1:]).reshape(len(moved), -1)

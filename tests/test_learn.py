@@ -1,0 +1,355 @@
+"""Learned masks: formulas by hand, gradients by autograd, hardening bit for bit, exact resume."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur import Data, FineTune, Scope, load
+from secateur.core.errors import FoldError, UsageError
+from secateur.core.slots import Slot
+from secateur.core.weight import CONV2D, LINEAR, Axes, Weight
+from secateur.drive.learned import Learned, learn_masks
+from secateur.learn import LEARNERS, Leap, Learner, SoftMovement, Str
+from secateur.learn.grain import Tiling
+from secateur.learn.leap import LeapMask
+from secateur.learn.movement import MovementMask
+from secateur.learn.soft_threshold import SoftThreshold
+
+MASKS: dict[str, Learner] = {
+    "leap": Leap.short(0.8),
+    "leap-rows": Leap.short(0.8, "row"),
+    "leap-blocks": Leap.short(0.5, (4, 8)),
+    "movement": SoftMovement(strength=10, ramp=20, lr=0.1),
+    "str": Str(start=-3.0),
+}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    own = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(32, 16, generator=own) for _ in range(count)]
+    return [(x, x[:, :4].argmax(1)) for x in inputs]
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, learned: Learned, data: Any) -> None:
+    for x, y in data:
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(net(x), y) + learned.penalty()).backward()
+        optimizer.step()
+        learned.step()
+
+
+def begin(how: Learner, net: nn.Module | None = None) -> tuple[nn.Module, Any, Learned]:
+    net = net or network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    return net, optimizer, Learned(net, optimizer, how)
+
+
+# -- formulas -----------------------------------------------------------------------------------
+
+
+def test_soft_threshold_is_continuous_with_exact_zeros() -> None:
+    part = SoftThreshold(-1.0)
+    limit = float(torch.sigmoid(torch.tensor(-1.0)))
+    w = torch.linspace(-1, 1, 4001)
+    found = part(w).detach()
+    assert bool(((found == 0) == (w.abs() <= limit)).all())
+    assert not bool((found.signbit() & (found == 0)).any())  # no -0.0
+    assert float((found[1:] - found[:-1]).abs().max()) <= 2 / 4000 + 1e-6
+    assert torch.allclose(found, w.sign() * (w.abs() - limit).clamp(min=0))
+    assert torch.equal(part.mask(w), found != 0)
+
+
+def test_leap_penalty_and_strength_by_hand() -> None:
+    how = Leap(sparsity=0.75, lambda_max=3000, lambda_min=50, lambda_rest=10)
+    # 100 and 300 entries at shares 0.5 and 0.9: R = 0.8, over the target by 0.55.
+    parts = []
+    for rows, share in ((10, 0.5), (30, 0.9)):
+        tiling = Tiling(Weight("w", torch.zeros(rows, 10), LINEAR), "row")
+        parts.append(LeapMask(tiling, sigma=math.log(share / (1 - share))))
+    excess = 0.55**2
+    strength = 3000 * excess / 0.75**2
+    found = how.penalty(parts, 0)
+    assert found.item() == pytest.approx(strength * excess, rel=1e-4)
+    found.backward()  # no gradient through the strength
+    for part, weight, share in zip(parts, (0.25, 0.75), (0.5, 0.9), strict=True):
+        by_hand = strength * 2 * 0.55 * weight * share * (1 - share)
+        assert part.sigma.grad.item() == pytest.approx(by_hand, rel=1e-4)
+    assert how.strength(0.25 + math.sqrt(2.9e-4)) == 10
+    assert how.strength(0.25 + math.sqrt(3.1e-4)) == 50
+    assert how.penalty(parts[:1], 0) > 0
+    low = LeapMask(Tiling(Weight("w", torch.zeros(4, 4), LINEAR)), sigma=-3.0)
+    assert how.penalty([low], 0).item() == 0  # below the target: nothing pulls
+
+
+def test_leap_gradients_are_the_formula_on_two_by_two() -> None:
+    tiling = Tiling(Weight("w", torch.zeros(2, 2), LINEAR))
+    part = LeapMask(tiling, sigma=0.2)
+    part.scores.data.copy_(torch.tensor([[0.4, -0.1], [0.3, 0.2]]))
+    w = torch.tensor([[1.0, 2.0], [-3.0, 4.0]], requires_grad=True)
+    g = torch.tensor([[0.5, 0.25], [1.0, -2.0]])
+    out = part(w)
+    # k = sigmoid(0.2) = 0.55: ceil(2.2) = 3 of 4 stay, all but the score -0.1.
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    assert torch.equal(out.detach(), w.detach() * mask)
+    (out * g).sum().backward()
+    dm = g * w.detach()
+    k = torch.sigmoid(torch.tensor(0.2))
+    assert torch.equal(w.grad, g * mask)
+    assert torch.equal(part.scores.grad, dm)
+    assert part.sigma.grad.item() == pytest.approx(float(k * (1 - k) * (dm * mask).sum()))
+
+
+def test_row_and_block_scores_sum_the_gradient_of_their_members() -> None:
+    for grain, sums in (("row", (1,)), ((2, 3), None)):
+        part = MovementMask(Tiling(Weight("w", torch.zeros(4, 6), LINEAR), grain))
+        w = torch.randn(4, 6, requires_grad=True)
+        g = torch.randn(4, 6)
+        (part(w) * g).sum().backward()
+        dm = g * w.detach()
+        by_hand = dm.sum(1, keepdim=True) if sums else dm.reshape(2, 2, 2, 3).sum((1, 3))
+        assert torch.allclose(part.scores.grad, by_hand, atol=1e-6)
+
+
+def test_soft_movement_by_hand() -> None:
+    how = SoftMovement(strength=8, ramp=4, tau=0.2)
+    parts = [MovementMask(Tiling(Weight("w", torch.zeros(n, 2), LINEAR)), 0.2) for n in (1, 3)]
+    parts[0].scores.data.copy_(torch.tensor([[-5.0, 1.0]]))
+    means = [float(torch.sigmoid(p.scores.detach()).mean()) for p in parts]
+    by_hand = 6.0 * (2 * means[0] + 6 * means[1]) / 8
+    assert how.penalty(parts, 3).item() == pytest.approx(by_hand)
+    assert how.penalty(parts, 0).item() == 0
+    assert how.at(4) == how.at(400) == 8
+    assert parts[0].mask(torch.ones(1, 2)).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "grain", "count"),
+    [
+        ((6, 4, 3, 3), CONV2D, "row", 6),
+        ((6, 4, 3, 3), CONV2D, (2, 9), 12),
+        ((4, 6), Axes(("in", "out")), "row", 6),
+        ((4, 6, 2), Axes(("in", "out", "kw")), (3, 0), 2),
+        ((4, 6), LINEAR, (2, 0), 2),
+    ],
+)
+def test_a_tile_is_a_rectangle_of_the_matrix(
+    shape: tuple[int, ...], axes: Axes, grain: Any, count: int
+) -> None:
+    weight = Weight("w", torch.zeros(shape), axes)
+    tiling = Tiling(weight, grain)
+    assert tiling.tiles == count
+    assert tiling.tiles * tiling.members == weight.value.numel()
+    numbers = torch.arange(count, dtype=torch.float32).reshape(tiling.shape)
+    spread = tiling.spread(numbers)
+    assert spread.shape == shape
+    matrix = Weight("w", spread, axes).matrix()
+    down, across = tiling.sides
+    for i in range(tiling.shape[0]):
+        for j in range(tiling.shape[1]):
+            tile = matrix[i * down : (i + 1) * down, j * across : (j + 1) * across]
+            assert bool((tile == numbers[i, j]).all())
+
+
+def test_a_grain_that_does_not_divide_does_the_arithmetic() -> None:
+    with pytest.raises(FoldError, match=r"10 .* not a multiple of 4"):
+        Tiling(Weight("fc.weight", torch.zeros(8, 10), LINEAR), (4, 4))
+    with pytest.raises(UsageError, match="a grain is"):
+        Leap(grain="column")
+
+
+# -- in a loop ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_hardened_is_the_last_forward_pass_bit_for_bit(name: str) -> None:
+    net, optimizer, learned = begin(MASKS[name])
+    plain = set(network().state_dict())
+    train(net, optimizer, learned, batches(60))
+    x = batches(1)[0][0]
+    before, masks = net(x).detach(), learned.masks
+    effective = {n: net.get_submodule(n.rpartition(".")[0]).weight.detach() for n in masks}
+    pruned = learned.harden()
+    assert set(net.state_dict()) == plain
+    assert torch.equal(net(x).detach(), before)
+    assert pruned.masks == masks
+    assert 0 < masks.sparsity < 1
+    for layer, value in effective.items():
+        weight = net.get_parameter(layer).detach()
+        assert torch.equal(weight, value)
+        assert torch.equal(weight != 0, masks[layer])
+        assert not bool((weight.signbit() & ~masks[layer]).any())  # no -0.0
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "grain"), [(0.8, "element"), (0.9, "element"), (0.75, "row"), (0.75, (8, 8))]
+)
+def test_leap_reaches_its_target_within_one_point(sparsity: float, grain: Any) -> None:
+    how = Leap.short(sparsity, grain, lr=0.05)
+    data = Data(train=batches(40))
+    before = network()
+    pruned = learn_masks(before, data, how, FineTune(15, lr=0.01, optimizer="adamw"))
+    # Rows and blocks are rounded up to whole ones in each weight.
+    coarse = 0.01 if grain == "element" else 0.02
+    assert abs(pruned.facts.sparsity - sparsity) <= coarse
+    assert pruned.facts.history[-1]["sparsity"] == pruned.masks.sparsity
+    assert len(pruned.facts.history) == 15
+    x, y = batches(1)[0]
+    assert float((pruned.model(x).argmax(1) == y).float().mean()) > 0.9
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.parameters(), network().parameters(), strict=True)
+    )
+
+
+def test_a_missed_target_is_noted() -> None:
+    net, optimizer, learned = begin(Leap(0.9))
+    train(net, optimizer, learned, batches(3))
+    notes = learned.harden().facts.notes
+    assert any(n.topic == "target" and "asked for 90.0%" in n.text for n in notes)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_parametrized_model_deep_copies(name: str) -> None:
+    net, optimizer, learned = begin(MASKS[name])
+    train(net, optimizer, learned, batches(5))
+    x = batches(1)[0][0]
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(x), net(x))
+    assert list(twin.state_dict()) == list(net.state_dict())
+    before = twin(x).detach()
+    train(net, optimizer, learned, batches(5))
+    assert torch.equal(twin(x).detach(), before)  # nothing is shared
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_resumed_run_ends_with_the_same_bits(name: str) -> None:
+    data = batches(40)
+    net, optimizer, learned = begin(MASKS[name])
+    train(net, optimizer, learned, data[:25])
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), learned.state_dict()))
+    train(net, optimizer, learned, data[25:])
+    other, again, resumed = begin(MASKS[name])
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    resumed.load_state_dict(saved[2])
+    train(other, again, resumed, data[25:])
+    one, two = learned.harden(), resumed.harden()
+    assert one.masks == two.masks
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_another_learner_is_refused() -> None:
+    state = begin(Leap(0.8))[2].state_dict()
+    with pytest.raises(UsageError, match="Another learner"):
+        begin(Leap(0.9))[2].load_state_dict(state)
+
+
+def test_the_optimizer_gets_a_group_and_loses_it_again() -> None:
+    net, optimizer, learned = begin(Leap.short(0.8, lr=0.123))
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.123, 0.2]
+    train(net, optimizer, learned, batches(2))
+    learned.harden()
+    assert len(optimizer.param_groups) == 1
+    assert set(optimizer.state) == set(net.parameters())
+    x, y = batches(1)[0]
+    nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()  # training goes on
+
+
+def test_hardening_untrained_masks_is_refused() -> None:
+    net, _, learned = begin(Leap(0.8))
+    with pytest.raises(UsageError, match="no step was counted"):
+        learned.harden()
+    learned.step()
+    with pytest.raises(UsageError, match=r"penalty\(\) was never asked for"):
+        learned.harden()
+    assert learned.harden(early=True).model is net
+    with pytest.raises(UsageError, match="called before"):
+        learned.step()
+
+
+def test_the_result_is_saved_and_loaded(tmp_path: Any) -> None:
+    net, optimizer, learned = begin(Leap.short(0.8))
+    train(net, optimizer, learned, batches(80))
+    pruned = learned.harden()
+    restored = load(network(), pruned.save(tmp_path / "out"))
+    assert restored.masks == pruned.masks
+    x = batches(1)[0][0]
+    assert torch.equal(restored.model(x), net(x))
+    assert restored.facts.recipe["learn"]["Leap"]["sparsity"] == 0.8
+
+
+def test_scope_is_kept_and_tied_or_recurrent_weights_are_left_out() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+            self.two.weight = self.one.weight
+            self.rnn = nn.LSTM(8, 8, batch_first=True)
+            self.mid, self.low = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.rnn(self.two(self.one(x)))[0]
+            out: Tensor = self.head(self.low(self.mid(x)))
+            return out
+
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    learned = Learned(net, optimizer, Str(), scope=Scope(ignore=("low",)))
+    assert list(learned.masks) == ["mid.weight"]
+    reasons = {n.where: n.text for n in learned.facts.notes if n.topic == "left-out"}
+    assert "tied to two.weight" in reasons["one.weight"]
+    assert "recurrent" in reasons["rnn.weight_ih_l0"]
+    assert "ignored" in reasons["low.weight"]
+    net(torch.randn(2, 3, 8)).sum().backward()
+
+
+def test_nothing_in_scope_is_an_error_and_changes_nothing() -> None:
+    net = nn.Sequential(nn.ReLU(), nn.LayerNorm(4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match="no parameter takes part"):
+        Learned(net, optimizer, Leap())
+    assert len(optimizer.param_groups) == 1
+    bad = network()
+    with pytest.raises(FoldError):
+        Learned(bad, torch.optim.SGD(bad.parameters(), lr=0.1), Leap(grain=(5, 5)))
+    assert set(bad.state_dict()) == set(network().state_dict())
+
+
+def test_distillation_does_not_share_out_the_penalty() -> None:
+    data = Data(train=batches(20))
+    how = Leap.short(0.8)
+    training = FineTune(15, lr=0.01, optimizer="adamw", distill=1.0)
+    assert abs(learn_masks(network(), data, how, training).facts.sparsity - 0.8) < 0.05
+
+
+def test_every_learner_is_in_the_catalogue() -> None:
+    for name, kind in LEARNERS.items():
+        doc = kind.__doc__ or ""
+        for line in ("**formula**", "**Shapes**", "**Units**", "**Needs**", "**Source**"):
+            assert line in doc, (name, line)
+
+
+def test_masks_work_on_convolutions_under_bfloat16() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    learned = begin(Leap.short(0.5, "row"), net)[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        (net(torch.randn(2, 8, 6, 6)).float().square().mean() + learned.penalty()).backward()
+    assert Slot("0.weight", "Conv2d", (8, 8, 3, 3), CONV2D).prunable
+    part: Any = net[0].parametrizations.weight[0]  # type: ignore[union-attr, index]
+    assert part.scores.shape == (8, 1)
+    assert part.scores.grad.dtype == torch.float32
