@@ -436,6 +436,12 @@ def test_activation_criteria_of_neurons_by_numpy() -> None:
         close(scores(ActivationVariance(), net, groups, BATCHES)[name], z, 1e-4)
 
 
+def test_mean_activation_takes_sizes_where_activations_have_signs() -> None:
+    net = mlp(act=nn.Tanh)
+    found = scores(MeanActivation(), net, coupled(net, X), BATCHES)["0"]
+    close(found, np.abs(hidden(net, X, 2)).mean(0), 1e-4)
+
+
 def test_activation_criteria_behind_a_flatten_add_the_pixels() -> None:
     sample = sample_groups("plain")
     net: Any = sample.model
@@ -531,6 +537,11 @@ def test_taylor_at_the_producers_includes_their_bias() -> None:
     expected = torch.autograd.grad(loss, [gate])[0].abs()
     found = scores(GroupTaylor("out", "absolute"), net, coupled(net, X), [(X, Y)])["0"]
     close(found, expected, 1e-4)
+
+
+def test_a_gate_at_the_producers_leaves_the_norm_alone() -> None:
+    groups = sample_groups("plain").groups[0]
+    assert [p.parameter for p in GateGradient("out").parts(groups)] == ["0.weight", "0.bias"]
 
 
 def test_taylor_at_the_batchnorm() -> None:
@@ -687,6 +698,20 @@ def test_a_depthwise_convolution_stands_between_its_neighbours() -> None:
     close(found["2.weight"], e2 * both[:, None, None, None])
 
 
+def test_what_lies_beyond_a_depthwise_convolution_is_hidden() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleList(
+        [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)]
+    ).double()
+    one = torch.arange(4)[:, None]
+    names = (("0.weight", 0), ("1.weight", 0), ("2.weight", 0), ("3.weight", 1))
+    width = Width("0", tuple(Slices(n, a, one) for n, a in names), torch.arange(4))
+    found = lap(net, {"0": groups_of(net, [width], discover(net))[0]})
+    e2, e3 = (net[i].weight.detach().square() for i in (2, 3))
+    close(found["3.weight"], e3 * e2.sum((1, 2, 3))[None, :, None, None])
+    close(found["2.weight"], e2 * e3.sum((0, 2, 3))[:, None, None, None])
+
+
 def test_lookahead_sees_only_producers_before_and_consumers_behind() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -755,6 +780,9 @@ def test_block_influence_by_hand() -> None:
     angles = two(collect(net, [], two.needs, BATCHES))
     assert angles.shape == (2,)
     close(angles[0], math.acos(1 - expected[0]) / math.pi, 1e-3)
+    start, end = net[0](X), net[:3](X)
+    cosine = F.cosine_similarity(start, end, dim=-1).mean().detach()
+    close(angles[1], cosine.arccos() / math.pi, 1e-3)
     wide, last = BlockInfluence(("0", "1"), span=3), BlockInfluence(("3",))
     with pytest.raises(UsageError, match="span"):
         collect(net, [], wide.needs, BATCHES)
@@ -847,6 +875,20 @@ def test_expert_saliency_by_hand(stacked: bool) -> None:
     sample = SampleGroups(net, groups, [x])
     check_group_criterion(ExpertSaliency(), sample)
     close(scores(ExpertSaliency(), net, {"1": groups[0]}, [x])["1"], expected, 1e-4)
+
+
+def test_experts_that_run_on_every_token_count_where_they_are_chosen() -> None:
+    class Dense(Mixture):
+        def forward(self, x: Tensor) -> Tensor:
+            flat = x.reshape(-1, 5)
+            gates, index = self.router(flat).softmax(-1).topk(2)
+            full = torch.zeros(len(flat), 4).scatter(1, index, gates)
+            made = torch.stack([e(flat) for e in self.experts], 1)  # type: ignore[union-attr]
+            return (made * full[..., None]).sum(1).reshape(x.shape)
+
+    torch.manual_seed(1)
+    net, x = Dense(False), torch.randn(6, 3, 5)
+    close(expert_outputs(net, "experts", [x]), reap(net, x), 1e-4)
 
 
 def test_experts_that_no_mixture_is_linear_in_are_refused() -> None:

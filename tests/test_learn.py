@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -328,6 +329,34 @@ def test_nothing_in_scope_is_an_error_and_changes_nothing() -> None:
     with pytest.raises(FoldError):
         Learned(bad, torch.optim.SGD(bad.parameters(), lr=0.1), Leap(grain=(5, 5)))
     assert set(bad.state_dict()) == set(network().state_dict())
+
+
+def test_a_run_in_one_call_goes_on_from_its_checkpoint(tmp_path: Any) -> None:
+    data, training = Data(train=batches(10)), FineTune(4, lr=0.01, optimizer="adamw")
+    whole = learn_masks(network(), data, Leap.short(0.6), training)
+
+    class Killed(Exception):
+        pass
+
+    seen = 0
+
+    def dies(net: nn.Module, batch: Any) -> Tensor:
+        nonlocal seen
+        seen += 1
+        if seen > 25:
+            raise Killed
+        return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+    how = {"checkpoint": tmp_path / "run"}
+    with pytest.raises(Killed):
+        learn_masks(network(), replace(data, loss=dies), Leap.short(0.6), training, **how)
+    again = learn_masks(network(), data, Leap.short(0.6), training, **how)
+    assert again.masks == whole.masks
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [h["sparsity"] for h in again.facts.history] == [
+        h["sparsity"] for h in whole.facts.history
+    ]
 
 
 def test_distillation_does_not_share_out_the_penalty() -> None:

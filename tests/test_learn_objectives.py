@@ -82,6 +82,17 @@ def test_parts_by_hand_without_padding() -> None:
     assert found.item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
+def test_soft_targets_by_hand() -> None:
+    x = torch.tensor([[1.0, -2.0, 4.0], [0.5, 3.0, 0.0]])
+    student, teacher = nn.Linear(3, 3), nn.Linear(3, 3)
+    with torch.no_grad():
+        p, q = (net(x).div(3.0).softmax(-1) for net in (teacher, student))
+        by_hand = 0.5 * 9.0 * (p * (p.log() - q.log())).sum(1).mean()
+    found = Distill(teacher, weight=0.5, temperature=3.0)(student, x)
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert found.item() > 0.01
+
+
 def test_padded_tokens_count_for_nothing() -> None:
     net, teacher = bert().eval(), bert().eval()
     with torch.no_grad():

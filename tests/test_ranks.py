@@ -114,6 +114,12 @@ def statistics(rank: int, world: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def decisions(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    mine = Masks({"b": torch.arange(11) % 3 == rank, "a": torch.full((2, 3), rank == 0)})
+    taken = ranks.decided(mine)
+    return {name: mask.tolist() for name, mask in taken.items()}
+
+
 def differing(rank: int, world: int, folder: Path) -> dict[str, Any]:
     training = start(RECIPES["magnitude"], (rank, world))
     train(training, 4)
@@ -191,7 +197,7 @@ def accelerated(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return facts(Training(model, sgd, pruner))
 
 
-JOBS = (recipes, statistics, differing, continued, sharded, accelerated)
+JOBS = (recipes, statistics, decisions, differing, continued, sharded, accelerated)
 
 
 def process(rank: int, world: int, folder: Path) -> None:
@@ -282,6 +288,11 @@ def test_statistics_are_those_of_all_data(pair: tuple[Path, list[dict[str, Any]]
         for found in pair[1]:
             mine = torch.tensor(found["statistics"][slot.name])
             assert torch.allclose(mine, expected, 1e-5, 1e-6), slot.name
+
+
+def test_process_0_decides(pair: tuple[Path, list[dict[str, Any]]]) -> None:
+    expected = {"b": [i % 3 == 0 for i in range(11)], "a": [[True] * 3] * 2}
+    assert pair[1][0]["decisions"] == pair[1][1]["decisions"] == expected
 
 
 def test_a_process_with_other_masks_is_named(pair: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths, WidthItem
 from secateur.core.errors import BudgetError, DataError, NeedsData, SelectorError, UsageError
+from secateur.core.groups import Groups
 from secateur.drive import shrink as shrinking
 from secateur.drive.shrink_file import from_plain, to_plain
 from secateur.drive.width_cost import width_cost
@@ -47,6 +49,16 @@ class Residual(nn.Module):
         x = x + self.a(x)
         x = x + self.b(x)
         return self.head(x.mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class FirstFirst:
+    """A criterion of a user's own: the first groups matter most."""
+
+    needs: frozenset[object] = frozenset()
+
+    def __call__(self, groups: Groups, stats: object) -> torch.Tensor:
+        return -torch.arange(groups.count, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -146,7 +158,7 @@ def test_compensation_is_exact_for_copies(net: Residual) -> None:
                 if value.ndim:
                     value[8:] = value[:8]
     recipe = secateur.ShrinkRecipe(
-        Grouped(Magnitude(), of="out"),  # equal for copies, and ties keep the lower index
+        FirstFirst(),
         allocation=GivenWidths({"a.0": 0.5}),
         recovery=(Compensation(damping=1e-9),),
     )

@@ -1,3 +1,360 @@
-"""Structural pruning of vision networks and hand-written ones: every cut equals its mask."""
+"""Structural pruning of vision networks and of hand-written ones: every cut equals its mask."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS
+from networks_tokens import Attention
+from torch import Tensor, nn
+
+from secateur.core.batches import evaluating
+from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, mask_, prove
+from secateur.structure.masked import call, predictions
+
+transformers = pytest.importorskip("transformers")
+
+Example = Any
+Keep = dict[str, Tensor]
+
+
+def _model(name: str, task: str, size: int = 32, **config: Any) -> Callable[[], Any]:
+    """A Transformers model of random weights, and pixels for it."""
+
+    def build() -> tuple[nn.Module, Example]:
+        settings = getattr(transformers, f"{name}Config")(**config)
+        model: nn.Module = getattr(transformers, f"{name}For{task}")(settings)
+        return model, {"pixel_values": torch.randn(2, 3, size, size)}
+
+    return build
+
+
+def _classifier(name: str, size: int = 32, **config: Any) -> Callable[[], Any]:
+    return _model(name, "ImageClassification", size, num_labels=5, **config)
+
+
+STAGES = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [2, 1]}
+WIDE = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [2, 1]}
+FOUR = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+HEADS = {
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 2, 3, 4],
+    "mlp_ratios": [2, 2, 2, 2],
+}
+ENCODER = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SHIFTED = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 12,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
+
+
+def _detr() -> tuple[nn.Module, Example]:
+    backbone = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[16, 24],
+        depths=[1, 1],
+        layer_type="basic",
+        out_features=["stage2"],
+    )
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        d_model=24,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=3,
+        decoder_attention_heads=3,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        num_queries=6,
+        num_labels=4,
+    )
+    model = transformers.DetrForObjectDetection(config)
+    return model, {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def _two_towers(name: str, width: int, heads: int, **config: Any) -> Callable[[], Any]:
+    def build() -> tuple[nn.Module, Example]:
+        vision = ENCODER | {"hidden_size": width, "num_attention_heads": heads}
+        text = {key: ENCODER[key] for key in list(ENCODER)[:4]} | {
+            "vocab_size": 50,
+            "max_position_embeddings": 16,
+            "projection_size": 24,
+            "pad_token_id": 1,
+            "bos_token_id": 48,
+            "eos_token_id": 49,
+        }
+        settings = getattr(transformers, f"{name}Config")(
+            text_config=text, vision_config=vision, **config
+        )
+        tokens = torch.randint(2, 48, (2, 7))
+        tokens[:, -1] = 49
+        pixels = torch.randn(2, 3, 32, 32)
+        model: nn.Module = getattr(transformers, f"{name}Model")(settings)
+        return model, {"input_ids": tokens, "pixel_values": pixels}
+
+    return build
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
+    "ResNet basic": _classifier("ResNet", layer_type="basic", **STAGES),
+    "ResNet bottleneck": _classifier("ResNet", layer_type="bottleneck", **WIDE),
+    "MobileNetV1": _classifier("MobileNetV1", depth_multiplier=0.25, min_depth=8),
+    "MobileNetV2": _classifier("MobileNetV2", depth_multiplier=0.25, min_depth=8),
+    "EfficientNet": _classifier(
+        "EfficientNet",
+        image_size=32,
+        width_coefficient=0.25,
+        depth_coefficient=0.3,
+        hidden_dim=320,
+    ),
+    "RegNet x": _classifier("RegNet", groups_width=8, layer_type="x", **WIDE),
+    "RegNet y": _classifier("RegNet", groups_width=8, layer_type="y", **WIDE),
+    "ConvNeXt": _classifier("ConvNext", 64, **FOUR),
+    "ConvNeXtV2": _classifier("ConvNextV2", 64, **FOUR),
+    "BiT": _classifier(
+        "Bit", embedding_size=16, hidden_sizes=[32, 64], depths=[2, 1], num_groups=4
+    ),
+    "BiT bottleneck": _classifier(
+        "Bit",
+        embedding_size=16,
+        hidden_sizes=[32, 64],
+        depths=[2, 1],
+        num_groups=4,
+        layer_type="bottleneck",
+    ),
+    "ViT": _classifier("ViT", **ENCODER),
+    "DeiT": _model("DeiT", "ImageClassificationWithTeacher", num_labels=5, **ENCODER),
+    "BEiT": _classifier(
+        "Beit", use_relative_position_bias=True, layer_scale_init_value=0.1, **ENCODER
+    ),
+    "Swin": _classifier("Swin", **SHIFTED),
+    "SwinV2": _classifier("Swinv2", **SHIFTED),
+    "PVT": _classifier(
+        "Pvt",
+        image_size=32,
+        patch_sizes=[4, 2, 2, 2],
+        strides=[4, 2, 2, 2],
+        sequence_reduction_ratios=[4, 2, 2, 1],
+        **HEADS,
+    ),
+    "SegFormer": _model(
+        "Segformer", "SemanticSegmentation", 64, num_labels=5, decoder_hidden_size=16, **HEADS
+    ),
+    "DETR": _detr,
+    "YOLOS": _model(
+        "Yolos", "ObjectDetection", **(ENCODER | {"image_size": [32, 32]}), num_detection_tokens=4
+    ),
+    "DINOv2": _classifier("Dinov2", mlp_ratio=2, layerscale_value=0.1, **ENCODER),
+    "CLIP": _two_towers("CLIP", 32, 4, projection_dim=16),
+    "SigLIP": _two_towers("Siglip", 24, 3),
+}
+ALL = MODELS | NETWORKS
+#: Choices of groups for each; Transformers models take longer.
+CHOICES = {name: 12 if name in NETWORKS else 4 for name in ALL}
+#: Random values are small where they are multiplied with others.
+SMALL = 0.3
+
+
+@torch.no_grad()
+def refresh_(model: nn.Module) -> None:
+    """Random statistics, scales and shifts: fresh ones (0 and 1) hide errors."""
+    for name, x in [*model.named_buffers(), *model.named_parameters()]:
+        if not x.is_floating_point():
+            continue
+        if "running_var" in name:
+            x.copy_(torch.rand_like(x) + 0.5)
+        elif "running_mean" in name:
+            x.copy_(SMALL * torch.randn_like(x))
+        elif isinstance(x, nn.Parameter) and (x.ndim == 1 or bool((x == x.reshape(-1)[0]).all())):
+            scale = x.ndim == 1 and name.endswith("weight")
+            x.copy_(SMALL * torch.randn_like(x) + float(scale))
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Example]:
+    """A network with random weights and an example of a data type."""
+    model, example = ALL[name]()
+    refresh_(model)
+    return model.eval().to(dtype), _cast(example, dtype)
+
+
+def _cast(example: Example, dtype: torch.dtype) -> Example:
+    if isinstance(example, Mapping):
+        return {key: _cast(x, dtype) for key, x in example.items()}
+    if isinstance(example, tuple):
+        return tuple(_cast(x, dtype) for x in example)
+    return example.to(dtype) if example.is_floating_point() else example
+
+
+def choose(structure: Structure, seed: int) -> Keep:
+    """Some groups of every width; of every third choice, of one width only."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = list(structure.widths)
+    if seed % 3 == 2:
+        widths = [widths[int(torch.randint(len(widths), (1,), generator=generator))]]
+    keep = {}
+    for width in widths:
+        flags = torch.rand(width.groups, generator=generator) > 0.4
+        flags[int(torch.randint(width.groups, (1,), generator=generator))] = True
+        keep[width.name] = flags
+    return keep
+
+
+def cut(model: nn.Module, structure: Structure, keep: Keep) -> nn.Module:
+    small = copy.deepcopy(model)
+    apply_(small, cuts_for(model, structure, keep))
+    return small
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_cut_network_computes_what_the_masked_one_does(name: str) -> None:
+    model, example = build(name)
+    structure = couple(model, example)
+    for seed in range(CHOICES[name]):
+        keep = choose(structure, seed)
+        found = prove(model, cut(model, structure, keep), structure, keep, example)
+        assert found.error < 1e-10, (seed, found)
+        assert found.outputs
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_single_precision_and_after_a_copy(name: str) -> None:
+    model, example = build(name, torch.float32)
+    structure = couple(model, example)
+    keep = choose(structure, 0)
+    small = copy.deepcopy(cut(model, structure, keep))
+    assert prove(model, small, structure, keep, example).error < 1e-5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_most_of_it_can_be_removed_and_the_rest_has_a_reason(name: str) -> None:
+    model, example = build(name)
+    structure = couple(model, example)
+    keep = {width.name: torch.arange(width.groups) < 1 for width in structure.widths}
+    small = cut(model, structure, keep)
+    assert prove(model, small, structure, keep, example).error < 1e-10
+    left, total = (sum(x.numel() for x in net.parameters()) for net in (small, model))
+    assert left < 0.5 * total
+
+    covered: dict[tuple[str, int], int] = {}
+    for width in structure.widths:
+        for part in width.slices:
+            key = (part.parameter, part.axis)
+            covered[key] = covered.get(key, 0) + part.index.numel()
+    for parameter, x in model.named_parameters():
+        for axis, size in enumerate(x.shape):
+            missing = size - covered.get((parameter, axis), 0)
+            assert (missing > 0) == ((parameter, axis) in structure.pinned)
+    assert not [text for text in structure.pinned.values() if "no rule" in text]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_cut_network_trains(name: str) -> None:
+    """Gradients are those of the masked network, unless something reduces over cut units."""
+    model, example = build(name)
+    structure = couple(model, example)
+    keep = choose(structure, 1)
+    cuts = cuts_for(model, structure, keep)
+    small, masked = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = torch.optim.SGD(small.parameters(), lr=1e-3, momentum=0.9)
+    apply_(small, cuts, optimizer)
+    mask_(masked, structure, keep)
+    for net in (small, masked):
+        with evaluating(net):
+            losses = [x.square().mean() for x in predictions(call(net, example)) if x.requires_grad]
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    wanted = dict(masked.named_parameters())
+    for parameter, x in small.named_parameters():
+        if x.grad is None:
+            continue
+        assert x.grad.shape == x.shape
+        assert bool(x.grad.isfinite().all())
+        if not structure.trace.reductions:
+            reference = _part(wanted[parameter].grad, cuts, parameter)
+            scale = float(reference.abs().max()) or 1.0
+            assert float((x.grad - reference).abs().max()) < 1e-8 * max(scale, 1e-6)
+    optimizer.step()
+    with evaluating(small), torch.no_grad():
+        assert all(bool(x.isfinite().all()) for x in predictions(call(small, example)))
+
+
+def _part(x: Tensor | None, cuts: Cuts, parameter: str) -> Tensor:
+    assert x is not None
+    for axis, positions in cuts.kept.get(parameter, {}).items():
+        x = x.index_select(axis, torch.tensor(positions))
+    return x
+
+
+@pytest.mark.parametrize("name", ["ResNet basic", "ViT", "DenseNet", "LSTM", "XCA"])
+def test_swapped_positions_are_noticed(name: str) -> None:
+    model, example = build(name)
+    structure = couple(model, example)
+    for width in structure.widths:
+        keep = {width.name: torch.arange(width.groups) < max(2, width.groups - 1)}
+        right = cuts_for(model, structure, keep)
+        for parameter, axes in right.kept.items():
+            for axis, positions in axes.items():
+                if len(positions) < 2 or "running" in parameter:
+                    continue
+                swapped = [positions[-1], *positions[1:-1], positions[0]]
+                kept = {**right.kept, parameter: {**axes, axis: swapped}}
+                small = copy.deepcopy(model)
+                apply_(small, replace(right, kept=kept))
+                error = prove(model, small, structure, keep, example).error
+                harmless = _unimportant(model, parameter)
+                assert harmless or error > 1e-9, (width.name, parameter, axis)
+
+
+def _unimportant(model: nn.Module, parameter: str) -> bool:
+    """The bias of keys: it shifts all scores of a query alike, which a softmax ignores."""
+    return "k_proj.bias" in parameter
+
+
+@pytest.mark.parametrize("name", ["ResNet basic", "DenseNet", "LSTM", "XCA"])
+def test_a_missing_slice_is_noticed(name: str) -> None:
+    """A parameter that was left uncut: the network fails, or computes something else."""
+    model, example = build(name)
+    structure = couple(model, example)
+    for width in structure.widths:
+        keep = {width.name: torch.arange(width.groups) < max(2, width.groups - 1)}
+        right = cuts_for(model, structure, keep)
+        for parameter in right.kept:
+            kept = {key: axes for key, axes in right.kept.items() if key != parameter}
+            small = copy.deepcopy(model)
+            apply_(small, replace(right, kept=kept))
+            try:
+                error = prove(model, small, structure, keep, example).error
+            except RuntimeError:  # shapes do not fit
+                continue
+            assert error > 1e-9, (width.name, parameter)
+
+
+def test_a_number_of_heads_is_told_from_a_number_in_the_code() -> None:
+    """``view(b, n, 3, heads, width // heads)`` with three heads."""
+    net = nn.Sequential(nn.Linear(5, 12), Attention(12, 3), nn.Linear(12, 2)).eval().double()
+    example = torch.randn(2, 6, 5, dtype=torch.float64)
+    structure = couple(net, example)
+    # The code computes the size of a head from its input, so that is cut along.
+    assert [(w.name, w.groups) for w in structure.widths] == [("0", 3), ("1.proj", 12)]
+    keep = {"0": torch.tensor([True, False, True])}
+    small = cut(net, structure, keep)
+    assert prove(net, small, structure, keep, example).error < 1e-10

@@ -34,6 +34,8 @@ _LISTS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "allocations": CATALOGUES["allocation"],
     "schedules": CATALOGUES["schedule"],
     "recoveries": CATALOGUES["recovery"],
+    "group-criteria": CATALOGUES["group_criterion"],
+    "width-allocations": CATALOGUES["width_allocation"],
 }
 
 
@@ -74,6 +76,8 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
     allocations: Annotated[bool, _list("allocations")] = False,
     schedules: Annotated[bool, _list("schedules")] = False,
     recoveries: Annotated[bool, _list("recoveries")] = False,
+    group_criteria: Annotated[bool, _list("group-criteria")] = False,
+    width_allocations: Annotated[bool, _list("width-allocations")] = False,
     json: options.Json = False,
 ) -> None:
     """List every parameter of MODEL: prunable, left out, or not prunable, and why.
@@ -87,7 +91,16 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
             name
             for name, wanted in zip(
                 _LISTS,
-                (methods, criteria, patterns, allocations, schedules, recoveries),
+                (
+                    methods,
+                    criteria,
+                    patterns,
+                    allocations,
+                    schedules,
+                    recoveries,
+                    group_criteria,
+                    width_allocations,
+                ),
                 strict=True,
             )
             if wanted

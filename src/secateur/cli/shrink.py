@@ -60,8 +60,10 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             rich_help_panel=_RECIPE,
         ),
     ] = None,
-    criterion: Annotated[str | None, _part("How much a group matters.")] = None,
-    allocation: Annotated[str | None, _part("uniform, ranked or given.")] = None,
+    criterion: Annotated[
+        str | None, _part("How much a group matters. See inspect --group-criteria.")
+    ] = None,
+    allocation: Annotated[str | None, _part("How much where: uniform, ranked or given.")] = None,
     recovery: Annotated[
         list[str] | None,
         _part("Repair: compensation, batchnorm, finetune, or none. Repeatable."),

@@ -29,6 +29,10 @@ def read(folder: Path) -> nn.Module:
             ...
         secateur.core.errors.FormatError: the Transformers folder 'no-such-folder': ...
     """
+    if (folder / "surgery.json").is_file():  # its configuration is only a record
+        from secateur.frontends.transformers_save import load_transformers
+
+        return load_transformers(folder)
     cls = _class(folder)
     with _quiet(), _reading(folder):
         model, info = cls.from_pretrained(

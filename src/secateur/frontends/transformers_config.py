@@ -21,7 +21,10 @@ Key = tuple[str | int, ...]
 Values = Mapping[Key, int]
 Shapes = Mapping[str, tuple[int, ...]]
 
-_WORST = (10**9, 10**9)
+#: Differences of shapes; of sizes that the cut edited; of sizes that it left.
+Score = tuple[int, int, int]
+
+_WORST = (10**9, 10**9, 10**9)
 _ALTERNATIVES = 8
 _STEPS = 8
 _FRONT = 4
@@ -78,31 +81,44 @@ class Search:
         good = [values for score, values in seen if score[0] == 0]
         return good[:_ALTERNATIVES]
 
-    def nearest(self, wanted: Wanted, start: Values) -> tuple[dict[Key, int], tuple[int, int]]:
+    def nearest(self, wanted: Wanted, start: Values) -> tuple[dict[Key, int], Score]:
         """The configuration with the fewest differences, and how many they are."""
         score, values = self._explore(wanted, start)[0]
         return values, score
 
-    def score(self, wanted: Wanted, values: Values) -> tuple[int, int]:
-        """(differences that must not be, differences of sizes that the cut did not touch)."""
+    def needed(self, wanted: Wanted, values: Values) -> dict[Key, int]:
+        """Those values without which more shapes would differ."""
+        left = dict(values)
+        for key in values:
+            fewer = {k: v for k, v in left.items() if k != key}
+            if self.score(wanted, fewer)[0] <= self.score(wanted, left)[0]:
+                left = fewer
+        return left
+
+    def score(self, wanted: Wanted, values: Values) -> Score:
+        """How far what these values build is from what is wanted; all zero if it is that.
+
+        Sizes decide between configurations that build the same shapes. They cannot be required:
+        code states some that it never uses, and those stay as they were when a model is cut.
+        """
         built = self._build(values)
         if built is None:
             return _WORST
         shapes, stated = built
         names = {n for n in {*shapes, *wanted.shapes} if wanted.counts(n)}
         wrong = sum(shapes.get(name) != wanted.shapes.get(name) for name in names)
-        loose = 0
-        for place, size in wanted.stated.items():
-            if wanted.counts(place[0] + ".") and stated.get(place) != size:
-                wrong += place in wanted.edited
-                loose += place not in wanted.edited
-        return wrong, loose
+        other = [
+            place in wanted.edited
+            for place, size in wanted.stated.items()
+            if wanted.counts(f"{place[0]}.") and stated.get(place) != size
+        ]
+        return wrong, sum(other), len(other) - sum(other)
 
-    def _explore(self, wanted: Wanted, start: Values) -> list[tuple[tuple[int, int], Any]]:
+    def _explore(self, wanted: Wanted, start: Values) -> list[tuple[Score, Any]]:
         """Change key after key from the best so far; all that was tried, best first."""
-        seen: dict[str, tuple[tuple[int, int], dict[Key, int]]] = {}
+        seen: dict[str, tuple[Score, dict[Key, int]]] = {}
 
-        def rank(pair: tuple[tuple[int, int], Values]) -> tuple[Any, ...]:
+        def rank(pair: tuple[Score, Values]) -> tuple[Any, ...]:
             return (*pair[0], len(pair[1]), _mark(pair[1]))
 
         def add(values: dict[Key, int]) -> None:

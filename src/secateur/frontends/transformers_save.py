@@ -111,7 +111,7 @@ def save_transformers(
     _require_transformers(model)
     host: Any = model
     original = _original_config(host, surgery)
-    example = _example(host, example)
+    example = example_for(host, example)
     shorter, renamed = _without_removed(host, original, surgery)
     search = Search(type(model), shorter)
     wanted = _wanted(model, surgery, renamed)
@@ -121,7 +121,7 @@ def save_transformers(
             with new_folder(folder, overwrite=overwrite) as temporary:
                 built.save_pretrained(temporary)
             changed = {_text(key): value for key, value in values.items()}
-            if len(renamed) < len(model.state_dict()):
+            if shorter is not original:
                 changed["num_hidden_layers"] = shorter.num_hidden_layers
             return SavedModel(Path(folder), True, changed)
     search = Search(type(model), original)
@@ -200,11 +200,12 @@ def _per_layer(
         }
         part = replace(wanted, under=prefix, ratios=frozenset(own))
         values, score = search.nearest(part, common)
+        if score[0]:
+            unstated.append(number)
+            values = search.needed(part, values)
         overrides[number] = {
             _text(key): value for key, value in values.items() if common.get(key) != value
         }
-        if score[0]:
-            unstated.append(number)
     plain = search.configuration(common).to_dict()
     plain["architectures"] = [type(model).__name__]
     plain["per_layer_config"] = {str(n): keys for n, keys in overrides.items() if keys}
@@ -246,8 +247,19 @@ def _agree(built: nn.Module, model: nn.Module, example: Any) -> bool:
     return compare(*pair).error <= _NEAR.get(dtype, 1e-2)
 
 
-def _example(model: Any, example: Any) -> Any:
-    """Inputs for a comparison: the caller's, or made-up texts or images."""
+def example_for(model: Any, example: Any = None) -> Any:
+    """Inputs for a Transformers model: the caller's, or made-up texts or images.
+
+    Raises:
+        UsageError: The model takes something else.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9,
+        ...                                  num_attention_heads=2, intermediate_size=4)
+        >>> example_for(transformers.BertModel(config))["input_ids"].shape
+        torch.Size([2, 7])
+    """
     if example is not None:
         return example
     generator = torch.Generator().manual_seed(0)
@@ -261,10 +273,10 @@ def _example(model: Any, example: Any) -> Any:
         shape = (2, getattr(config, "num_channels", 3), height, width)
         return {name: torch.randn(shape, generator=generator).to(model.device, model.dtype)}
     raise UsageError(
-        f"saving a {type(model).__name__}",
-        f"no inputs can be made up for {name!r}",
-        "the rebuilt model is compared with the cut one on an example",
-        "pass example=, as when the model was traced",
+        f"example inputs for a {type(model).__name__}",
+        f"none can be made up for {name!r}",
+        "the model has to run once",
+        "pass example=: a tensor, a tuple, or a mapping of named inputs",
     )
 
 

@@ -191,7 +191,7 @@ def follow(ledger: Ledger, label: Tensor, axis: int, size: Counted) -> None:
         return
     source = size.source.rows
     mine = rows_along(label, axis)
-    if bool(torch.isin(mine, source).all()):
+    if bool(torch.isin(mine.contiguous(), source.contiguous()).all()):
         return  # the same units: their number follows by itself
     if size.times > 1 and size.over > 1:
         reason = "the code computes their number from that of other units"

@@ -95,7 +95,8 @@ def _tie_sizes(found: Trace, root: Tensor) -> bool:
     groups: dict[tuple[str, tuple[str, ...], int], list[Tensor]] = {}
     for use in found.sizes:
         key = (use.site.module, use.site.attributes, use.old)
-        groups.setdefault(key, []).append(use.units)
+        if use.sure:
+            groups.setdefault(key, []).append(use.units)
     tied = False
     for (path, attributes, _), (first, *others) in groups.items():
         for units in others:
@@ -103,8 +104,10 @@ def _tie_sizes(found: Trace, root: Tensor) -> bool:
             if torch.equal(a, b) or (_stays(a, pinned) and _stays(b, pinned)):
                 continue
             reason = f"{attributes[0]} of {path or 'the model'} counts them, too"
-            same = first.shape == units.shape
-            found.ledger.join(*((x if same else x[:, 0]) for x in (first, units)), reason)
+            if first.shape != units.shape:
+                found.ledger.join(first[:, 0], units[:, 0], reason)
+            else:
+                found.ledger.join(first, units, reason)
             tied = True
     return tied
 

@@ -75,3 +75,13 @@ def narrowed(label: Tensor) -> Tensor:
 def fill(shape: tuple[int, ...]) -> Tensor:
     """A label without any unit."""
     return torch.tensor(NONE).expand(shape)
+
+
+def own_shape(x: Tensor) -> tuple[int, ...]:
+    """The shape with 1 along axes to which a tensor was only expanded: there it fits any size.
+
+    Example:
+        >>> own_shape(torch.zeros(2, 1).expand(2, 5))
+        (2, 1)
+    """
+    return tuple(1 if step == 0 else n for n, step in zip(x.shape, x.stride(), strict=True))

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from secateur.core.batches import evaluating
 from secateur.structure.coupling import Structure
 from secateur.structure.labels import varying
+from secateur.structure.rules.norms import own_statistics
 from secateur.structure.rules.reductions import reduced_axes
-from secateur.structure.trace import BY_PRODUCTS, Call, Tracer, run_traced
+from secateur.structure.running import BY_PRODUCTS
+from secateur.structure.trace import Call, Tracer, run_traced
 
 _REDUCTIONS = {"aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
                "aten.var_mean", "aten.linalg_vector_norm", "aten.logsumexp"}  # fmt: skip
@@ -71,6 +73,8 @@ def _kept_units(tracer: Tracer, call: Call, alive: Tensor) -> Any:
                 x = x.index_select(axis, kept)
         same = x is call.args[0]
         return None if same else call.func(x, *call.args[1:], **call.kwargs)
+    if "batch_norm" in call.name and own_statistics(call):
+        return _batch_norm(tracer, call, alive)
     if call.name == "aten.native_layer_norm":
         return _layer_norm(tracer, call, alive)
     if call.name == "aten.native_group_norm":
@@ -97,6 +101,17 @@ def _layer_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:
     picked = [None if v is None else v.index_select(0, kept) for v in (weight, bias)]
     part, mean, scale = call.func(x.index_select(-1, kept), [len(kept)], *picked, eps)
     return torch.zeros_like(x).index_copy(-1, kept, part), mean, scale
+
+
+def _batch_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:
+    """One that computes its own statistics, e.g. to standardise a weight."""
+    x = call.args[0]
+    for axis in (0, *range(2, x.ndim)):
+        kept = _kept_along(tracer, x, axis, alive)
+        if kept is not None:
+            part, *rest = call.func(x.index_select(axis, kept), *call.args[1:], **call.kwargs)
+            return torch.zeros_like(x).index_copy(axis, kept, part), *rest
+    return None
 
 
 def _group_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:

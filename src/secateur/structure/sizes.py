@@ -45,11 +45,13 @@ class SizeUse:
         site: Where it is stated.
         old: Its value.
         units: ``(old, others)``: an index stays while any of its units does.
+        sure: False if it may also be a mere number in the code.
     """
 
     site: Site
     old: int
     units: Tensor
+    sure: bool = True
 
     def new(self, alive: Tensor) -> int:
         """The size when only units with ``alive[unit]`` are left."""

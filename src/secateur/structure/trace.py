@@ -11,29 +11,34 @@ Operators that only move data are executed on the labels themselves; all others 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
 from secateur.structure.counted import Counted, Sizes, Source, counting, follow, rows_along
-from secateur.structure.labels import along, fill, varying
+from secateur.structure.labels import along, fill, own_shape, varying
+from secateur.structure.running import (
+    paths,
+    plain,
+    plain_attention,
+    positional,
+    run_plainly,
+    run_without_values,
+    tensors_in,
+)
 from secateur.structure.sizes import SizeUse, find_site
 from secateur.structure.units import Ledger, Meet
 
 Labels = tuple[Tensor, ...]
 #: (tracer, call) -> nothing: sets the labels of the call's outputs.
 Rule = Callable[["Tracer", "Call"], None]
-#: Outputs of Transformers models that serve as inputs of their next call: they may become narrower.
-BY_PRODUCTS = frozenset({"past_key_values", "cache_params", "state", "encoder_last_hidden_state"})
 #: How an operator is executed; the default runs it as it is.
 Execute = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -54,12 +59,12 @@ class Call:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, also those in lists."""
-        return _tensors((self.args, tuple(self.kwargs.values())))
+        return tensors_in((self.args, tuple(self.kwargs.values())))
 
     @property
     def outputs(self) -> list[Tensor]:
         """The tensors among the results."""
-        return _tensors(self.out)
+        return tensors_in(self.out)
 
     @property
     def name(self) -> str:
@@ -111,7 +116,8 @@ class Tracer(TorchDispatchMode):
         self.stack: list[str] = []
         self._labels: Any = WeakTensorKeyDictionary()
         self._names: Any = WeakTensorKeyDictionary()
-        self._execute = execute or _run
+        self._owed: Any = WeakTensorKeyDictionary()
+        self._execute = execute or run_plainly
         self._busy = False
         self._stated: Sizes | None = None
 
@@ -146,7 +152,7 @@ class Tracer(TorchDispatchMode):
             operands: Tensors that broadcast to it.
             reason: Why an axis keeps its size where one operand has no units along it.
         """
-        seen = [(_own_shape(x), self.labels(x)) for x in operands]
+        seen = [(own_shape(x), self.labels(x)) for x in operands]
         return self.meet_labels(shape, seen, reason)
 
     def meet_labels(
@@ -195,7 +201,9 @@ class Tracer(TorchDispatchMode):
 
     # -- sizes and reductions -------------------------------------------------------------------
 
-    def size(self, label: Tensor, axis: int, *, value: int | None = None) -> SizeUse | None:
+    def size(
+        self, label: Tensor, axis: int, *, value: int | None = None, sure: bool = True
+    ) -> SizeUse | None:
         """Note that the code may state the size of ``axis``; ``None`` if no attribute has it."""
         units = rows_along(label, axis)
         rows = units[:, 0].unique(return_inverse=True)[1]
@@ -209,7 +217,7 @@ class Tracer(TorchDispatchMode):
         site = find_site(self.model, self.stack, old)
         if site is None:
             return None
-        use = SizeUse(site, old, units)
+        use = SizeUse(site, old, units, sure)
         self.seen.sizes.append(use)
         return use
 
@@ -251,11 +259,23 @@ class Tracer(TorchDispatchMode):
         if isinstance(given, Counted):
             follow(self.ledger, label, axis, given)
             return label
-        if self.size(label, axis) is not None:
+        # Of (batch, tokens, 3, 3, 8) one of the 3 may be the number of heads, the other a number.
+        once = sum(type(size) is int and size == given for size in self._stated or ()) < 2
+        if self.size(label, axis, sure=once) is not None:
             return label
         reason = f"its code gives the size {int(given)} as a number"
         left = self.ledger.whole(label, axis, reason)
         return fill(tuple(label.shape)) if left is None else left
+
+    def owe(self, x: Tensor, labels: list[Tensor], axis: int, reason: str) -> None:
+        """Keep the size of ``axis`` as soon as an operator uses ``x``."""
+        if labels:
+            self._owed[x] = [(label, axis, reason) for label in labels]
+
+    def pay(self, x: Tensor) -> None:
+        """What :meth:`owe` noted for ``x`` comes true."""
+        for label, axis, reason in self._owed.pop(x, ()):
+            self.ledger.whole(label, axis, reason)
 
     def reduces(self, what: str) -> None:
         """Note an operator whose value depends on how many units there are."""
@@ -286,6 +306,7 @@ class Tracer(TorchDispatchMode):
         for x in tensors:
             if x in self._names:
                 self.seen.reached.add(self._names[x])
+            self.pay(x)
         rule = rule_for(func)
         if rule is not None and (rule.always or any(self.labels(x) for x in tensors)):
             rule.apply(self, call)
@@ -298,11 +319,6 @@ class Tracer(TorchDispatchMode):
         for x in call.tensors:
             for label in self.labels(x):
                 self.ledger.pin(label, reason)
-
-
-def _own_shape(x: Tensor) -> tuple[int, ...]:
-    """The shape with 1 along axes to which a tensor was only expanded: there it fits any size."""
-    return tuple(1 if step == 0 else n for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
@@ -343,9 +359,10 @@ def _failing(model: nn.Module, example: Any, device: str) -> Trace:
 
 
 def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
-    tracer = Tracer(model, _run_without_values if device == "meta" else _run)
+    tracer = Tracer(model, run_without_values if device == "meta" else run_plainly)
     output = run_traced(model, example, tracer, device)
-    for x in _tensors(_plain(output)):
+    for x in tensors_in(plain(output)):
+        tracer.pay(x)
         for label in tracer.labels(x):
             tracer.ledger.pin(label, "it reaches the output of the model")
     seen = tracer.seen
@@ -381,105 +398,9 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_plain_attention())
-        stack.enter_context(_paths(model, tracer.stack))
+        stack.enter_context(plain_attention())
+        stack.enter_context(paths(model, tracer.stack))
         args, kwargs = positional(example)
         stack.enter_context(counting(tracer.counted, tracer.state))
         stack.enter_context(tracer)
         return torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
-
-
-def _run(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
-def _run_without_values(
-    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Where any argument has no values the result has none, either."""
-    tensors = _tensors((args, tuple(kwargs.values())))
-    if any(x.is_meta for x in tensors):
-        args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
-    elif not tensors and str(kwargs.get("device")) == "meta":
-        kwargs = {**kwargs, "device": "cpu"}  # a constant: its values are known
-    return func(*args, **kwargs)
-
-
-def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example as positional and keyword arguments.
-
-    Example:
-        >>> positional(torch.zeros(1))
-        ((tensor([0.]),), {})
-    """
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as products and a softmax, not as one fused operator."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
-    """No key and value cache of a Transformers model: it is no output that must keep its size."""
-    config: Any = getattr(model, "config", None)
-    if not isinstance(getattr(config, "use_cache", None), bool):
-        yield
-        return
-    before = config.use_cache
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = before
-
-
-@contextmanager
-def _paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the paths of the modules that are running on ``stack``."""
-    handles = []
-    for path, module in model.named_modules():
-
-        def enter(_: nn.Module, __: Any, path: str = path) -> None:
-            stack.append(path)
-
-        def leave(_: nn.Module, __: Any, ___: Any) -> None:
-            stack.pop()
-
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        stack.clear()
-
-
-def _plain(output: Any) -> Any:
-    """The tensors of an output that are predictions, without caches and other by-products."""
-    if isinstance(output, Mapping):
-        return {k: _plain(v) for k, v in output.items() if k not in BY_PRODUCTS}
-    if isinstance(output, (tuple, list)):
-        return [_plain(v) for v in output]
-    return output
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [x for item in value for x in _tensors(item)]
-    return []

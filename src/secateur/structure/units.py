@@ -111,6 +111,15 @@ class Ledger:
         self._wholes.append((compact(head)[0].reshape(-1), reason))
         return head.expand(ids.shape)
 
+    def block(self, ids: Tensor, axis: int, size: int, reason: str) -> None:
+        """Neighbours along ``axis`` go together, ``size`` at a time, if that divides their number."""
+        if ids.shape[axis] % size or size == 1:
+            return
+        parts = ids.unflatten(axis, (-1, size))
+        head = first_along(parts, axis + 1 if axis >= 0 else axis)
+        self.join(parts, head, reason)
+        self._wholes.append((compact(head)[0].reshape(-1), reason))
+
     def box(self, ids: Tensor) -> None:
         """What is cut from ``ids`` must leave a box: whole slices along one of its axes."""
         self._boxes.append(compact(ids)[0].squeeze())

@@ -34,7 +34,16 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
     """Scale, shift and running statistics of a channel go with it."""
     x = call.args[0]
     labels = _scaled(tracer, x, list(call.args[1:5]), 1)
+    if own_statistics(call) and any(set(varying(label)) - {1} for label in labels):
+        tracer.reduces(f"{call.name} over a cut axis sees the kept units only")
     tracer.put(call.outputs[0], labels)
+
+
+def own_statistics(call: Call) -> bool:
+    """Whether a batch norm computes mean and variance of its input: over all axes but 1."""
+    names = [a.name for a in call.func._schema.arguments]
+    values = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    return bool(values.get("training", values.get("train", True)))
 
 
 @rule("aten.native_layer_norm", "aten.layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
@@ -47,7 +56,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
         for axis in over:
             if axis in varying(label):
                 tracer.reduces(f"{call.name} over a cut axis sees the kept units only")
-                tracer.size(label, axis)
+                tracer.size(label, axis, value=label.shape[axis])
     tracer.put(call.outputs[0], labels)
 
 

@@ -18,6 +18,7 @@ from secateur.structure.trace import Call, Labels, Tracer
 
 READS = "it reads a tensor of fixed size, such as the input of the model"
 _TAPS = "positions of a kernel are not removed"
+_ROWS = "a product grouped by experts needs rows of whole 16 bytes"
 _HEAD = "a product of two activations runs over them, so they are one head"
 
 
@@ -97,6 +98,10 @@ def grouped_product(tracer: Tracer, call: Call) -> None:
     for label in tracer.labels(weight):
         if 0 in varying(label):
             tracer.ledger.pin(label, "experts are chosen by data")
+    # Rows must start at multiples of 16 bytes, so their lengths stay such multiples.
+    for label in (*tracer.labels(x), *labels):
+        for axis in varying(label):
+            tracer.ledger.block(label, axis, 16 // x.element_size(), _ROWS)
     frame = (*x.shape, weight.shape[-1])
     left = ((*x.shape, 1), tuple(label.unsqueeze(-1) for label in tracer.labels(x)))
     right = (tuple(weight.shape[1:]), tuple(label.select(0, 0) for label in labels))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secateur.structure.labels import NONE, along, fill, first_along, relaxed, varying
 from secateur.structure.counted import Counted, Sizes
+from secateur.structure.labels import NONE, along, fill, first_along, relaxed, varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.sizes import find_site
@@ -38,7 +38,18 @@ def moved(
                 labels[-1] = tracer.sized(labels[-1], axis, given[axis])
             elif new.shape[axis] not in label.shape:
                 tracer.size(new, axis)
-    tracer.put(call.out, labels)
+    tracer.put(call.out, _apart(tracer, labels))
+
+
+def _apart(tracer: Tracer, labels: list[Tensor]) -> list[Tensor]:
+    """Of several kinds of units that were flattened into one axis, the first (channels) go on."""
+    found: list[Tensor] = []
+    for label in labels:
+        if any(set(varying(label)) & set(varying(other)) for other in found):
+            tracer.ledger.pin(label, "they are flattened into one axis with other units")
+        else:
+            found.append(label)
+    return found
 
 
 @rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_copy", "aten._reshape_alias")
@@ -107,9 +118,11 @@ def turned(tracer: Tracer, call: Call) -> None:
 def picked(tracer: Tracer, call: Call) -> None:
     """Positions along an axis are taken apart, so that axis keeps its size."""
     axis = _axes(call.argument(1, "dim", 0), call.args[0].ndim)[0]
-    labels = tracer.fixed(tracer.labels(call.args[0]), axis, _PICKED)
+    labels = tracer.labels(call.args[0])
     for out in call.outputs:
         tracer.put(out, [label.select(axis, 0) for label in labels])
+        # Some code picks only to ask for a shape: nothing keeps its size until a value is used.
+        tracer.owe(out, [label for label in labels if axis in varying(label)], axis, _PICKED)
 
 
 @rule("aten.split", "aten.split_with_sizes", "aten.unsafe_split", "aten.unsafe_split_with_sizes",
@@ -219,9 +232,7 @@ def _strung(tracer: Tracer, tensors: list[Tensor], axis: int) -> list[Tensor]:
     return [label]
 
 
-def _part_along(
-    tracer: Tracer, x: Tensor, axis: int, lying: set[tuple[int, ...]]
-) -> Tensor:
+def _part_along(tracer: Tracer, x: Tensor, axis: int, lying: set[tuple[int, ...]]) -> Tensor:
     """The label of one part of a concatenation whose units lie along ``axis``, here or in others."""
     for label in tracer.labels(x):
         # Of a whole head that meets parts of heads, the units do not differ along the axis.

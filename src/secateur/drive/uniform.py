@@ -1,0 +1,65 @@
+"""Equal widths in all layers, so that a plain configuration can describe the cut network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from secateur.core.widths import Width
+from secateur.structure import Structure
+
+
+def uniform_keep(
+    structure: Structure,
+    keep: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Change a choice of groups so that like widths of all layers keep equally many.
+
+    Widths are alike if their names differ in numbers only and they have equally many groups. Each
+    keeps the mean of what they kept, rounded; groups come back, or go, by their scores.
+
+    Args:
+        structure: The widths.
+        keep: Name of a width -> ``(groups,)``, True = kept. Widths that are not named stay whole,
+            and count as such.
+        scores: Name of a width -> ``(groups,)``, larger = keep; without them the last groups go
+            and the first ones come back.
+
+    Returns:
+        A choice for every width that is like a named one.
+
+    Example:
+        >>> from torch import nn
+        >>> from secateur.structure import couple
+        >>> net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        >>> structure = couple(net, torch.zeros(1, 4))
+        >>> keep = {"0": torch.tensor([1, 1, 1, 0]).bool(), "1": torch.tensor([0, 1, 0, 0]).bool()}
+        >>> {name: flags.int().tolist() for name, flags in uniform_keep(structure, keep).items()}
+        {'0': [1, 1, 0, 0], '1': [1, 1, 0, 0]}
+    """
+    alike: dict[tuple[str, int], list[Width]] = {}
+    for width in structure.widths:
+        alike.setdefault((re.sub(r"\d+", "*", width.name), width.groups), []).append(width)
+    evened: dict[str, Tensor] = {}
+    for widths in alike.values():
+        if not any(width.name in keep for width in widths):
+            continue
+        flags = [keep.get(w.name, torch.ones(w.groups, dtype=torch.bool)).cpu() for w in widths]
+        count = max(1, round(sum(int(f.sum()) for f in flags) / len(flags)))
+        for width, own in zip(widths, flags, strict=True):
+            score = None if scores is None else scores.get(width.name)
+            evened[width.name] = _keeping(own, count, score)
+    return evened
+
+
+def _keeping(flags: Tensor, count: int, score: Tensor | None) -> Tensor:
+    """``count`` kept groups: those that are kept come first, then the better, then the earlier."""
+    if score is None:
+        score = -torch.arange(len(flags), dtype=torch.float64)
+    better = torch.argsort(score.cpu().double(), descending=True, stable=True)
+    order = better[torch.argsort((~flags[better]).int(), stable=True)]
+    return torch.zeros_like(flags).index_fill_(0, order[:count], True)

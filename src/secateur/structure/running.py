@@ -1,0 +1,103 @@
+"""How a network is run for a trace: its inputs, its modules as they run, and its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
+
+#: Outputs of Transformers models that serve as inputs of their next call: they may become narrower.
+BY_PRODUCTS = frozenset({"past_key_values", "cache_params", "state", "encoder_last_hidden_state"})
+
+
+def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as positional and keyword arguments.
+
+    Example:
+        >>> positional(torch.zeros(1))
+        ((tensor([0.]),), {})
+    """
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as products and a softmax, not as one fused operator."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the paths of the modules that are running on ``stack``."""
+    handles = []
+    for path, module in model.named_modules():
+
+        def enter(_: nn.Module, __: Any, path: str = path) -> None:
+            stack.append(path)
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack.clear()
+
+
+def plain(output: Any) -> Any:
+    """The tensors of an output that are predictions, without caches and other by-products."""
+    if isinstance(output, Mapping):
+        return {k: plain(v) for k, v in output.items() if k not in BY_PRODUCTS}
+    if isinstance(output, (tuple, list)):
+        return [plain(v) for v in output]
+    return output
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and mappings.
+
+    Example:
+        >>> len(tensors_in([torch.zeros(1), {"a": (torch.zeros(2), 3)}]))
+        2
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [x for item in value for x in tensors_in(item)]
+    return []
+
+
+def run_plainly(tracer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator as it is."""
+    return func(*args, **kwargs)
+
+
+def run_without_values(
+    tracer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Where any argument has no values the result has none, either."""
+    tensors = tensors_in((args, tuple(kwargs.values())))
+    if any(x.is_meta for x in tensors):
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+    elif not tensors and str(kwargs.get("device")) == "meta":
+        kwargs = {**kwargs, "device": "cpu"}  # a constant: its values are known
+    return func(*args, **kwargs)

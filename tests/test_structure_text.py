@@ -1,0 +1,413 @@
+"""Structural pruning of language, audio and state-space networks of Transformers.
+
+Every architecture is built small, with random weights, norms and biases (fresh ones hide errors),
+and cut in many random ways. A cut network must compute what the masked one computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, mask_, prove
+from secateur.structure.masked import call, predictions
+
+tf = pytest.importorskip("transformers")
+
+# fmt: off
+WORDS = 60
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "vocab_size": WORDS}
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {**BERT, **ENDS, "num_key_value_heads": 2}
+WIDE = {**LLAMA, "head_dim": 8}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40,
+        "vocab_size": WORDS, "max_position_embeddings": 64, "decoder_start_token_id": 1,
+        "forced_eos_token_id": None, **ENDS}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": WORDS,
+      "decoder_start_token_id": 0}
+NEOX = {**BERT, **ENDS, "max_position_embeddings": 64}
+OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+       "vocab_size": WORDS, "max_position_embeddings": 64}
+DEBERTA = {**BERT, "relative_attention": True, "position_buckets": 8}
+WAVE = {**BERT, "conv_dim": (16, 24, 16), "conv_stride": (3, 2, 2), "conv_kernel": (5, 3, 3),
+        "num_feat_extract_layers": 3, "num_conv_pos_embedding_groups": 4,
+        "num_conv_pos_embeddings": 8}
+
+#: name -> (class, arguments of its configuration)
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertModel", BERT),
+    "bert-class": ("BertForSequenceClassification", BERT),
+    "bert-tied": ("BertForMaskedLM", BERT),
+    "roberta": ("RobertaForSequenceClassification", BERT),
+    "distilbert": ("DistilBertForSequenceClassification", {
+        "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": WORDS}),
+    "albert": ("AlbertForMaskedLM", {**BERT, "embedding_size": 12}),
+    "electra": ("ElectraForPreTraining", {**BERT, "embedding_size": 12}),
+    "deberta-shared": ("DebertaV2ForSequenceClassification", {
+        **DEBERTA, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "conv_kernel_size": 3,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False}),
+    "deberta": ("DebertaV2ForSequenceClassification", {**DEBERTA, "pos_att_type": "p2c|c2p"}),
+    "mpnet": ("MPNetForSequenceClassification", BERT),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5-gated": ("T5ForConditionalGeneration", {
+        **T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": ("BartForConditionalGeneration", BART),
+    "pegasus": ("PegasusForConditionalGeneration", BART),
+    "marian": ("MarianMTModel", BART),
+    "gpt2": ("GPT2LMHeadModel", {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, **ENDS}),
+    "neox": ("GPTNeoXForCausalLM", {**NEOX, "rotary_pct": 0.25}),
+    "neox-sequential": ("GPTNeoXForCausalLM", {
+        **NEOX, "rotary_pct": 0.5, "use_parallel_residual": False}),
+    "opt": ("OPTForCausalLM", {**OPT, "word_embed_proj_dim": 32}),
+    "opt-projected": ("OPTForCausalLM", {
+        **OPT, "word_embed_proj_dim": 20, "do_layer_norm_before": False}),
+    "bloom": ("BloomForCausalLM", {
+        "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, **ENDS}),
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 4}),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", WIDE),
+    "gemma2": ("Gemma2ForCausalLM", {**WIDE, "query_pre_attn_scalar": 8, "sliding_window": 4}),
+    "phi3": ("Phi3ForCausalLM", LLAMA),
+    "mixtral": ("MixtralForCausalLM", {
+        **LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "mamba": ("MambaForCausalLM", {
+        "hidden_size": 32, "num_hidden_layers": 2, "state_size": 6, "vocab_size": WORDS,
+        "conv_kernel": 3, "time_step_rank": 5, **ENDS}),
+    "rwkv": ("RwkvForCausalLM", {
+        "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "vocab_size": WORDS, "context_length": 64, **ENDS}),
+    "whisper": ("WhisperForConditionalGeneration", {
+        **BART, "num_mel_bins": 10, "max_source_positions": 12, "max_target_positions": 16,
+        "suppress_tokens": None, "begin_suppress_tokens": None}),
+    "wav2vec2": ("Wav2Vec2ForCTC", WAVE),
+    "wav2vec2-stable": ("Wav2Vec2ForSequenceClassification", {
+        **WAVE, "feat_extract_norm": "layer", "do_stable_layer_norm": True}),
+}
+# fmt: on
+PAIRED = {"t5", "t5-gated", "bart", "pegasus", "marian"}  # an encoder and a decoder
+SINGLE_ONLY = {"mixtral": "the grouped product of PyTorch takes no float64"}
+DECODERS = [
+    "gpt2",
+    "neox",
+    "opt",
+    "bloom",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "mixtral",
+    "t5",
+    "bart",
+]
+
+
+def words(count: int = 9) -> Tensor:
+    """Two sentences."""
+    return torch.randint(5, WORDS, (2, count), generator=torch.Generator().manual_seed(count))
+
+
+def example_for(name: str) -> dict[str, Tensor]:
+    """Inputs of a network."""
+    waves = torch.Generator().manual_seed(0)
+    if name.startswith("wav2vec2"):
+        return {"input_values": torch.randn(2, 200, generator=waves)}
+    if name == "whisper":
+        sound = torch.randn(2, 10, 24, generator=waves)
+        return {"input_features": sound, "decoder_input_ids": words(5)}
+    if name in PAIRED:
+        return {"input_ids": words(), "decoder_input_ids": words(5)}
+    if name == "bert":  # with padding
+        return {
+            "input_ids": words(),
+            "attention_mask": (torch.arange(9) < torch.tensor([[9], [6]])).long(),
+        }
+    return {"input_ids": words()}
+
+
+def build(name: str, **changes: Any) -> Any:
+    """A network whose every parameter matters."""
+    kind = getattr(tf, ZOO[name][0])
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**{**ZOO[name][1], **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim < 2:
+                p.add_(0.2 * torch.randn_like(p))
+            elif p.std() < 0.1:
+                p.copy_(0.2 * torch.randn_like(p))
+    return model
+
+
+@cache
+def known(name: str) -> tuple[Any, Structure]:
+    """Built and coupled once; nobody changes it."""
+    model = build(name)
+    return model, couple(model, example_for(name))
+
+
+def choose(structure: Structure, seed: int, only: str = "") -> dict[str, Tensor]:
+    """Random groups to keep, in all widths or in one."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for width in structure.widths:
+        flags = torch.rand(width.groups, generator=generator) < (0.6, 0.3, 0.9)[seed % 3]
+        flags[int(torch.randint(width.groups, (1,), generator=generator))] = True
+        if only and flags.all():
+            flags[0] = False
+        if only in ("", width.name):
+            keep[width.name] = flags
+    return keep
+
+
+def cut(model: Any, structure: Structure, keep: dict[str, Tensor]) -> Any:
+    """A copy that was cut."""
+    small = copy.deepcopy(model)
+    apply_(small, cuts_for(model, structure, keep))
+    return small
+
+
+def choices(structure: Structure, count: int) -> Iterator[dict[str, Tensor]]:
+    """Of everything, and of each width alone."""
+    yield from (choose(structure, seed) for seed in range(count))
+    yield from (choose(structure, 7, w.name) for w in structure.widths if w.groups > 1)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_cut_network_computes_what_the_masked_one_does(name: str) -> None:
+    model, structure = known(name)
+    example = example_for(name)
+    for keep in choices(structure, 3):
+        small = cut(model, structure, keep)
+        assert prove(model, copy.deepcopy(small), structure, keep, example).error < 1e-5, keep
+
+
+@pytest.mark.parametrize("name", sorted(set(ZOO) - set(SINGLE_ONLY)))
+def test_in_double_precision(name: str) -> None:
+    _, structure = known(name)
+    model = build(name).double()
+    example = {k: v.double() if v.is_floating_point() else v for k, v in example_for(name).items()}
+    # One group of each width: a norm over a single unit would say little in single precision.
+    last = {w.name: torch.arange(w.groups) == w.groups - 1 for w in structure.widths}
+    for keep in (choose(structure, 3), choose(structure, 4), last):
+        assert prove(model, cut(model, structure, keep), structure, keep, example).error < 1e-10
+
+
+@settings(max_examples=20)
+@given(data=st.data(), name=st.sampled_from(["bert-class", "llama", "gpt2", "wav2vec2"]))
+def test_any_choice_of_groups(data: st.DataObject, name: str) -> None:
+    model, structure = known(name)
+    keep = {}
+    for width in structure.widths:
+        flags = st.lists(st.booleans(), min_size=width.groups, max_size=width.groups)
+        keep[width.name] = torch.tensor(data.draw(flags.filter(any)))
+    small = cut(model, structure, keep)
+    assert prove(model, small, structure, keep, example_for(name)).error < 1e-5
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_cut_network_trains(name: str) -> None:
+    """One backward step: the gradients have the new shapes, and the loss of the step is finite."""
+    model, structure = known(name)
+    small = cut(model, structure, choose(structure, 1)).eval()
+    small.config.use_cache = False  # a state that is written in place has no gradient
+    optimizer = torch.optim.SGD(small.parameters(), lr=1e-3)
+    loss = sum(x.square().mean() for x in predictions(call(small, example_for(name))))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    for key, p in small.named_parameters():
+        assert p.grad is None or p.grad.shape == p.shape, key
+    optimizer.step()
+    again = predictions(call(small, example_for(name)))
+    assert all(bool(x.isfinite().all()) for x in again)
+    left = sum(p.numel() for p in small.parameters())
+    assert left < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_cache_of_keys_and_values_fits_after_a_cut(name: str) -> None:
+    model, structure = known(name)
+    small = cut(model, structure, choose(structure, 0))
+    example = example_for(name)
+    key = "decoder_input_ids" if name in PAIRED else "input_ids"
+    rest = {k: v for k, v in example.items() if k != key}
+    with torch.no_grad():
+        whole = small(**example, use_cache=False).logits
+        cached = small(**example, use_cache=True).logits
+        past, steps = None, []
+        for token in example[key].split(1, dim=1):
+            out = small(**rest, **{key: token}, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            steps.append(out.logits)
+    assert torch.allclose(whole, cached, atol=1e-5, rtol=1e-4)
+    assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "mamba"])
+def test_generating_with_and_without_a_cache_gives_the_same_text(name: str) -> None:
+    model, structure = known(name)
+    small = cut(model, structure, choose(structure, 0))
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    found = [small.generate(words(), use_cache=flag, **options) for flag in (True, False)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_most_parameters_can_be_removed(name: str) -> None:
+    model, structure = known(name)
+    small = cut(model, structure, {w.name: torch.arange(w.groups) == 0 for w in structure.widths})
+    total = sum(p.numel() for p in model.parameters())
+    left = sum(p.numel() for p in small.parameters()) / total
+    # What BERT without a head returns is its residual stream, so that keeps its width.
+    assert left < (0.7 if name == "bert" else 0.1), left
+
+
+#: Reasons that a reader accepts, by how they begin.
+ACCEPTED = (
+    "they are looked up by index",  # words and positions
+    "it reaches the output of the model",
+    "positions of a kernel are not removed",
+    "it reads a tensor of fixed size",
+    "experts are chosen by data",
+    "axis ",  # of one position only
+    "the example inputs do not reach it",
+)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_stays_says_why(name: str) -> None:
+    _, structure = known(name)
+    for (parameter, axis), reason in structure.pinned.items():
+        if name == "bloom" and "self_attention" in parameter:
+            assert "size the code fixes" in reason  # the slopes of ALiBi, one for each head
+            continue
+        small = ("inv_freq", "q_norm", "k_norm", "mlp.gate.weight", "masked_spec_embed")
+        if any(part in parameter for part in small):
+            continue  # rotary frequencies, norms of a head, the router
+        assert reason.startswith(ACCEPTED), (parameter, axis, reason)
+
+
+def test_heads_of_a_group_go_together() -> None:
+    _, structure = known("qwen2")
+    heads = structure.by_name["model.layers.0.self_attn.q_proj"]
+    sizes = {s.parameter.split(".")[-2]: s.index.shape for s in heads.slices}
+    assert sizes["q_proj"] == (2, 16)
+    assert sizes["k_proj"] == sizes["v_proj"] == (2, 8)
+
+
+def test_rows_of_experts_keep_whole_16_bytes() -> None:
+    """The kernel refuses other lengths, so neighbours go four at a time."""
+    _, structure = known("mixtral")
+    width = structure.by_name["model.layers.0.mlp.experts"]
+    assert width.groups == 12
+    assert "16 bytes" in width.why
+
+
+# -- planted errors -----------------------------------------------------------------------------
+
+
+def swapped(cuts: Cuts, parameter: str, axis: int) -> Cuts:
+    """The same cut, with two kept positions of one slice in the wrong order."""
+    kept = {name: dict(axes) for name, axes in cuts.kept.items()}
+    first, second, *rest = kept[parameter][axis]
+    kept[parameter][axis] = [second, first, *rest]
+    return Cuts(kept, cuts.attributes)
+
+
+@pytest.mark.parametrize("name", ["bert-class", "llama", "t5", "wav2vec2", "mamba"])
+def test_a_swap_in_any_slice_is_seen(name: str) -> None:
+    model, structure = known(name)
+    keep = choose(structure, 0)
+    cuts = cuts_for(model, structure, keep)
+    width = structure.widths[-1]
+    for part in width.slices:
+        if len(cuts.kept.get(part.parameter, {}).get(part.axis, [])) < 2:
+            continue
+        wrong = copy.deepcopy(model)
+        apply_(wrong, swapped(cuts, part.parameter, part.axis))
+        error = prove(model, wrong, structure, keep, example_for(name)).error
+        assert error > 1e-4, (part.parameter, part.axis)
+
+
+@pytest.mark.parametrize("name", ["bert-class", "gpt2", "rwkv"])
+def test_a_width_without_one_of_its_slices_is_seen(name: str) -> None:
+    model, structure = known(name)
+    keep = choose(structure, 0)
+    cuts = cuts_for(model, structure, keep)
+    for part in structure.widths[0].slices[:6]:
+        kept = {key: dict(axes) for key, axes in cuts.kept.items()}
+        positions = kept[part.parameter].pop(part.axis)
+        wrong = copy.deepcopy(model)
+        apply_(wrong, Cuts(kept, cuts.attributes))
+        assert len(positions) < len(part.index.reshape(-1))
+        with pytest.raises(RuntimeError):
+            prove(model, wrong, structure, keep, example_for(name))
+
+
+def test_a_masked_network_differs_if_a_slice_is_left_out_of_its_width() -> None:
+    """Left out of the width itself, so that cut and mask agree: the shapes no longer fit."""
+    model, structure = known("llama")
+    first = structure.widths[0]
+    short = replace(first, slices=first.slices[:-1])
+    broken = replace(structure, widths=(short, *structure.widths[1:]))
+    keep = choose(structure, 0)
+    full, partial = copy.deepcopy(model), copy.deepcopy(model)
+    mask_(full, structure, keep)
+    mask_(partial, broken, keep)
+    name = first.slices[-1].parameter
+    assert not torch.equal(full.get_parameter(name), partial.get_parameter(name))
+
+
+# -- size ---------------------------------------------------------------------------------------
+
+BIG = """
+import json, resource, torch, transformers
+from secateur.structure import couple, cuts_for
+with torch.device("meta"):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=4)).eval()
+structure = couple(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
+cuts = cuts_for(model, structure, {w.name: torch.arange(w.groups) % 2 == 0 for w in structure.widths})
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps([structure.trace.meta, len(structure.widths), len(cuts.kept), peak]))
+"""
+
+
+def test_a_network_of_the_shape_of_llama_2_7b_takes_little_memory() -> None:
+    """Four of its 32 layers, on the meta device; their weights alone would take 4 GB."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BIG], capture_output=True, text=True, env=environment, check=True
+    )
+    meta, widths, touched, peak = json.loads(done.stdout.splitlines()[-1])
+    assert meta
+    assert widths == 1 + 2 * 4
+    assert touched > 4 * 9
+    assert peak < 1.5
+
+
+def test_the_network_is_left_as_it_is() -> None:
+    model = build("t5")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    structure = couple(model, example_for("t5"))
+    cut(model, structure, choose(structure, 0))
+    assert isinstance(model, nn.Module)
+    assert model.config.use_cache
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
