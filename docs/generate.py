@@ -12,13 +12,39 @@ from docstrings import COLUMNS, clean, entry, markdown, signature
 
 HERE = Path(__file__).parent
 PUBLIC = """secateur secateur.score secateur.pattern secateur.allocate secateur.schedule
-secateur.recover secateur.drive.recipe secateur.drive.recipe_file secateur.stats secateur.frontends
-secateur.formats secateur.report secateur.evaluate secateur.runtime secateur.testing
-secateur.core.weight
+secateur.recover secateur.learn secateur.structure secateur.allocate.widths
+secateur.drive.recipe secateur.drive.recipe_file secateur.drive.shrink secateur.drive.shrink_recipe
+secateur.drive.regrow secateur.drive.learned secateur.drive.resume secateur.drive.order
+secateur.drive.recorder secateur.drive.ranks secateur.drive.hosts secateur.drive.heads
+secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report
+secateur.evaluate secateur.evaluate.robustness secateur.experiments secateur.runtime
+secateur.testing secateur.core.weight secateur.core.widths secateur.core.groups
 secateur.core.slots secateur.core.budget secateur.core.batches secateur.core.facts
 secateur.core.masks secateur.core.selectors secateur.core.select secateur.core.errors"""
-KINDS = ("criterion", "pattern", "allocation", "schedule", "recovery", "rounding", "regrow")
-TITLES = ("Criteria", "Patterns", "Allocations", "Schedules", "Recoveries", "Roundings", "Regrowth")
+KINDS = (
+    "criterion",
+    "pattern",
+    "allocation",
+    "schedule",
+    "recovery",
+    "rounding",
+    "regrow",
+    "group_criterion",
+    "width_allocation",
+    "cut_recovery",
+)
+TITLES = (
+    "Criteria",
+    "Patterns",
+    "Allocations",
+    "Schedules",
+    "Recoveries",
+    "Roundings",
+    "Regrowth",
+    "Group criteria",
+    "Width allocations",
+    "Recoveries of a cut",
+)
 METHODS = """# Methods
 
 Every part in the catalogues, and every published method that is assembled from them.
@@ -86,8 +112,8 @@ def brief(part: Any) -> str:
 def methods() -> str:
     """The table of everything in the catalogues."""
     from secateur import stats
-    from secateur.drive.recipe import ALIASES, Recipe
     from secateur.drive.parts import CATALOGUES
+    from secateur.drive.recipe import ALIASES, Recipe
 
     head = ["name", "call", "what", *(c.lower() for c in COLUMNS)]
     text = [METHODS]

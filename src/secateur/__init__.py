@@ -19,44 +19,67 @@ from secateur.core.masks import Masks
 from secateur.drive import recipe as recipes
 from secateur.drive.finetune import FineTune, finetune
 from secateur.drive.gradual import Gradual
+from secateur.drive.heads import prune_heads
 from secateur.drive.held import attach_, detach_, masks_of
+from secateur.drive.hosts import LightningCallback, TransformersCallback
+from secateur.drive.learned import Learned, learn_masks
 from secateur.drive.oneshot import prune, prune_
+from secateur.drive.order import Shuffled
 from secateur.drive.plan import plan
 from secateur.drive.pruned import Pruned, load
 from secateur.drive.recipe import Recipe, Scope
 from secateur.drive.recipe_file import read_recipe
+from secateur.drive.recorder import Checkpoints
+from secateur.drive.regrow import Regrow, TopKast
+from secateur.drive.resume import resume_, save_checkpoint
 from secateur.drive.shrink import shrink, shrink_
 from secateur.drive.shrink_recipe import ShrinkRecipe
 from secateur.evaluate import compare, measure
+from secateur.evaluate.robustness import robustness
+from secateur.experiments import TicketPlan, find_ticket
 from secateur.frontends import export_onnx
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoints",
     "Data",
     "Facts",
     "FineTune",
     "Gradual",
+    "Learned",
+    "LightningCallback",
     "Masks",
     "Pruned",
     "Recipe",
+    "Regrow",
     "Scope",
     "SecateurError",
     "ShrinkRecipe",
+    "Shuffled",
     "Target",
+    "TicketPlan",
+    "TopKast",
+    "TransformersCallback",
     "attach_",
     "compare",
     "detach_",
     "export_onnx",
+    "find_ticket",
     "finetune",
+    "learn_masks",
     "load",
     "masks_of",
     "measure",
     "plan",
     "prune",
     "prune_",
+    "prune_heads",
     "read_recipe",
     "recipes",
+    "resume_",
+    "robustness",
+    "save_checkpoint",
     "shrink",
     "shrink_",
 ]

@@ -42,13 +42,17 @@ class WidthCost:
 
     def of(self, name: str, kept: Mapping[str, int]) -> float:
         """The cost of one parameter."""
+        cost = self.factors.get(name, 0.0)
+        for size in self.sizes(name, kept):
+            cost *= size
+        return cost
+
+    def sizes(self, name: str, kept: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of one parameter."""
         sizes = list(self.shapes[name])
         for axis, width, members in self.losses.get(name, ()):
             sizes[axis] -= members * (self.groups[width] - kept.get(width, self.groups[width]))
-        cost = self.factors.get(name, 0.0)
-        for size in sizes:
-            cost *= size
-        return cost
+        return tuple(sizes)
 
     @property
     def dense(self) -> float:

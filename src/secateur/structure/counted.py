@@ -8,7 +8,7 @@ from elsewhere: an attribute of the module, or a number in its code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -110,22 +110,25 @@ class Counted(int):
 
 @contextmanager
 def counting(
-    source: Callable[[Tensor, int], Source | None], stated: Callable[[Sizes | None], None]
+    sources: Callable[[Tensor], Mapping[int, Source]], stated: Callable[[Sizes | None], None]
 ) -> Iterator[None]:
     """Make tensors give counted sizes.
 
     Args:
-        source: (tensor, axis) -> where its size is from, or ``None`` if it has no units.
+        sources: Tensor -> axis -> where its size is from, for the axes with units.
         stated: Told the numbers of a shape before a method that takes one runs, ``None`` after it.
     """
     plain = torch._C.TensorBase.shape.__get__  # type: ignore[attr-defined]
 
     def shape(x: Tensor) -> Any:
-        sizes = list(plain(x))
-        for axis, size in enumerate(sizes):
-            found = source(x, axis) if size > 1 else None
-            sizes[axis] = size if found is None else Counted(size, found)
-        return torch.Size(sizes)  # keeps the objects it is given
+        true = plain(x)
+        axes = sources(x)
+        if not axes:
+            return true
+        # torch.Size keeps the objects it is given.
+        return torch.Size(
+            Counted(size, axes[axis]) if axis in axes else size for axis, size in enumerate(true)
+        )
 
     def size(x: Tensor, dim: int | None = None) -> Any:
         return shape(x) if dim is None else shape(x)[dim]

@@ -144,10 +144,11 @@ def _pin_whole(found: Trace, root: Tensor, reasons: dict[int, str]) -> None:
 
 def _pinned(found: Trace, root: Tensor, reasons: Mapping[int, str]) -> dict[Axis, str]:
     result: dict[Axis, str] = {}
-    stuck = torch.tensor(sorted(reasons), dtype=torch.long)
+    stuck = torch.zeros(len(root), dtype=torch.bool)
+    stuck[torch.tensor(list(reasons), dtype=torch.long)] = True
     for key, ids in found.axes.items():
         own = root[ids]
-        hit = own[torch.isin(own, stuck)]
+        hit = own[stuck[own]]
         if len(hit):
             listed = dict.fromkeys(reasons[c] for c in hit.unique().tolist()[:8])
             share = "" if len(hit) == len(own) else f"{len(hit)} of {len(own)}: "

@@ -231,12 +231,12 @@ class Tracer(TorchDispatchMode):
         if not self._busy:  # the rules themselves reshape labels
             self._stated = sizes
 
-    def counted(self, x: Tensor, axis: int) -> Source | None:
-        """The units along an axis of a tensor, if it is the network that asks for its size."""
+    def counted(self, x: Tensor) -> dict[int, Source]:
+        """The units along the axes of a tensor, if it is the network that asks for its sizes."""
         if self._busy:
-            return None
-        found = (Source(v, axis, self._agreed) for v in self.labels(x) if axis in varying(v))
-        return next(found, None)
+            return {}
+        labels = self.labels(x)
+        return {axis: Source(v, axis, self._agreed) for v in labels for axis in varying(v)}
 
     def _agreed(self, label: Tensor, axis: int) -> None:
         if not self._busy:
