@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -22,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, mask_, prove
+from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, prove
 from secateur.structure.masked import call, predictions
 
 tf = pytest.importorskip("transformers")
@@ -40,7 +39,6 @@ BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attent
         "forced_eos_token_id": None, **ENDS}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": WORDS,
       "decoder_start_token_id": 0}
-NEOX = {**BERT, **ENDS, "max_position_embeddings": 64}
 OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
        "vocab_size": WORDS, "max_position_embeddings": 64}
 DEBERTA = {**BERT, "relative_attention": True, "position_buckets": 8}
@@ -71,9 +69,9 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "marian": ("MarianMTModel", BART),
     "gpt2": ("GPT2LMHeadModel", {
         "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, **ENDS}),
-    "neox": ("GPTNeoXForCausalLM", {**NEOX, "rotary_pct": 0.25}),
+    "neox": ("GPTNeoXForCausalLM", {**BERT, **ENDS, "rotary_pct": 0.25}),
     "neox-sequential": ("GPTNeoXForCausalLM", {
-        **NEOX, "rotary_pct": 0.5, "use_parallel_residual": False}),
+        **BERT, **ENDS, "rotary_pct": 0.5, "use_parallel_residual": False}),
     "opt": ("OPTForCausalLM", {**OPT, "word_embed_proj_dim": 32}),
     "opt-projected": ("OPTForCausalLM", {
         **OPT, "word_embed_proj_dim": 20, "do_layer_norm_before": False}),
@@ -228,7 +226,8 @@ def test_a_cut_network_trains(name: str) -> None:
     """One backward step: the gradients have the new shapes, and the loss of the step is finite."""
     model, structure = known(name)
     small = cut(model, structure, choose(structure, 1)).eval()
-    small.config.use_cache = False  # a state that is written in place has no gradient
+    if name == "rwkv":
+        small.train()  # without its state, which is written in place and so has no gradient
     optimizer = torch.optim.SGD(small.parameters(), lr=1e-3)
     loss = sum(x.square().mean() for x in predictions(call(small, example_for(name))))
     assert isinstance(loss, Tensor)
@@ -321,6 +320,19 @@ def test_rows_of_experts_keep_whole_16_bytes() -> None:
     assert "16 bytes" in width.why
 
 
+def test_a_weight_norm_of_removed_rows_is_zero_and_not_undefined() -> None:
+    normed = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(normed(nn.Linear(4, 8)), nn.ReLU(), normed(nn.Linear(8, 3)))
+    example = torch.randn(2, 4)
+    structure = couple(model, example)
+    keep = choose(structure, 1)
+    small = cut(model, structure, keep)
+    assert prove(model, small, structure, keep, example).error < 1e-5
+    with torch.no_grad():
+        small[2].bias[0] = float("nan")
+    assert prove(model, small, structure, keep, example).error == float("inf")
+
+
 # -- planted errors -----------------------------------------------------------------------------
 
 
@@ -362,22 +374,6 @@ def test_a_width_without_one_of_its_slices_is_seen(name: str) -> None:
             prove(model, wrong, structure, keep, example_for(name))
 
 
-def test_a_masked_network_differs_if_a_slice_is_left_out_of_its_width() -> None:
-    """Left out of the width itself, so that cut and mask agree: the shapes no longer fit."""
-    model, structure = known("llama")
-    first = structure.widths[0]
-    short = replace(first, slices=first.slices[:-1])
-    broken = replace(structure, widths=(short, *structure.widths[1:]))
-    keep = choose(structure, 0)
-    full, partial = copy.deepcopy(model), copy.deepcopy(model)
-    mask_(full, structure, keep)
-    mask_(partial, broken, keep)
-    name = first.slices[-1].parameter
-    assert not torch.equal(full.get_parameter(name), partial.get_parameter(name))
-
-
-# -- size ---------------------------------------------------------------------------------------
-
 BIG = """
 import json, resource, torch, transformers
 from secateur.structure import couple, cuts_for
@@ -401,13 +397,3 @@ def test_a_network_of_the_shape_of_llama_2_7b_takes_little_memory() -> None:
     assert widths == 1 + 2 * 4
     assert touched > 4 * 9
     assert peak < 1.5
-
-
-def test_the_network_is_left_as_it_is() -> None:
-    model = build("t5")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    structure = couple(model, example_for("t5"))
-    cut(model, structure, choose(structure, 0))
-    assert isinstance(model, nn.Module)
-    assert model.config.use_cache
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -73,13 +73,15 @@ def shapes_hash(state):
 class PassThrough(torch.nn.Module):
     """In the place of a removed block."""
 
-    def __init__(self, returns):
+    def __init__(self, returns="tensor", rest=()):
         super().__init__()
-        self.returns = returns
+        self.returns, self.rest = returns, rest
 
     def forward(self, *args, **kwargs):
         first = args[0] if args else next(iter(kwargs.values()))
-        return (first,) if self.returns == "tuple" else first
+        given = {None: None, **dict(enumerate(args)), **kwargs}
+        more = (given.get(place) for place in self.rest)
+        return (first, *more) if self.returns == "tuple" else first
 
 
 def set_size(module, name, value):
@@ -123,8 +125,7 @@ def replay(model, folder):
         set_size(model.get_submodule(edit["module"]), edit["name"], edit["after"])
     for block in surgery["blocks"]:
         path, _, name = block["module"].rpartition(".")
-        passing = PassThrough(block["details"].get("returns", "tensor"))
-        setattr(model.get_submodule(path), name, passing)
+        setattr(model.get_submodule(path), name, PassThrough(**block["details"]))
     if shapes_hash(model.state_dict()) != surgery["result"]["shapes"]:
         raise ValueError("the shapes after the cut are not those that surgery.json promises")
     lacking = set(model.state_dict()) - set(tensors)

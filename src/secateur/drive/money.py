@@ -61,10 +61,20 @@ def money(
         used: From :func:`uses`, for a target in multiply-adds.
 
     Raises:
-        BudgetError: What is not pruned costs more than the target; the floor is named.
+        BudgetError: What is not pruned costs more than the target (the floor is named), or the
+            target is in latency.
     """
     target = recipe.target
     assert target is not None
+    if target.unit == "latency":
+        raise BudgetError(
+            f"latency={target.value:g}",
+            "pruning with masks was asked",
+            "zeros are as slow as other numbers, but for a sparse runtime, and no time can be "
+            "promised before its kernels are chosen",
+            "use shrink, which removes whole channels; or prune to macs=50%, say, and measure with "
+            "bench",
+        )
     sizes = {w.name: w.value.numel() for w in weights}
     if target.unit == "sparsity":
         total = float(sum(sizes.values()))

@@ -169,6 +169,7 @@ def _read_for_all(file: Path, training: Training) -> tuple[dict[str, Any], Stamp
     failed: SecateurError | None = None
     try:
         state, stamp = read_checkpoint(file)
+        _reshape_(training, state)
         wanted = stamp_of(training, stamp.step)
         require_stamp(file, stamp, replace(wanted, rank=0))
         if ranks.rank() > 0:
@@ -189,6 +190,13 @@ def _read_for_all(file: Path, training: Training) -> tuple[dict[str, Any], Stamp
                 "see the message of that process",
             )
     return state, stamp
+
+
+def _reshape_(training: Training, state: Mapping[str, Any]) -> None:
+    """A pruner that removes filters cuts the uncut model first, so that every tensor finds its place."""
+    replay, saved = getattr(training.pruner, "replay_", None), state["parts"].get("pruner")
+    if replay is not None and saved is not None:
+        replay(saved)
 
 
 def latest(place: str | Path) -> Path | None:

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.widths import WidthItem
-from secateur.core.batches import Batch, Data, as_data, inputs_of
+from secateur.core.batches import Data, as_data, inputs_of
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
-from secateur.core.select import keep_top
 from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
 from secateur.drive.compensate import Told, compensate_
 from secateur.drive.finetune import FineTune, Loop, Progress
 from secateur.drive.group_scores import group_scores
 from secateur.drive.held import masks_of
-from secateur.drive.money import uses
 from secateur.drive.plan import require_finite
 from secateur.drive.pruned import Pruned
+from secateur.drive.shrink_budget import ShrinkBudget
 from secateur.drive.shrink_file import to_plain
 from secateur.drive.shrink_recipe import ShrinkRecipe
-from secateur.drive.width_cost import WidthCost, limit_of, width_cost
 from secateur.formats import Surgery
-from secateur.frontends import discover
 from secateur.frontends.surgery import surgery_for
 from secateur.recover import BatchNorm, Compensation
 from secateur.structure import apply_, couple, cuts_for, prove
@@ -221,39 +216,8 @@ class _Run:
 
     def _choose(self, widths: list[Width], example: Any) -> dict[str, Tensor]:
         scores = group_scores(self.model, widths, self.recipe, self.data)
-        items = [
-            WidthItem(w.name, scores[w.name], step=max(1, min(self.recipe.align, w.groups)))
-            for w in widths
-        ]
-        unit = self.recipe.target.unit
-        used = (
-            uses(self.model, discover(self.model), self._batch(example)) if unit == "macs" else {}
-        )
-        cost = width_cost(self.model, self.structure, unit, used)
-        limit = limit_of(self.recipe.target, cost.dense)
-        counts = self.recipe.allocation(items, cost, limit)
-        self._note_target(cost, counts, limit)
-        return {
-            item.name: keep_top(item.scores[None].float(), counts[item.name])[0] for item in items
-        }
-
-    def _note_target(self, cost: WidthCost, counts: Mapping[str, int], limit: float) -> None:
-        spent, unit = cost(counts), self.recipe.target.unit
-        self.facts.measures["target"] = {
-            "unit": unit,
-            "dense": cost.dense,
-            "limit": limit,
-            "reached": spent,
-        }
-        if abs(spent - limit) > 0.02 * limit:
-            text = (
-                f"asked for {limit:,.4g} {unit}, reached {spent:,.4g}: groups are whole heads or "
-                "channels, and the next one would have gone beyond"
-            )
-            self.facts.note("target", "", text)
-
-    def _batch(self, example: Any) -> Batch:
-        return example if isinstance(example, (Tensor, Mapping)) else (*example, None)
+        budget = ShrinkBudget(self.model, self.structure, self.recipe, self.facts, self.progress)
+        return budget.keep(widths, scores, example)
 
     # -- cutting --------------------------------------------------------------------------------
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from secateur.allocate.widths import RankedWidths, UniformWidths, WidthAllocation
 from secateur.core.budget import Target
-from secateur.core.errors import BudgetError, UsageError
+from secateur.core.errors import BudgetError, UnknownName, UsageError
 from secateur.drive.finetune import FineTune
 from secateur.drive.recipe import Scope, describe
 from secateur.recover import BatchNorm, Compensation
 from secateur.score import GroupCriterion, Grouped, Magnitude
 
 CutStep = Compensation | BatchNorm | FineTune
+ENGINES = ("", "onnxruntime", "torch")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class ShrinkRecipe:
         align: Kept groups come in multiples of this many; ``0`` measures what is fast where the
             target is latency, and is 1 otherwise.
         seed: For everything random.
+        engine: What measures a target in latency: ``"onnxruntime"`` or ``"torch"``; by default ONNX
+            Runtime where it is installed and can run the network.
 
     Example:
         >>> ShrinkRecipe(target=Target("macs", 0.5)).target.unit
@@ -54,6 +57,7 @@ class ShrinkRecipe:
     uniform: bool = False
     align: int = 0
     seed: int = 0
+    engine: str = ""
 
     def __post_init__(self) -> None:
         steps: Any = self.recovery
@@ -70,6 +74,8 @@ class ShrinkRecipe:
             raise UsageError(
                 f"align={self.align}", "it is negative", "widths come in multiples of it", "give 8"
             )
+        if self.engine not in ENGINES:
+            raise UnknownName("engine", self.engine, [name for name in ENGINES if name])
 
     @property
     def finetune(self) -> FineTune | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.allocate.widths import Spend, WidthItem
-from secateur.core.batches import Batch, evaluating, forward
+from secateur.core.batches import Batch
 from secateur.core.widths import Width
+from secateur.drive.layer_uses import Use, layers_of
 from secateur.drive.width_cost import WidthCost, width_cost
 from secateur.runtime.layer_times import Layer, LayerTimes, alignment
 from secateur.structure import Structure
@@ -21,26 +21,6 @@ from secateur.structure import Structure
 _SHARES = (0.25, 0.5, 0.75)
 # The costliest layers say which multiples are fast.
 _JUDGES = 3
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class Use:
-    """One run of a layer in a forward pass.
-
-    Args:
-        weight: Name of its parameter.
-        layer: At its full widths.
-        axes: Of the weight: that of the outputs and that of the inputs.
-    """
-
-    weight: str
-    layer: Layer
-    axes: tuple[int, int] = (0, 1)
-
-    def widths(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Inputs and outputs of the layer if its weight has this shape."""
-        return shape[self.axes[1]] * self.layer.groups, shape[self.axes[0]]
 
 
 @dataclass(frozen=True)
@@ -141,65 +121,6 @@ class LatencyCost:
         return min(both, key=lambda cost: abs(cost(kept) - measured))
 
 
-@torch.no_grad()
-def layers_of(model: nn.Module, example: Batch) -> tuple[Use, ...]:
-    """Every run of a convolution or linear layer in a forward pass, in order.
-
-    Transposed convolutions, recurrent layers and what is no layer are left to the rest.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 2))
-        >>> [use.layer.macs for use in layers_of(net, torch.zeros(1, 3, 4, 4))]
-        [864.0, 64.0]
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: list[Use] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        name = names.get(id(module.weight))
-        if name is not None and args and isinstance(args[0], Tensor):
-            found.append(_use(name, module, args[0]))
-
-    # Transformers' Conv1D is a linear layer with a transposed weight.
-    known = [
-        module
-        for module in model.modules()
-        if isinstance(module, (*_CONVOLUTIONS, nn.Linear))
-        or (hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor))
-    ]
-    hooks = [module.register_forward_pre_hook(hook) for module in known]
-    try:
-        with evaluating(model):
-            forward(model, example)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return tuple(found)
-
-
-def _use(name: str, module: Any, x: Tensor) -> Use:
-    if not isinstance(module, _CONVOLUTIONS):
-        axes = (0, 1) if isinstance(module, nn.Linear) else (1, 0)
-        shape = module.weight.shape
-        rows = math.prod(x.shape[:-1])
-        return Use(name, Layer(int(shape[axes[1]]), int(shape[axes[0]]), rows), axes)
-    ndim = len(module.kernel_size)
-    # "same" stands for numbers, which torch keeps here, last axis first.
-    sides = module._reversed_padding_repeated_twice
-    layer = Layer(
-        inputs=module.in_channels,
-        outputs=module.out_channels,
-        rows=int(x.shape[0]) if x.ndim == ndim + 2 else 1,
-        size=tuple(x.shape[-ndim:]),
-        kernel=module.kernel_size,
-        stride=module.stride,
-        padding=tuple(sides[::-2][i] for i in range(ndim)),
-        dilation=module.dilation,
-        groups=module.groups,
-    )
-    return Use(name, layer)
-
-
 def latency_step(uses: Sequence[Use], cost: WidthCost, times: LayerTimes) -> int:
     """The multiple that widths should come in, by the costliest layers that can be cut."""
     cut = [(use.layer, *narrows(use, cost)) for use in uses]
@@ -215,29 +136,6 @@ def narrows(use: Use, cost: WidthCost) -> tuple[bool, bool]:
     return use.axes[1] in cut and not use.layer.depthwise, use.axes[0] in cut
 
 
-def latency_tables(
-    uses: Sequence[Use],
-    cost: WidthCost,
-    times: LayerTimes,
-    step: int,
-    progress: Callable[[float, float], None],
-) -> dict[Layer, Table]:
-    """A table for every distinct layer, at widths in multiples of ``step``."""
-    sides: dict[Layer, tuple[bool, bool]] = {}
-    for use in uses:
-        one, two = narrows(use, cost), sides.get(use.layer, (False, False))
-        sides[use.layer] = (one[0] or two[0], one[1] or two[1])
-    tables = {}
-    for number, (layer, (narrow_in, narrow_out)) in enumerate(sides.items()):
-        progress(number, len(sides))
-        ins = _points(layer.inputs, step * _per(layer)) if narrow_in else (layer.inputs,)
-        outs = _points(layer.outputs, step * _per(layer)) if narrow_out else (layer.outputs,)
-        taken = iter(times([layer.at(i, o) for i in ins for o in outs]))
-        grid = tuple(tuple(next(taken) for _ in outs) for _ in ins)
-        tables[layer] = Table(ins, outs, grid).monotone()
-    return tables
-
-
 def _per(layer: Layer) -> int:
     return layer.outputs // layer.groups if layer.depthwise else layer.groups
 
@@ -248,15 +146,42 @@ def _points(size: int, step: int) -> tuple[int, ...]:
     return tuple(sorted({n for n in (step, *aligned) if n < size} | {size}))
 
 
+@dataclass(frozen=True)
+class LayerTiming:
+    """How layers are timed.
+
+    Args:
+        times: Measures layers.
+        step: Widths come in multiples of it; 0 finds it by measuring.
+        progress: Called with layers done, and all.
+    """
+
+    times: LayerTimes
+    step: int = 0
+    progress: Callable[[float, float], None] = lambda done, total: None
+
+
+def latency_tables(
+    uses: Sequence[Use], cost: WidthCost, how: LayerTiming, step: int
+) -> dict[Layer, Table]:
+    """A table for every distinct layer, at widths in multiples of ``step``."""
+    sides: dict[Layer, tuple[bool, bool]] = {}
+    for use in uses:
+        one, two = narrows(use, cost), sides.get(use.layer, (False, False))
+        sides[use.layer] = (one[0] or two[0], one[1] or two[1])
+    tables = {}
+    for number, (layer, (narrow_in, narrow_out)) in enumerate(sides.items()):
+        how.progress(number, len(sides))
+        ins = _points(layer.inputs, step * _per(layer)) if narrow_in else (layer.inputs,)
+        outs = _points(layer.outputs, step * _per(layer)) if narrow_out else (layer.outputs,)
+        taken = iter(how.times([layer.at(i, o) for i in ins for o in outs]))
+        grid = tuple(tuple(next(taken) for _ in outs) for _ in ins)
+        tables[layer] = Table(ins, outs, grid).monotone()
+    return tables
+
+
 def latency_cost(
-    model: nn.Module,
-    structure: Structure,
-    example: Batch,
-    times: LayerTimes,
-    *,
-    dense: float,
-    step: int = 0,
-    progress: Callable[[float, float], None] = lambda done, total: None,
+    model: nn.Module, structure: Structure, example: Batch, *, dense: float, how: LayerTiming
 ) -> tuple[LatencyCost, int]:
     """Time the layers of a network, and predict it.
 
@@ -264,10 +189,8 @@ def latency_cost(
         model: The uncut network.
         structure: Its structure.
         example: One batch, of the size that counts.
-        times: Measures layers.
         dense: Milliseconds of the uncut network.
-        step: Widths come in multiples of it; 0 finds it by measuring.
-        progress: Called with layers done, and all.
+        how: How layers are timed.
 
     Returns:
         The prediction, and the step.
@@ -276,15 +199,15 @@ def latency_cost(
         >>> from secateur.structure import couple
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> x = torch.zeros(1, 64)
-        >>> times = LayerTimes(lambda layers: [layer.macs for layer in layers])
-        >>> cost, step = latency_cost(net, couple(net, x), x, times, dense=8192.0)
+        >>> how = LayerTiming(LayerTimes(lambda layers: [layer.macs for layer in layers]))
+        >>> cost, step = latency_cost(net, couple(net, x), x, dense=8192.0, how=how)
         >>> cost({}), cost({"0": 32}), step
         (8192.0, 4096.0, 1)
     """
     uses = layers_of(model, example)
     sizes = width_cost(model, structure, "params")
-    step = step or latency_step(uses, sizes, times)
-    tables = latency_tables(uses, sizes, times, step, progress)
+    step = how.step or latency_step(uses, sizes, how.times)
+    tables = latency_tables(uses, sizes, how, step)
     return LatencyCost(sizes, uses, tables, dense), step
 
 

@@ -115,7 +115,8 @@ class Surgery:
                 "the second must have been made for what the first leaves",
                 "join those of one network, in the order in which they were done",
             )
-        paths = [block.module for block in self.blocks]
+        later = _before_deletions(self.blocks, later)
+        paths = [block.module for block in self.blocks if block.kind != "deleted"]
         for name in [*later.cuts, *later.attributes, *(b.module for b in later.blocks)]:
             inside = next((p for p in paths if name == p or name.startswith(f"{p}.")), None)
             if inside is not None:
@@ -139,7 +140,7 @@ class Surgery:
             self,
             cuts=cuts,
             attributes=attributes,
-            blocks=(*self.blocks, *later.blocks),
+            blocks=_joined(self.blocks, later.blocks),
             result=later.result,
             library=later.library,
         )
@@ -227,6 +228,45 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
         for piece in flat.split(_CHUNK):
             digest.update(piece.numpy())
     return digest.hexdigest()
+
+
+def _before_deletions(blocks: Sequence[BlockEdit], later: Surgery) -> Surgery:
+    """``later`` with the names that modules had before entries of lists were deleted."""
+
+    def old(name: str) -> str:
+        for block in reversed(blocks):
+            prefix = f"{block.module}."
+            number, dot, rest = name.removeprefix(prefix).partition(".")
+            if block.kind == "deleted" and name.startswith(prefix) and number.isdecimal():
+                name = f"{prefix}{_left(block)[int(number)]}{dot}{rest}"
+        return name
+
+    return replace(
+        later,
+        cuts={old(name): axes for name, axes in later.cuts.items()},
+        attributes={old(path): edits for path, edits in later.attributes.items()},
+        blocks=[replace(block, module=old(block.module)) for block in later.blocks],
+    )
+
+
+def _left(block: BlockEdit) -> list[int]:
+    return [i for i in range(block.details["size"]) if i not in block.details["entries"]]
+
+
+def _joined(first: Sequence[BlockEdit], later: Sequence[BlockEdit]) -> tuple[BlockEdit, ...]:
+    """Both; entries that are deleted from one list in two turns are deleted at once."""
+    joined = {block.module: block for block in first}
+    for block in later:
+        known = joined.get(block.module)
+        if known is not None:
+            left, config = _left(known), dict(known.details["config"])
+            for key, (before, after) in block.details["config"].items():
+                config[key] = [config[key][0] if key in config else before, after]
+            gone = {*known.details["entries"], *(left[i] for i in block.details["entries"])}
+            details = {"entries": sorted(gone), "size": known.details["size"], "config": config}
+            block = replace(known, details=details)
+        joined[block.module] = block
+    return tuple(sorted(joined.values(), key=lambda b: b.module.count("."), reverse=True))
 
 
 def plain_json(value: Any) -> str:

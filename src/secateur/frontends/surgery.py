@@ -23,44 +23,29 @@ from secateur.formats import (
     shapes_hash,
 )
 from secateur.structure import Cuts, apply_
+from secateur.structure.deletion import bypass_, delete_entries_
+from secateur.structure.depth import PassThrough
+
+__all__ = [
+    "BLOCKS",
+    "PassThrough",
+    "class_path",
+    "cuts_of",
+    "load_bundle_",
+    "replay_",
+    "require_fit",
+    "surgery_for",
+    "without_memory",
+]
 
 _ORIGINAL = "build the original model, as before it was cut; nothing was changed"
 
 
-class PassThrough(nn.Module):
-    """What stands in the place of a removed block: it returns its first input.
-
-    Args:
-        returns: ``"tensor"``, or ``"tuple"`` for a block whose callers take the first of several.
-
-    Example:
-        >>> PassThrough()(1, mask=2), PassThrough("tuple")(1)
-        (1, (1,))
-    """
-
-    def __init__(self, returns: str = "tensor") -> None:
-        super().__init__()
-        self.returns = returns
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first argument, whatever the others are."""
-        first = args[0] if args else next(iter(kwargs.values()))
-        return (first,) if self.returns == "tuple" else first
-
-
-def _removed(module: nn.Module, details: Mapping[str, Any]) -> nn.Module:
-    returns = details.get("returns", "tensor")
-    if set(details) - {"returns"} or returns not in ("tensor", "tuple"):
-        raise _misfit(
-            f"removing a {type(module).__name__}",
-            f"its details are {str(dict(details))[:80]}",
-            "'returns' is 'tensor' or 'tuple', and there is nothing else to say",
-        )
-    return PassThrough(returns)
-
-
-#: Kind of a block edit -> the module that stands in the place of one, given its details.
-BLOCKS: dict[str, Callable[[nn.Module, Mapping[str, Any]], nn.Module]] = {"removed": _removed}
+#: Kind of a block edit -> what does it to a model, given the path of the module and the details.
+BLOCKS: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]] = {
+    "removed": bypass_,
+    "deleted": delete_entries_,
+}
 
 
 def class_path(model: nn.Module) -> str:
@@ -276,10 +261,7 @@ def without_memory(model: nn.Module) -> nn.Module:
 def _carry_out_(model: nn.Module, surgery: Surgery) -> None:
     apply_(model, cuts_of(surgery))
     for block in surgery.blocks:
-        old = model.get_submodule(block.module)
-        new = BLOCKS[block.kind](old, block.details).train(old.training)
-        path, _, name = block.module.rpartition(".")
-        model.get_submodule(path)._modules[name] = new
+        BLOCKS[block.kind](model, block.module, block.details)
 
 
 def _require_result(model: nn.Module, surgery: Surgery) -> None:
@@ -296,15 +278,14 @@ def _restored_on_error(model: nn.Module, surgery: Surgery) -> Iterator[None]:
     """Put back everything that a replay touches if it, or what follows, fails."""
     tensors = _tensors(model)
     values = [(x, x.data, x.grad) for x in (tensors[name] for name in surgery.cuts)]
-    owners = {block.module.rpartition(".")[0] for block in surgery.blocks}
-    children = [(m, dict(m._modules)) for m in map(model.get_submodule, owners)]
-    stated = [
-        (module, dict(vars(module))) for module in map(model.get_submodule, surgery.attributes)
-    ]
+    touched = list(model.modules() if surgery.blocks else map(model.get_submodule, surgery.attributes))
+    children = [(module, dict(module._modules)) for module in touched]
+    stated = [(module, dict(vars(module))) for module in touched]
     try:
         yield
     except BaseException:
         for module, modules in children:
+            module._modules.clear()
             module._modules.update(modules)
         for module, attributes in stated:
             vars(module).update(attributes)

@@ -129,17 +129,15 @@ class Search:
         add(dict(start))
         front = list(seen.values())
         for _ in range(_STEPS):
-            known = min(seen.values(), key=rank)[0]
-            before = len(seen)
+            best = known = min(seen.values(), key=rank)[0]
             for steps in (1, 2):  # two keys that only fit together are changed together
                 for _, values in front:
                     for new in self._near(wanted, values, steps):
                         add(new)
-                if min(seen.values(), key=rank)[0] < known:
+                best = min(seen.values(), key=rank)[0]
+                if best < known or best[0] == 0:
                     break
-            else:
-                break
-            if len(seen) == before:
+            if best == known:
                 break
             front = sorted(seen.values(), key=rank)[:_FRONT]
         return sorted(seen.values(), key=rank)

@@ -258,7 +258,7 @@ def _model(layer: Layer) -> Any:
     linear = not layer.size
     shape = (layer.outputs, layer.inputs // layer.groups, *layer.kernel)
     weight = onnx.numpy_helper.from_array(_noise(shape[::-1] if linear else shape), "w")
-    how = {} if linear else {
+    how: dict[str, Any] = {} if linear else {
         "strides": layer.stride,
         "pads": (*layer.padding, *layer.padding),
         "dilations": layer.dilation,

@@ -91,7 +91,7 @@ class Counted(int):
     __radd__ = __add__
 
     def __eq__(self, other: object) -> Any:
-        equal = int.__eq__(self, other)  # type: ignore[operator]
+        equal = int.__eq__(self, other)
         if equal is True and type(other) is int and self.source and self.times == self.over == 1:
             self.source.agreed(self.source.label, self.source.axis)
         return equal

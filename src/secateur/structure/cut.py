@@ -135,7 +135,12 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
         twins = {key: slot for key, slot in slots.items() if _alike(slot, x)}
         gradient = x.grad
         x.grad = None
-        x.data = _selected(x.data, axes)
+        cut = _selected(x.data, axes)
+        # A graph that is still alive (the last loss, say) holds autograd's record of the old shape,
+        # and the next backward pass would go by it. It is dropped when the type changes.
+        if x.requires_grad:
+            x.data = cut.new_empty(0, dtype=_other(x.dtype))
+        x.data = cut
         if gradient is not None:
             x.grad = _selected(gradient, axes)
         for key, slot in twins.items():
@@ -144,6 +149,10 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
         module = model.get_submodule(path)
         for attribute, value in attributes.items():
             set_attribute_(module, attribute, value)
+
+
+def _other(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype != torch.float64 else torch.float32
 
 
 def _alike(slot: Any, x: Tensor) -> bool:

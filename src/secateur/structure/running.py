@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,35 @@ from torch.utils._pytree import tree_map_only
 
 #: Outputs of Transformers models that serve as inputs of their next call: they may become narrower.
 BY_PRODUCTS = frozenset({"past_key_values", "cache_params", "state", "encoder_last_hidden_state"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator as it ran."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    out: Any
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """A positional or named argument."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, also those in lists."""
+        return tensors_in((self.args, tuple(self.kwargs.values())))
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors among the results."""
+        return tensors_in(self.out)
+
+    @property
+    def name(self) -> str:
+        """As PyTorch prints it, e.g. ``aten.add``."""
+        return str(self.func.overloadpacket)
 
 
 def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -91,12 +121,24 @@ def run_plainly(tracer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return func(*args, **kwargs)
 
 
+# On meta tensors PyTorch runs these in Python, slowly, to find what is known: the shape of the input.
+_LIKE_ITS_INPUT = {
+    getattr(torch.ops.aten, name).default
+    for name in ("relu", "silu", "gelu", "sigmoid", "tanh", "hardtanh", "hardswish")
+}
+
+
 def run_without_values(
     tracer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Where any argument has no values the result has none, either."""
     tensors = tensors_in((args, tuple(kwargs.values())))
     if any(x.is_meta for x in tensors):
+        if func in _LIKE_ITS_INPUT:
+            return torch.empty_like(args[0], device="meta")
+        if func is torch.ops.aten.native_batch_norm.default and not args[5]:
+            none = torch.empty(0, device="meta")
+            return torch.empty_like(args[0], device="meta"), none, none
         args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
     elif not tensors and str(kwargs.get("device")) == "meta":
         kwargs = {**kwargs, "device": "cpu"}  # a constant: its values are known

@@ -25,6 +25,7 @@ from secateur.core.errors import UsageError
 from secateur.structure.counted import Counted, Sizes, Source, counting, follow, rows_along
 from secateur.structure.labels import along, fill, own_shape, varying
 from secateur.structure.running import (
+    Call,
     paths,
     plain,
     plain_attention,
@@ -36,40 +37,13 @@ from secateur.structure.running import (
 from secateur.structure.sizes import SizeUse, find_site
 from secateur.structure.units import Ledger, Meet
 
+__all__ = ["Call", "Execute", "Labels", "Rule", "Trace", "Tracer", "run_traced", "trace"]
+
 Labels = tuple[Tensor, ...]
 #: (tracer, call) -> nothing: sets the labels of the call's outputs.
 Rule = Callable[["Tracer", "Call"], None]
 #: How an operator is executed; the default runs it as it is.
 Execute = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One operator as it ran."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    out: Any
-
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
-        """A positional or named argument."""
-        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among the arguments, also those in lists."""
-        return tensors_in((self.args, tuple(self.kwargs.values())))
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """The tensors among the results."""
-        return tensors_in(self.out)
-
-    @property
-    def name(self) -> str:
-        """As PyTorch prints it, e.g. ``aten.add``."""
-        return str(self.func.overloadpacket)
 
 
 @dataclass(frozen=True)

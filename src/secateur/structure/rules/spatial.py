@@ -25,7 +25,8 @@ def pooled(tracer: Tracer, call: Call) -> None:
         return
     for out in call.outputs:
         labels = []
-        for label in tracer.labels(x):
+        for before in tracer.labels(x):
+            label = before
             for axis in range(label.ndim):
                 if out.shape[axis] == x.shape[axis]:
                     continue
