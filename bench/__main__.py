@@ -14,6 +14,8 @@ import torch
 from bench import (
     adversarial,
     cifar,
+    dsp,
+    filters,
     gemv,
     global_masks,
     gradual,
@@ -24,6 +26,7 @@ from bench import (
     record,
     sparse_training,
     speed,
+    structural,
     sweep,
     tickets,
 )
@@ -35,6 +38,7 @@ STUDIES: dict[str, Callable[..., None]] = {
     "gemv": gemv.run,
     "patterns": patterns.run,
     "speed": speed.run,
+    "structural": structural.run,
     "overhead": overhead.run,
     "adversarial": adversarial.run,
     "leap": leap.run,
@@ -42,6 +46,8 @@ STUDIES: dict[str, Callable[..., None]] = {
     "gradual": gradual.run,
     "sparse_training": sparse_training.run,
     "tickets": tickets.run,
+    "filters": filters.run,
+    "dsp": dsp.run,
 }
 
 
@@ -55,6 +61,12 @@ def main(words: list[str] | None = None) -> int:
             sparse_training.summarise(plan)
         else:
             sparse_training.run_arm(given.arm, plan, seed=given.seed)
+        return 0
+    if given.arm in filters.ARMS:
+        filters.run_arm(given.arm, filters.plan_of(given.depth, given.epochs), seed=given.seed)
+        return 0
+    if given.arm in dsp.ARMS:
+        dsp.run_arm(given.arm, seed=given.seed)
         return 0
     if given.arm in tickets.ARMS:
         tickets.run_arm(given.arm, seed=given.seed)
@@ -97,13 +109,22 @@ def _parser() -> argparse.ArgumentParser:
         "--arm",
         choices=[
             "trunk",
-            *dict.fromkeys((*gradual.ARMS, "summary", *tickets.ARMS, *sparse_training.ARMS)),
+            *dict.fromkeys(
+                (
+                    *gradual.ARMS,
+                    "summary",
+                    *tickets.ARMS,
+                    *sparse_training.ARMS,
+                    *filters.ARMS,
+                    *dsp.ARMS,
+                )
+            ),
         ],
         help="one part of 'gradual' or 'tickets' (or of 'sparse_training', if that is named as the "
         "study), resumable; several may run beside one another",
     )
     parser.add_argument(
-        "--depth", type=int, help="one network of 'oneshot' (20, 56), or that of 'sparse_training'"
+        "--depth", type=int, help="one network of 'oneshot' (20, 56), or that of the arm's study"
     )
     parser.add_argument("--epochs", type=int, help="of each arm of 'sparse_training'")
     return parser

@@ -278,7 +278,7 @@ def test_neighbours_go_together() -> None:
     pruned = drop_blocks(model, 2, [IDS], criterion=BlockInfluence((), span=2, measure="angle"))
     numbers = [int(n.where.rpartition(".")[2]) for n in pruned.facts.notes]
     assert numbers[1] == numbers[0] + 1
-    with pytest.raises(UsageError, match="ask for 2"):
+    with pytest.raises(UsageError, match="Ask for 2"):
         drop_blocks(model, 1, [IDS], criterion=BlockInfluence((), span=2))
 
 

@@ -45,7 +45,8 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.stem(x)).relu()
         x = x + self.down(self.middle(self.up(x)).relu())
-        return self.head(x.mean((2, 3)))
+        scores: torch.Tensor = self.head(x.mean((2, 3)))
+        return scores
 
 
 def network(seed: int = 0) -> Net:

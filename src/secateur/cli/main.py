@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import bench, compare, doctor, evaluate, export, inspect, prune, shrink, ticket
+from secateur.cli import (
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    plot,
+    prune,
+    shrink,
+    ticket,
+)
 from secateur.cli import compile as compiling
 from secateur.cli.screen import INTERRUPTED, version
 from secateur.core.errors import UsageError
@@ -34,6 +45,7 @@ app.command("export")(export.export)
 app.command("compile")(compiling.compile_model)
 app.command("bench")(bench.bench)
 app.command("ticket")(ticket.ticket)
+app.command("plot")(plot.plot)
 app.command("doctor")(doctor.doctor)
 
 

@@ -13,13 +13,25 @@ from secateur.core.groups import groups_of
 from secateur.core.widths import Width
 from secateur.drive.shrink_recipe import ShrinkRecipe
 from secateur.frontends import discover
-from secateur.stats.groups import collect_groups
+from secateur.stats.groups import collect_groups, wants_data
 
 
 def group_scores(
-    model: nn.Module, widths: Sequence[Width], recipe: ShrinkRecipe, data: Data | None
+    model: nn.Module,
+    widths: Sequence[Width],
+    recipe: ShrinkRecipe,
+    data: Data | None,
+    *,
+    around: Sequence[Width] = (),
 ) -> dict[str, Tensor]:
     """A score for every group of every width, ``(groups,)``, larger = keep.
+
+    Args:
+        model: The network.
+        widths: Those that are scored.
+        recipe: With the criterion.
+        data: For criteria that measure.
+        around: All widths of the network, for criteria that look at neighbours.
 
     Raises:
         NonFinite: A score is NaN or infinite; the width is named.
@@ -33,9 +45,11 @@ def group_scores(
     """
     criterion = recipe.criterion
     groups = groups_of(model, widths, discover(model))
-    batches = data.sample() if criterion.needs and data is not None else []
+    seen = groups_of(model, around or widths, discover(model))
+    wanted = wants_data(criterion.needs)
+    batches = data.sample() if wanted and data is not None else []
     loss = data.loss if data is not None else None
-    stats = collect_groups(model, groups, criterion.needs, batches, loss=loss, seed=recipe.seed)
+    stats = collect_groups(model, seen, criterion.needs, batches, loss=loss, seed=recipe.seed)
     found = {}
     for group in groups:
         scores = criterion(group, stats).detach().float().cpu()

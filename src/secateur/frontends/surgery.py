@@ -23,6 +23,7 @@ from secateur.formats import (
     shapes_hash,
 )
 from secateur.structure import Cuts, apply_
+from secateur.structure.branches import branch_
 from secateur.structure.deletion import bypass_, delete_entries_
 from secateur.structure.depth import PassThrough
 
@@ -45,6 +46,7 @@ _ORIGINAL = "build the original model, as before it was cut; nothing was changed
 BLOCKS: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]] = {
     "removed": bypass_,
     "deleted": delete_entries_,
+    "branches": branch_,
 }
 
 

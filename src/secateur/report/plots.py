@@ -77,7 +77,8 @@ def training_plot(
             "a picture over time needs times and values",
             "plot a run that trained or pruned gradually",
         )
-    title = f"{', '.join(present).capitalize()} over training"
+    title = " and ".join(filter(None, [", ".join(present[:-1]), present[-1]]))
+    title = f"{title.capitalize()} over training"
     units = [next(p.unit for p in points if p.quantity == name) for name in present]
     with style():
         figure = new_figure(title, 6.4, 0.7 + 1.75 * len(present))
@@ -87,6 +88,10 @@ def training_plot(
             if shared is not axes:
                 axes.sharex(shared)
             _draw_panel(axes, name, [p for p in points if p.unit == unit])
+            updates = sum(p.quantity == _UPDATE for p in points if p.unit == unit)
+            if updates and shared is axes:
+                said = f"strokes: {updates} mask updates"
+                axes.set_title(said, loc="right", fontsize=8, color=QUIET)
             last = number + 1 == len(present) or units[number + 1] != unit
             axes.set_xlabel(_TIMES[unit] if last else "")
             axes.tick_params(labelbottom=last)
@@ -232,10 +237,6 @@ def _draw_panel(axes: Any, name: str, points: Sequence[_Point]) -> None:
         per_cent(axes.yaxis)
     if name == "sparsity":
         axes.set_ylim(0, 1.04)
-    if updates:
-        axes.set_title(
-            f"strokes: {len(updates)} mask updates", loc="right", fontsize=8, color=QUIET
-        )
 
 
 # -- layers and widths --------------------------------------------------------------------------

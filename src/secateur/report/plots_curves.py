@@ -202,8 +202,8 @@ def _draw_tickets(axes: Any, rows: Sequence[tuple[Any, ...]], metric: str) -> No
     axes.set_ylabel(metric)
     if metric == "accuracy":
         per_cent(axes.yaxis)
-    dense = [row[3] for row in rows if row[1] == 0]
-    if dense:
+    dense = sorted({row[3] for row in rows if row[1] == 0})
+    if len(dense) == 1:
         axes.axhline(dense[0], color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         right = axes.get_xlim()[1]
         ends.append(End(right, dense[0], "dense", QUIET))
@@ -268,19 +268,43 @@ def _draw_attack(
     axes.set_xlabel("size of the perturbation, units of the attack (0: natural)")
 
 
+def run_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to call each run: its rewinding, what else differs from runs that rewind alike, its seed.
+
+    Example:
+        >>> run_names([{"rewind": "rate"}, {"rewind": "rate", "plan": {"training": {"seed": 1}}}])
+        ['rate rewound, seed 0', 'rate rewound, seed 1']
+    """
+    return [f"{name}, seed {_seed(run)}" for name, run in zip(_names(runs), runs, strict=True)]
+
+
 def _methods(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs by method; the name says what differs between methods."""
-    words = [_words(run) for run in runs]
-    keys = dict.fromkeys(key for found in words for key in found)
-    telling = [key for key in keys if len({found.get(key) for found in words}) > 1]
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for run, mine in zip(runs, words, strict=True):
-        parts = [
-            f"{k}={mine[k]}" if mine[k][:1].isdigit() else mine[k] for k in telling if k in mine
-        ]
-        rewind = str(run.get("rewind"))
-        found.setdefault(", ".join([_REWINDS.get(rewind, rewind), *parts]), []).append(run)
+    for run, name in zip(runs, _names(runs), strict=True):
+        found.setdefault(name, []).append(run)
     return found
+
+
+def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the methods, with what differs between runs that rewind alike."""
+    rewinds, words = [str(run.get("rewind")) for run in runs], [_words(run) for run in runs]
+    names = []
+    for rewind, mine in zip(rewinds, words, strict=True):
+        alike = [other for other, way in zip(words, rewinds, strict=True) if way == rewind]
+        keys = dict.fromkeys(key for other in alike for key in other)
+        telling = [key for key in keys if len({other.get(key) for other in alike}) > 1]
+        parts = [_told(key, mine[key]) for key in telling if key in mine]
+        names.append(", ".join([_REWINDS.get(rewind, rewind), *parts]))
+    return names
+
+
+def _told(key: str, word: str) -> str:
+    return f"{key} {word}" if word[:1].isdigit() else word
+
+
+def _seed(run: Mapping[str, Any]) -> int:
+    training = dict((run.get("plan") or {}).get("training") or {})
+    return int(training.get("Training", training).get("seed", 0))
 
 
 def _words(run: Mapping[str, Any]) -> dict[str, str]:

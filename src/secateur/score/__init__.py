@@ -14,6 +14,7 @@ from secateur.score.fisher import Obd, WoodFisher
 from secateur.score.gradient import Movement, Snip, Taylor
 from secateur.score.groups import GroupCriterion, Grouped, GroupNeeds, RandomGroups
 from secateur.score.groups_activation import ActivationEnergy, ActivationVariance, MeanActivation
+from secateur.score.groups_reconstruction import Reconstruction
 from secateur.score.groups_taylor import GroupTaylor
 from secateur.score.groups_weights import BatchNormScale, GeometricMedian
 from secateur.score.initialisation import Grasp, SynFlow
@@ -52,6 +53,7 @@ GROUP_CRITERIA: dict[str, type[GroupCriterion]] = {
     "activation_energy": ActivationEnergy,
     "activation_variance": ActivationVariance,
     "group_taylor": GroupTaylor,
+    "reconstruction": Reconstruction,
     "expert_saliency": ExpertSaliency,
 }
 
@@ -81,6 +83,7 @@ __all__ = [
     "ObsSaliency",
     "Random",
     "RandomGroups",
+    "Reconstruction",
     "Ria",
     "Smoothed",
     "Snip",

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.core.errors import UsageError
 from secateur.core.groups import Groups, Part
 from secateur.score.groups import GroupNeeds, no_part
-from secateur.stats import Gram, InputMean, Stats
+from secateur.stats import Gram, Moments, Stats
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Reconstruction:
 
     @property
     def needs(self) -> GroupNeeds:
-        return frozenset({Gram(), InputMean()})
+        return frozenset({Gram(), Moments()})
 
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
         parts = [p for p in groups.having("in") if p.seen]
@@ -118,7 +118,7 @@ class _Consumer:
 
 def _consumers(part: Part, stats: Stats, damping: float) -> Iterator[_Consumer]:
     weight = part.weight
-    gram, mean = stats(Gram(), weight).double(), stats(InputMean(), weight).double()
+    gram, mean = stats(Gram(), weight).double(), stats(Moments(), weight)[0].double()
     covariances = gram - mean[:, :, None] * mean[:, None, :]
     scale = covariances.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     eye = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
