@@ -14,6 +14,7 @@ import torch
 from bench import (
     adversarial,
     cifar,
+    coverage,
     dsp,
     filters,
     gemv,
@@ -38,6 +39,7 @@ STUDIES: dict[str, Callable[..., None]] = {
     "gemv": gemv.run,
     "patterns": patterns.run,
     "speed": speed.run,
+    "coverage": coverage.run,
     "structural": structural.run,
     "overhead": overhead.run,
     "adversarial": adversarial.run,

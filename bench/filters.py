@@ -240,7 +240,8 @@ def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dic
     rows, goals = [], []
     for kind in KINDS:
         own = [files[kind, seed] for seed in seeds]
-        row = {"network": kind, "accuracy": [f["test"]["accuracy"] for f in own]}
+        row: dict[str, Any] = {"network": kind}
+        row["accuracy"] = [f["test"]["accuracy"] for f in own]
         for clock in ("seconds", "processor_seconds"):
             row[clock] = [f[clock] for f in own]
             pairs = [(files[kind, s][clock], files["dense", s][clock]) for s in seeds]

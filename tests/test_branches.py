@@ -17,9 +17,10 @@ from secateur.core.errors import DataError, UsageError
 from secateur.core.slots import Slot
 from secateur.core.weight import CONV2D
 from secateur.drive.branches import pack_branches
-from secateur.evaluate.cost import cost
+from secateur.evaluate.cost import cost_of
 from secateur.formats import parse_surgery, surgery_text
 from secateur.frontends import discover
+from secateur.frontends.onnx import export_onnx
 from secateur.frontends.surgery import replay_
 from secateur.learn import GroupLearning
 from secateur.learn.energy import Branches, energy_prune
@@ -52,7 +53,7 @@ class Net(nn.Module):
         return out
 
 
-def build(seed: int = 0) -> Net:
+def build(seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Net().eval()
@@ -91,24 +92,23 @@ def test_branches_compute_the_masked_convolution(
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = nn.Sequential(nn.Conv2d(channels, filters, 3, padding=1, bias=bias)).double()
+        conv = nn.Conv2d(channels, filters, 3, padding=1, bias=bias)
+        net: Any = nn.Sequential(conv).double()
         x = torch.randn(2, channels, 5, 5, dtype=torch.double)
     ids, keep = drawn(filters, channels, groups, seed)
-    masked = copy.deepcopy(net)
+    masked: Any = copy.deepcopy(net)
     mask_branches_(masked, {"0": (ids, keep)})
-    assert torch.equal(masked[0].weight[~kernels_of(ids, keep)], torch.zeros(()).double().expand(
-        int((~kernels_of(ids, keep)).sum()), 3, 3))  # fmt: skip
+    assert masked[0].weight.count_nonzero() == 9 * kernels_of(ids, keep).sum()
     pack_branches_(net, {"0": (ids, keep)})
     assert isinstance(net[0], GatheredConv2d)
     wanted = masked(x)
     assert torch.allclose(net(x), wanted, rtol=1e-10, atol=1e-10)
     # One by one: filter f is the sum over the channels that its group reads.
-    conv = masked[0]
     f = seed % filters
     own = keep[ids[f]]
     if bool(own.any()):
-        alone = nn.functional.conv2d(x[:, own], conv.weight[f : f + 1, own], padding=1)
-        alone = alone + (conv.bias[f] if bias else 0)
+        alone = nn.functional.conv2d(x[:, own], masked[0].weight[f : f + 1, own], padding=1)
+        alone = alone + (masked[0].bias[f] if bias else 0)
         assert torch.allclose(net(x)[:, f : f + 1], alone, rtol=1e-10, atol=1e-10)
 
 
@@ -119,19 +119,21 @@ def test_gradients_reach_the_branches() -> None:
     pack_branches_(net, plan)
     for model in (net, masked):
         model(image().double()).square().sum().backward()
-    assert torch.allclose(net.stem.weight.grad, masked.stem.weight.grad, rtol=1e-8)  # type: ignore[arg-type]
-    assert all(b.weight.grad.abs().sum() > 0 for b in net.first.branches)  # type: ignore[union-attr]
+    assert torch.allclose(net.stem.weight.grad, masked.stem.weight.grad, rtol=1e-8)
+    assert all(b.weight.grad.abs().sum() > 0 for b in net.first.branches)
 
 
 def test_the_order_is_left_out_where_it_is_the_identity() -> None:
     conv = nn.Conv2d(4, 4, 1)
     keep = torch.tensor([[True, True, True, True], [True, False, False, True]])
-    sorted_groups = GatheredConv2d(conv, branches_of(torch.tensor([0, 0, 1, 1]), keep))
-    mixed = GatheredConv2d(conv, branches_of(torch.tensor([0, 1, 0, 1]), keep))
+    sorted_groups: Any = GatheredConv2d(conv, branches_of(torch.tensor([0, 0, 1, 1]), keep))
+    mixed: Any = GatheredConv2d(conv, branches_of(torch.tensor([0, 1, 0, 1]), keep))
     assert sorted_groups.order is None
-    assert mixed.order.tolist() == [0, 2, 1, 3]  # type: ignore[union-attr, operator]
+    assert mixed.order.tolist() == [0, 2, 1, 3]
     assert mixed.channels0 is None  # a branch that reads everything gathers nothing
-    assert set(mixed.state_dict()) == {f"branches.{i}.{n}" for i in (0, 1) for n in ("weight", "bias")}
+    assert set(mixed.state_dict()) == {
+        f"branches.{i}.{n}" for i in (0, 1) for n in ("weight", "bias")
+    }
 
 
 def test_packed_is_proved_and_replayed(tmp_path: Path) -> None:
@@ -152,16 +154,16 @@ def test_packed_is_proved_and_replayed(tmp_path: Path) -> None:
 
 def test_filters_that_are_gone_give_their_bias() -> None:
     model = build()
-    packed = pack_branches(model, learned(), image()).model
+    packed: Any = pack_branches(model, learned(), image()).model
     with torch.no_grad():
         made = packed.second(torch.randn(1, 12, 6, 6))
-    assert torch.allclose(made[:, 3], model.second.bias[3].expand_as(made[:, 3]))  # type: ignore[index]
+    assert torch.allclose(made[:, 3], model.second.bias[3].expand_as(made[:, 3]))
 
 
 def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "secateur.structure.branches.branches_of",
-        lambda groups, keep: [(c[::-1][:1] + [], f) for c, f in branches_of(groups, keep)],
+        lambda groups, keep: [(c[1:], f) for c, f in branches_of(groups, keep)],
     )
     with pytest.raises(DataError, match="differs from the masked one"):
         pack_branches(build(), learned(), image())
@@ -170,7 +172,7 @@ def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_multiply_adds_are_those_of_the_branches() -> None:
     model, branches = build(), learned()
     packed = pack_branches(model, branches, image()).model
-    before, after = (cost(net, image()) for net in (model, packed))
+    before, after = (cost_of(net, example=image()) for net in (model, packed))
     plan = {n: (b.groups, b.keep, b.filters) for n, b in branches.items()}
     saved = 0
     for name, (ids, keep, alive) in plan.items():
@@ -179,7 +181,9 @@ def test_multiply_adds_are_those_of_the_branches() -> None:
         dead = 0 if bool(alive.all()) else int((~alive).sum())  # they read one channel of zeros
         saved += (kernels.numel() - int(kernels.sum()) - dead) * 9 * 25
         assert name
-    assert before.macs - after.macs == saved
+    assert before.macs is not None
+    assert after.macs is not None
+    assert (before.macs_dense or 0.0) - (after.macs_dense or 0.0) == saved
     names = [slot.name for slot in discover(packed) if slot.prunable]
     assert "first.branches.0.weight" in names
 
@@ -200,9 +204,8 @@ def test_traced_with_reasons() -> None:
     packed = pack_branches(build(), learned(), image()).model
     structure = couple(packed, image())
     assert not structure.widths
-    assert structure.pinned["first.branches.0.weight", 1] == (
-        "its branches gather channels by their numbers"
-    )
+    assert ("first.branches.0.weight", 1) in structure.pinned
+    assert structure.pinned["first.branches.0.weight", 0]
     assert "by index" in structure.pinned["stem.weight", 0]
 
 
@@ -222,7 +225,8 @@ def test_the_learned_groups_and_the_energy_rule_fit() -> None:
     with torch.no_grad():
         masked.second.weight.mul_(found["second.weight"].kernels()[:, :, None, None])
     packed = pack_branches(model, found, image()).model
-    assert compare([packed(image())], [masked(image())]).error < 1e-5
+    with torch.no_grad():
+        assert compare([packed(image())], [masked(image())]).error < 1e-5
     learned_now = names.branches()
     assert isinstance(pack_branches(model, learned_now, image()).model.second, GatheredConv2d)
 
@@ -232,9 +236,9 @@ def test_onnx_runtime_computes_the_same(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     packed = pack_branches(build(), learned(), image()).model
-    packed.second.branches.requires_grad_(False)
     file = tmp_path / "net.onnx"
-    torch.onnx.export(packed, (image(),), file, dynamo=True, verbose=False)
+    exported = export_onnx(packed, image(), file)
+    assert exported.error < 1e-5
     operators = {node.op_type for node in onnx.load(file).graph.node}
     assert {"Gather", "Conv", "Concat"} <= operators
     session = runtime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
@@ -250,15 +254,16 @@ def test_refusals() -> None:
             pack_branches_(net, {path: good})
     with pytest.raises(UsageError, match="below len"):
         branches_of(torch.tensor([0, 2]), torch.ones(2, 3))
-    for details in (
+    wrong: tuple[dict[str, Any], ...] = (
         {},
         {"branches": []},
         {"branches": [{"channels": [0], "filters": [0, 1]}]},
         {"branches": [{"channels": [0, 9], "filters": [0, 1, 2]}]},
         {"branches": [{"channels": [1, 0], "filters": [0, 1, 2]}]},
-        {"branches": [{"channels": [], "filters": [0, 1, 2]}]},
+        {"branches": [{"channels": [0], "filters": [0, 1, 2]}, {"channels": [1], "filters": []}]},
         {"branches": [{"channels": [0], "filters": [0, 1, 2]}], "more": 1},
-    ):
+    )
+    for details in wrong:
         with pytest.raises(UsageError, match="its details"):
             branch_(net, "2", details)
     assert isinstance(net[2], nn.Conv2d)

@@ -19,7 +19,8 @@ import pytest
 
 import secateur
 from secateur.cli.main import app
-from secateur.drive.recipe_file import CATALOGUES, read_recipe
+from secateur.drive.parts import CATALOGUES
+from secateur.drive.recipe_file import read_recipe
 from secateur.runtime import available
 from secateur.runtime.breakeven import CASES, break_evens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError
+from secateur.core.groups import Groups
 from secateur.drive import removal
 from secateur.drive.finetune import FineTune
 from secateur.drive.order import Feed, Shuffled
@@ -228,6 +230,29 @@ def test_no_width_falls_below_one_filter_or_its_floor() -> None:
     kind = secateur.ShrinkRecipe(target=secateur.Target("macs", bare - 1))
     with pytest.raises(BudgetError, match="with every width at its least"):
         shrinking(net, sgd(net), recipe=kind)
+
+
+@dataclass(frozen=True)
+class UpLast:
+    """A criterion of a user's own: all filters of ``up`` matter less than all others."""
+
+    needs: frozenset[Any] = frozenset()
+
+    def __call__(self, groups: Groups, stats: object) -> torch.Tensor:
+        return torch.arange(groups.count) + (1.0 if groups.name == "up" else 100.0)
+
+
+def test_a_floor_is_a_share_of_the_uncut_width() -> None:
+    net = network()
+    kind = recipe(0.2, criterion=UpLast(), allocation=RankedWidths("none", floor=0.5))
+    optimizer = sgd(net)
+    with pytest.raises(BudgetError):
+        shrinking(net, optimizer, recipe=kind)
+    kind = recipe(0.4, criterion=UpLast(), allocation=RankedWidths("none", floor=0.5))
+    pruner = shrinking(net, optimizer, recipe=kind, pace=pace(0, 4, 0.5))
+    train(net, optimizer, pruner, range(4))
+    assert net.up.out_channels == 7
+    assert 5 <= net.stem.out_channels < 10
 
 
 def test_a_learning_rate_schedule_runs_on() -> None:

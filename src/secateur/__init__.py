@@ -34,6 +34,7 @@ from secateur.drive.regrow import Regrow, TopKast
 from secateur.drive.resume import resume_, save_checkpoint
 from secateur.drive.shrink import shrink, shrink_
 from secateur.drive.shrink_recipe import ShrinkRecipe
+from secateur.drive.shrinking import Shrinking, train_and_shrink
 from secateur.evaluate import compare, measure
 from secateur.evaluate.robustness import robustness
 from secateur.experiments import TicketPlan, find_ticket
@@ -56,6 +57,7 @@ __all__ = [
     "Scope",
     "SecateurError",
     "ShrinkRecipe",
+    "Shrinking",
     "Shuffled",
     "Target",
     "TicketPlan",
@@ -82,4 +84,5 @@ __all__ = [
     "save_checkpoint",
     "shrink",
     "shrink_",
+    "train_and_shrink",
 ]

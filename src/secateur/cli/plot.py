@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.cli import options
+from secateur.cli.places import require_new_file
 from secateur.cli.plot_sources import Source, read_source
 from secateur.cli.screen import screen
-from secateur.core.atomic import new_folder, require_new
 from secateur.core.errors import UsageError
 from secateur.report.plots import layers_plot, training_plot, widths_plot
 from secateur.report.plots_curves import robustness_plot, similarity_plot, tickets_plot
@@ -39,7 +39,7 @@ def plot(
         int | None,
         typer.Option(min=1, metavar="N", help="Puts mask updates and epochs on one axis."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files.")] = False,
     json: options.Json = False,
 ) -> None:
     """Draw what the facts of RUN allow: training, layers, widths, tickets, similar masks, robustness.
@@ -51,15 +51,15 @@ def plot(
     with screen("plot", json=json) as out:
         if kind not in FORMATS:
             raise UsageError(f"--format {kind}", "it is svg or png", "", "write one of the two")
-        files = {f"{name}.{end}" for name in _NAMES for end in (*FORMATS, "csv")}
-        require_new(output, files, overwrite=overwrite)
         with style():
             pass  # a missing matplotlib is told before anything is read
         source = read_source(run)
         plots = _drawn(source, steps_per_epoch)
-        with new_folder(output, overwrite=overwrite) as folder:
+        for end in (kind, "csv"):
             for each in plots:
-                write_plot(each, folder / f"{each.name}.{kind}")
+                require_new_file(output / f"{each.name}.{end}", overwrite=overwrite)
+        for each in plots:
+            write_plot(each, output / f"{each.name}.{kind}")
         left_out = [(each.name, text) for each in plots for text in each.left_out]
         left_out += [item for item in source.left_out.items() if item[0] not in _of(plots)]
         out.text.print(_table(plots, kind))

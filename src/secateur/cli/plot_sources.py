@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.core.errors import FileError, FormatError, UsageError
+from secateur.core.errors import FileError, FormatError, SecateurError, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.evaluate.robustness import Curve, RobustnessFacts
@@ -69,7 +70,10 @@ def read_source(path: Path) -> Source:
             "check the name",
         )
     if (path / FACTS).is_file():
-        return Source(parse_facts(read_limited(path / FACTS, FACTS_LIMIT)))
+        facts = parse_facts(read_limited(path / FACTS, FACTS_LIMIT))
+        with _readable(path / FACTS):
+            _rows({"history": facts.history}, "history")
+        return Source(facts)
     folders = [path] if (path / RUN).is_file() else sorted(p.parent for p in path.glob(f"*/{RUN}"))
     if not folders:
         raise UsageError(
@@ -85,16 +89,7 @@ def read_source(path: Path) -> Source:
 
 
 def _document(path: Path) -> Source:
-    asked = f"reading {str(path)!r}"
-    data = read_limited(path, FACTS_LIMIT)
-    if len(data) > FACTS_LIMIT:
-        found = f"it has more than {FACTS_LIMIT:,} bytes"
-        raise FormatError(asked, found, "larger documents are not read", "name a smaller one")
-    try:
-        content = read_json(data.decode("utf-8"), asked)
-    except UnicodeDecodeError as error:
-        found = f"it is not UTF-8 ({error})"
-        raise FormatError(asked, found, "JSON is UTF-8 text", _FIX) from error
+    content = _json(path)
     if content.get("ok") is False:
         raise UsageError(
             f"plotting {str(path)!r}",
@@ -102,11 +97,19 @@ def _document(path: Path) -> Source:
             "it holds an error and no facts",
             "run the command again, and plot what it then writes",
         )
-    try:
+    with _readable(path):
         return _source_of(content)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors of Python inside mean that the file has other fields than it should."""
+    try:
+        yield
+    except SecateurError:
+        raise
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        if isinstance(error, (FormatError, UsageError)):
-            raise
+        asked = f"reading {str(path)!r}"
         found = f"a field is wrong ({type(error).__name__}: {str(error)[:120]})"
         raise FormatError(asked, found, "fields have fixed names and types", _FIX) from error
 
@@ -129,6 +132,7 @@ def _source_of(content: Mapping[str, Any]) -> Source:
         for stage in (content["dense"], *content["levels"]):
             _ = stage["asked"], stage["sparsity"], stage["accuracy"]
         found.tickets = [dict(content)]
+        run_names(found.tickets)  # reads recipe and plan
         found.left_out["similarity"] = "the document has no masks; plot the run's folder"
     curves = content.get("robustness", content)
     if "curves" in curves:
@@ -282,8 +286,12 @@ def _row(stage: Stage) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     asked = f"reading {str(path)!r}"
+    data = read_limited(path, FACTS_LIMIT)
+    if len(data) > FACTS_LIMIT:
+        found = f"it has more than {FACTS_LIMIT:,} bytes"
+        raise FormatError(asked, found, "larger documents are not read", "name a smaller one")
     try:
-        return read_json(read_limited(path, FACTS_LIMIT).decode("utf-8"), asked)
+        return read_json(data.decode("utf-8"), asked)
     except UnicodeDecodeError as error:
         found = f"it is not UTF-8 ({error})"
         raise FormatError(asked, found, "JSON is UTF-8 text", _FIX) from error

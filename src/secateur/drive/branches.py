@@ -26,7 +26,9 @@ from secateur.structure.masked import call, compare, predictions
 _NEAR = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def pack_branches(model: nn.Module, branches: Mapping[str, Branches], example_inputs: Any) -> Pruned:
+def pack_branches(
+    model: nn.Module, branches: Mapping[str, Branches], example_inputs: Any
+) -> Pruned:
     """Turn convolutions of a copy of ``model`` into branches, and prove it.
 
     **formula**: each group of filters becomes a convolution over the channels that it keeps; the

@@ -225,6 +225,15 @@ def LightningCallback(  # noqa: N802
 
     Raises:
         UsageError: Lightning is not installed.
+
+    Example:
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("lightning") is None:
+        ...     print("pip install lightning")
+        ... else:
+        ...     _ = LightningCallback(amount=0.9)  # trainer = Trainer(callbacks=[...])
+        ...     print("pip install lightning")
+        pip install lightning
     """
     session = Session(what or _default(amount, 2.0, 1.0), data, permanent=make_pruning_permanent)
 

@@ -19,7 +19,7 @@ from secateur.core.paired import median_range
 from secateur.core.slots import device_of
 from secateur.frontends import export_onnx
 from secateur.runtime.layer_times import (
-    Layer,
+    Chain,
     Timer,
     has_onnx,
     onnx_timer,
@@ -82,8 +82,8 @@ class Clock(Protocol):
     engine: str
     threads: int
 
-    def layers(self, layers: Sequence[Layer]) -> Sequence[float]:
-        """Milliseconds of single layers."""
+    def layers(self, chains: Sequence[Chain]) -> Sequence[float]:
+        """Milliseconds of layers, alone or one after the other."""
         ...
 
     def dense(self) -> float:
@@ -120,9 +120,9 @@ class EngineClock:
         self._dense[:] = [self.prepare(self.model)]
         return self
 
-    def layers(self, layers: Sequence[Layer]) -> Sequence[float]:
-        """Milliseconds of single layers."""
-        return self.timer(layers)
+    def layers(self, chains: Sequence[Chain]) -> Sequence[float]:
+        """Milliseconds of layers, alone or one after the other."""
+        return self.timer(chains)
 
     def dense(self) -> float:
         """Milliseconds of the uncut network."""

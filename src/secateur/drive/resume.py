@@ -139,6 +139,17 @@ def resume_(place: str | Path, training: Training) -> int:
     Raises:
         UsageError: The checkpoint is of another model, recipe or number of processes.
         FormatError: It is damaged, or of a newer version.
+
+    Example:
+        >>> import tempfile
+        >>> net = torch.nn.Linear(2, 1)
+        >>> loop = Training(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> folder = tempfile.mkdtemp()
+        >>> resume_(folder, loop)
+        0
+        >>> _ = save_checkpoint(folder, loop, step=3)
+        >>> resume_(folder, loop)
+        3
     """
     file = latest(place)
     newest = ranks.gather_text("" if file is None else file.name)

@@ -122,11 +122,11 @@ class LatencyCost:
 
 
 def latency_step(uses: Sequence[Use], cost: WidthCost, times: LayerTimes) -> int:
-    """The multiple that widths should come in, by the costliest layers that can be cut."""
-    cut = [(use.layer, *narrows(use, cost)) for use in uses]
-    judges = sorted(
-        (entry for entry in dict.fromkeys(cut) if entry[1] or entry[2]), key=lambda e: -e[0].macs
-    )
+    """The multiple that widths should come in, by the costliest kinds of layers that can be cut."""
+    cut = [use.layer for use in uses if any(narrows(use, cost))]
+    cut.sort(key=lambda layer: -layer.macs)
+    kinds = {(x.size, x.kernel, x.depthwise): x for x in reversed(cut)}
+    judges = sorted(kinds.values(), key=lambda layer: -layer.macs)
     return alignment(times, judges[:_JUDGES])
 
 
@@ -174,7 +174,7 @@ def latency_tables(
         how.progress(number, len(sides))
         ins = _points(layer.inputs, step * _per(layer)) if narrow_in else (layer.inputs,)
         outs = _points(layer.outputs, step * _per(layer)) if narrow_out else (layer.outputs,)
-        taken = iter(how.times([layer.at(i, o) for i in ins for o in outs]))
+        taken = iter(how.times([(layer.at(i, o),) for i in ins for o in outs]))
         grid = tuple(tuple(next(taken) for _ in outs) for _ in ins)
         tables[layer] = Table(ins, outs, grid).monotone()
     return tables
@@ -199,7 +199,7 @@ def latency_cost(
         >>> from secateur.structure import couple
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> x = torch.zeros(1, 64)
-        >>> how = LayerTiming(LayerTimes(lambda layers: [layer.macs for layer in layers]))
+        >>> how = LayerTiming(LayerTimes(lambda chains: [chain[0].macs for chain in chains]))
         >>> cost, step = latency_cost(net, couple(net, x), x, dense=8192.0, how=how)
         >>> cost({}), cost({"0": 32}), step
         (8192.0, 4096.0, 1)

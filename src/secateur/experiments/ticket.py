@@ -159,6 +159,19 @@ def find_ticket(
         FormatError: A finished stage was altered.
         DataError: The loss became NaN; finished stages are kept.
 
+    Example:
+        >>> import tempfile
+        >>> from secateur.experiments import Training
+        >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        >>> batch = (x, (x.sum(1) > 0).long())
+        >>> def net():
+        ...     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> plan = TicketPlan(levels=(0.5, 0.75), training=Training(epochs=2))
+        >>> found = find_ticket(net, None, {"train": [batch], "test": [batch]},
+        ...                     folder=tempfile.mkdtemp(), plan=plan)
+        >>> [round(stage.sparsity, 2) for stage in found.levels]
+        [0.5, 0.75]
+
     Example: see :class:`TicketFacts`.
     """
     plan = plan or TicketPlan()

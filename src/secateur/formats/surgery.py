@@ -257,15 +257,14 @@ def _joined(first: Sequence[BlockEdit], later: Sequence[BlockEdit]) -> tuple[Blo
     """Both; entries that are deleted from one list in two turns are deleted at once."""
     joined = {block.module: block for block in first}
     for block in later:
-        known = joined.get(block.module)
-        if known is not None:
+        known = joined.setdefault(block.module, block)
+        if known is not block:
             left, config = _left(known), dict(known.details["config"])
             for key, (before, after) in block.details["config"].items():
                 config[key] = [config[key][0] if key in config else before, after]
             gone = {*known.details["entries"], *(left[i] for i in block.details["entries"])}
             details = {"entries": sorted(gone), "size": known.details["size"], "config": config}
-            block = replace(known, details=details)
-        joined[block.module] = block
+            joined[block.module] = replace(known, details=details)
     return tuple(sorted(joined.values(), key=lambda b: b.module.count("."), reverse=True))
 
 

@@ -280,7 +280,9 @@ def _restored_on_error(model: nn.Module, surgery: Surgery) -> Iterator[None]:
     """Put back everything that a replay touches if it, or what follows, fails."""
     tensors = _tensors(model)
     values = [(x, x.data, x.grad) for x in (tensors[name] for name in surgery.cuts)]
-    touched = list(model.modules() if surgery.blocks else map(model.get_submodule, surgery.attributes))
+    touched = list(
+        model.modules() if surgery.blocks else map(model.get_submodule, surgery.attributes)
+    )
     children = [(module, dict(module._modules)) for module in touched]
     stated = [(module, dict(vars(module))) for module in touched]
     try:

@@ -35,6 +35,7 @@ from secateur.frontends.transformers_config import (
     stated_by,
 )
 from secateur.structure.masked import call, compare, predictions
+from secateur.structure.stated import undeleted_
 
 WEIGHTS, CONFIG, SURGERY, ORIGINAL = (
     "model.safetensors",
@@ -128,6 +129,9 @@ def save_transformers(
     plain, saved = _per_layer(search, _wanted(model, surgery, None), host, surgery)
     with new_folder(folder, overwrite=overwrite) as temporary:
         (temporary / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        for block in surgery.blocks:
+            if block.kind == "deleted":
+                undeleted_(original, block.details)
         original.architectures = [type(model).__name__]
         original.save_pretrained(temporary / ORIGINAL)
         write_tensors(temporary / WEIGHTS, model.state_dict(), Masks({}))

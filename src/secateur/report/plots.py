@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import DataError, UsageError
 from secateur.core.facts import Facts
 from secateur.report.plots_style import (
     COLOURS,
@@ -210,27 +210,30 @@ def _draw_panel(axes: Any, name: str, points: Sequence[_Point]) -> None:
             label=f"{name} {stretch}",
         )
         if len(stretches) > 1:
-            axes.annotate(
+            said = axes.annotate(
                 f"part {stretch}",
                 xy=line[0],
-                xytext=(4, 4),
+                xytext=(4, 5),
                 textcoords="offset points",
                 fontsize=8,
                 color=QUIET,
             )
+            said.set_in_layout(False)  # it is inside, and limits are not final yet
     updates = sorted({p.time for p in points if p.quantity == _UPDATE})
-    axes.plot(
-        updates,
-        [0.0] * len(updates),
-        transform=axes.get_xaxis_transform(),
-        linestyle="",
-        marker=2,  # a stroke upwards
-        markersize=6,
-        markeredgewidth=0.8,
-        color=INK,
-        clip_on=False,
-        label=_UPDATE,
-    )
+    if updates:
+        strokes = axes.plot(
+            updates,
+            [0.0] * len(updates),
+            transform=axes.get_xaxis_transform(),
+            linestyle="",
+            marker=2,  # a stroke upwards
+            markersize=6,
+            markeredgewidth=0.8,
+            color=INK,
+            clip_on=False,
+            label=_UPDATE,
+        )
+        strokes[0].set_in_layout(False)
     axes.set_ylabel(name)
     values = [float(p.value) for p in mine]
     if name != "loss" and all(0 <= value <= 1 for value in values):
@@ -246,7 +249,8 @@ def _counts(whole: Any, kept: Any, what: str) -> tuple[Any, Any]:
     finite(whole, what)
     finite(kept, what)
     if not 0 <= kept <= whole or not whole:
-        finite(f"{kept} of {whole}", what)
+        why = "a share lies between 0 and 1"
+        raise DataError(f"drawing {what}", f"it keeps {kept} of {whole}", why, "correct the facts")
     return whole, kept
 
 
@@ -273,7 +277,11 @@ def _bars(
         figure = new_figure(title, 6.4, height)
         axes = figure.subplots()
         places = range(1, len(bars) + 1)
-        axes.barh(places, [share for _, share, _ in bars], height=0.7, color=COLOURS[0])
+        shares = [share for _, share, _ in bars]
+        if named:
+            axes.barh(places, shares, height=0.7, color=COLOURS[0])
+        else:
+            axes.plot(shares, places, linestyle="", marker="o", markersize=3, color=COLOURS[0])
         axes.set_ylim(len(bars) + 0.6, 0.4)
         axes.set_xlim(0, 1)
         axes.set_xlabel(axis)
@@ -293,6 +301,7 @@ def _bars(
                     color=INK,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
                     annotation_clip=False,
+                    zorder=4,
                 )
         else:
             axes.set_ylabel("number in the network's order (names: in the CSV)")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import DataError, UsageError
 from secateur.evaluate.robustness import RobustnessFacts
 from secateur.report.plots_style import (
     INK,
@@ -66,6 +66,9 @@ def tickets_plot(runs: Sequence[Mapping[str, Any]]) -> Plot:
                 what = f"level {stage.get('name', '')!r} of {method!r}"
                 asked = finite(stage["asked"], f"{what}, the sparsity asked for")
                 left = 1 - finite(stage["sparsity"], f"{what}, its sparsity")
+                if left <= 0:
+                    said, why = f"it keeps {left:g} of the weights", "the axis is logarithmic"
+                    raise DataError(f"drawing {what}", said, why, "leave that level out")
                 point = (round(left, 12), finite(stage["accuracy"], f"{what}, its accuracy"))
                 levels.setdefault(asked, []).append(point)
         for asked, found in sorted(levels.items()):
@@ -84,7 +87,8 @@ def tickets_plot(runs: Sequence[Mapping[str, Any]]) -> Plot:
     title = f"Tickets: {metric} against weights left"
     columns = ("method", "asked", "left", metric, "lowest", "highest", "runs")
     with style():
-        figure = new_figure(title, 6.4, 3.9)
+        longest = max(len(row[0]) for row in rows)
+        figure = new_figure(title, 5.4 + 0.07 * longest, 3.9)
         _draw_tickets(figure.subplots(), rows, metric)
     return Plot("tickets", title, figure, columns, tuple(rows), left_out)
 
@@ -215,8 +219,8 @@ def _ticks(lefts: set[float]) -> tuple[list[float], list[str]]:
     found: list[float] = []
     whole = max(lefts) / min(lefts)
     for left in sorted(lefts, reverse=True):
-        # Labels need about a fourteenth of the axis.
-        if not found or found[-1] / left > whole ** (1 / 14):
+        # A label needs about an eighth of the axis.
+        if not found or found[-1] / left > whole ** (1 / 8):
             found.append(left)
     return found, [f"{100 * left:.3g} %" for left in found]
 
@@ -228,7 +232,9 @@ def _draw_matrix(
     axes.grid(visible=False)
     places = range(len(names))
     short = [name if len(name) <= 40 else f"{name[:39]}…" for name in names]
-    axes.set_xticks(places, short, rotation=40, ha="right", rotation_mode="anchor")
+    steep = 40 if len(names) <= _NUMBERED else 90
+    upright = {"ha": "right", "va": "top" if steep < 90 else "center"}
+    axes.set_xticks(places, short, rotation=steep, rotation_mode="anchor", **upright)
     axes.set_yticks(places, short)
     axes.tick_params(length=0)
     for side in axes.spines.values():

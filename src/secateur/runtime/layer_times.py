@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,7 +25,9 @@ _MOST = 15
 _MACS, _COPIES = 5e7, 8
 #: Multiples that widths may come in.
 MULTIPLES = (4, 8, 16, 32)
-_BASES = (32, 64)
+# They are tried from these widths on, between layers of this width, at these distances.
+_BASES, _NEIGHBOUR = (32, 64), 64
+_DISTANCES = (1, 3, 4, 7, 8, 15, 16, 31, 32)
 _FREE = 1.02
 
 
@@ -65,11 +68,15 @@ class Layer:
         return self.groups > 1 and self.groups == self.inputs
 
     @property
+    def output_size(self) -> tuple[int, ...]:
+        """Spatial size of the output."""
+        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+
+    @property
     def positions(self) -> int:
         """Positions of the output, over all samples."""
-        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
-        return self.rows * math.prod(sizes)
+        return self.rows * math.prod(self.output_size)
 
     @property
     def weights(self) -> int:
@@ -92,72 +99,87 @@ class Layer:
         return replace(self, inputs=inputs, outputs=outputs)
 
 
-#: Layers -> milliseconds of each, measured in turn.
-Timer = Callable[[Sequence[Layer]], Sequence[float]]
+#: Layers that run one after the other.
+Chain = tuple[Layer, ...]
+#: Chains -> milliseconds of each, measured in turn.
+Timer = Callable[[Sequence[Chain]], Sequence[float]]
 
 
 @dataclass
 class LayerTimes:
-    """A timer that measures each layer once.
+    """A timer that measures each chain of layers once.
 
     Example:
-        >>> times = LayerTimes(lambda layers: [layer.macs for layer in layers])
-        >>> times([Layer(2, 3, 1), Layer(2, 3, 1)]), len(times.known)
+        >>> times = LayerTimes(lambda chains: [chain[0].macs for chain in chains])
+        >>> times([(Layer(2, 3, 1),), (Layer(2, 3, 1),)]), len(times.known)
         ([6.0, 6.0], 1)
     """
 
     timer: Timer
-    known: dict[Layer, float] = field(default_factory=dict)
+    known: dict[Chain, float] = field(default_factory=dict)
 
-    def __call__(self, layers: Sequence[Layer]) -> list[float]:
+    def __call__(self, chains: Sequence[Chain]) -> list[float]:
         """Milliseconds of each; those that are new are measured together."""
-        new = [layer for layer in dict.fromkeys(layers) if layer not in self.known]
+        new = [chain for chain in dict.fromkeys(chains) if chain not in self.known]
         if new:
             self.known.update(zip(new, self.timer(new), strict=True))
-        return [self.known[layer] for layer in layers]
+        return [self.known[chain] for chain in chains]
 
 
-def alignment(times: LayerTimes, layers: Sequence[tuple[Layer, bool, bool]]) -> int:
-    """The largest multiple that costs nothing: rounding a width up to it takes no time.
+def alignment(times: LayerTimes, layers: Sequence[Layer]) -> int:
+    """The largest multiple that costs nothing: rounding most widths up to it takes no time.
 
-    Kernels work on blocks of channels, and pad the last one. From a width of one block and a bit on,
-    up to the next block, all widths cost the same; where nothing is padded, each unit costs.
+    Kernels work on blocks of channels and pad the last one: up to the next block all widths cost the
+    same, and odd ones may be slower. Where nothing is padded, each unit costs. It depends on the
+    neighbours too, since data changes its layout on the way to a kernel of another kind: a layer is
+    measured between two of a width that every kernel likes.
 
     Args:
         times: Measures.
-        layers: Layers, and whether their inputs and outputs will be narrowed.
+        layers: Of the kinds that will be narrowed.
 
     Returns:
         One of 1, 4, 8, 16, 32.
 
     Example:
-        >>> blocks = LayerTimes(lambda layers: [-(-x.outputs // 8) * 8.0 for x in layers])
-        >>> alignment(blocks, [(Layer(64, 64, 1), False, True)])
+        >>> def blocks(chain: Chain) -> float:
+        ...     return sum(-(-x.inputs // 8) * -(-x.outputs // 8) for x in chain)
+        >>> alignment(LayerTimes(lambda chains: [blocks(c) for c in chains]), [Layer(64, 64, 1)])
         8
     """
     found = 1
-    chosen = [entry for entry in layers if entry[1] or entry[2]]
-    widths = [base + more for base in _BASES for more in (1, *MULTIPLES)]
-    runs = [[_both(entry, width) for width in widths] for entry in chosen]
-    measured = [times(run) for run in runs]
+    widths = [base + more for base in _BASES for more in _DISTANCES]
+    measured = [times([_between(layer, width) for width in widths]) for layer in layers]
     for multiple in MULTIPLES:
         ratios = []
         for taken in measured:
             at = dict(zip(widths, taken, strict=True))
             for base in _BASES:
-                below = [at[base + q] for q in (1, *MULTIPLES) if q < multiple]
-                ratios.append(at[base + multiple] / max(min(below), 1e-12))
+                below = [at[base + q] for q in _DISTANCES if q < multiple and q % found == 0]
+                ratios.append(at[base + multiple] / max(float(np.median(below)), 1e-12))
         if ratios and float(np.median(ratios)) <= _FREE:
             found = multiple
     return found
 
 
-def _both(entry: tuple[Layer, bool, bool], width: int) -> Layer:
-    layer, narrows_inputs, narrows_outputs = entry
-    width *= layer.groups if not layer.depthwise else 1
-    return layer.at(
-        width if narrows_inputs else layer.inputs, width if narrows_outputs else layer.outputs
-    )
+def _between(layer: Layer, width: int) -> Chain:
+    """Like the layer, into and out of a width, twice; a depthwise one in between."""
+    ndim = len(layer.size)
+    same = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel, strict=True))
+    plain = replace(layer, stride=(1,) * ndim, padding=same, groups=1)
+    if layer.depthwise:
+        deep = replace(plain, inputs=width, outputs=width, groups=width)
+        point = replace(plain, kernel=(1,) * ndim, padding=(0,) * ndim)
+    else:
+        deep, point = None, plain
+    chain: list[Layer] = []
+    for _ in range(2):
+        into = replace(point, inputs=_NEIGHBOUR, outputs=width)
+        out = replace(point, inputs=width, outputs=_NEIGHBOUR)
+        chain += [into, deep, out] if deep else [into, out]
+    for i in range(1, len(chain)):
+        chain[i] = replace(chain[i], size=chain[i - 1].output_size)
+    return tuple(chain)
 
 
 def has_onnx() -> bool:
@@ -177,103 +199,124 @@ def stock_session(model: str | bytes, threads: int) -> Any:
 
 
 def onnx_timer(threads: int) -> Timer:
-    """Measures layers as models of one kind of node in ONNX Runtime, float32.
+    """Measures layers as small models in ONNX Runtime, float32.
 
     Example:
-        >>> times = onnx_timer(1)([Layer(4, 8, 2), Layer(4, 8, 1, (5,), (3,), (1,), (0,), (1,))])
-        >>> all(t > 0 for t in times)
+        >>> conv = Layer(4, 8, 1, (5,), (3,), (1,), (0,), (1,))
+        >>> all(t > 0 for t in onnx_timer(1)([(Layer(4, 8, 2),), (conv,)]))
         True
     """
 
-    def run_of(layer: Layer) -> Callable[[], None]:
-        opened = stock_session(_model(layer).SerializeToString(), threads)
-        shape = (layer.rows, layer.inputs, *layer.size)
+    def run_of(chain: Chain) -> Callable[[], None]:
+        opened = stock_session(_model(chain).SerializeToString(), threads)
+        shape = (chain[0].rows, chain[0].inputs, *chain[0].size)
         return runner(opened, {i.name: _noise(shape) for i in opened.get_inputs()})
 
-    return lambda layers: _timed(layers, run_of)
+    return lambda chains: _timed(chains, run_of)
 
 
 def torch_timer(device: torch.device, dtype: torch.dtype) -> Timer:
     """Measures layers in PyTorch, on a device.
 
     Example:
-        >>> torch_timer(torch.device("cpu"), torch.float32)([Layer(4, 8, 2)])[0] > 0
+        >>> torch_timer(torch.device("cpu"), torch.float32)([(Layer(4, 8, 2),)])[0] > 0
         True
     """
 
-    def run_of(layer: Layer) -> Callable[[], None]:
-        shape = (layer.outputs, layer.inputs // layer.groups, *layer.kernel)
-        weight = torch.from_numpy(_noise(shape)).to(device, dtype)
-        x = torch.from_numpy(_noise((layer.rows, layer.inputs, *layer.size))).to(device, dtype)
-        convolve = (F.linear, F.conv1d, F.conv2d, F.conv3d)[len(layer.size)]
-        how = (None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        rest = how if layer.size else ()
+    def run_of(chain: Chain) -> Callable[[], None]:
+        calls: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        for layer in chain:
+            weight = torch.from_numpy(_noise(_shape(layer))).to(device, dtype)
+            how = (None, layer.stride, layer.padding, layer.dilation, layer.groups)
+            convolve = (F.linear, F.conv1d, F.conv2d, F.conv3d)[len(layer.size)]
+            rest = how if layer.size else ()
+            calls.append(partial(_call, convolve, weight, rest))
+        shape = (chain[0].rows, chain[0].inputs, *chain[0].size)
+        start = torch.from_numpy(_noise(shape)).to(device, dtype)
 
         def run() -> None:
             with torch.inference_mode():
-                for _ in range(_copies(layer)):
-                    convolve(x, weight, *rest)
+                for _ in range(_copies(chain)):
+                    x = start
+                    for call in calls:
+                        x = call(x)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
         return run
 
-    return lambda layers: _timed(layers, run_of)
+    return lambda chains: _timed(chains, run_of)
+
+
+def _call(
+    function: Callable[..., torch.Tensor],
+    weight: torch.Tensor,
+    rest: tuple[Any, ...],
+    x: torch.Tensor,
+) -> torch.Tensor:
+    return function(x, weight, *rest)
 
 
 def _timed(
-    layers: Sequence[Layer], run_of: Callable[[Layer], Callable[[], None]]
+    chains: Sequence[Chain], run_of: Callable[[Chain], Callable[[], None]]
 ) -> Sequence[float]:
     found: list[float] = []
-    for part in _parts(layers):
+    for part in _parts(chains):
         raced: Raced = race([run_of(x) for x in part], seconds=_SECONDS, most=_MOST, drop=False)
-        found += [raced.undisturbed(i) / _copies(layer) for i, layer in enumerate(part)]
+        found += [raced.undisturbed(i) / _copies(chain) for i, chain in enumerate(part)]
     return found
 
 
-def _parts(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """Layers that are measured together: all, unless their weights need too much memory."""
-    part: list[Layer] = []
+def _parts(chains: Sequence[Chain]) -> Iterator[list[Chain]]:
+    """Chains that are measured together: all, unless their weights need too much memory."""
+    part: list[Chain] = []
     held = 0
-    for layer in layers:
-        size = 4 * layer.weights
+    for chain in chains:
+        size = 4 * sum(layer.weights for layer in chain)
         if part and held + size > _BYTES:
             yield part
             part, held = [], 0
-        part.append(layer)
+        part.append(chain)
         held += size
     if part:
         yield part
 
 
-def _copies(layer: Layer) -> int:
-    return int(min(_COPIES, max(1, _MACS // max(layer.macs, 1.0))))
+def _copies(chain: Chain) -> int:
+    return int(min(_COPIES, max(1, _MACS // max(sum(x.macs for x in chain), 1.0))))
 
 
-def _model(layer: Layer) -> Any:
-    """Copies of the layer side by side; equal inputs would make ONNX Runtime merge them."""
+def _shape(layer: Layer) -> tuple[int, ...]:
+    """Of its weight, as torch and ONNX convolutions have it."""
+    return (layer.outputs, layer.inputs // layer.groups, *layer.kernel)
+
+
+def _model(chain: Chain) -> Any:
+    """Copies of a chain side by side; ONNX Runtime would merge those that read the same input."""
     import onnx
     from onnx import helper
 
-    linear = not layer.size
-    shape = (layer.outputs, layer.inputs // layer.groups, *layer.kernel)
-    weight = onnx.numpy_helper.from_array(_noise(shape[::-1] if linear else shape), "w")
-    how: dict[str, Any] = {} if linear else {
-        "strides": layer.stride,
-        "pads": (*layer.padding, *layer.padding),
-        "dilations": layer.dilation,
-        "group": layer.groups,
-        "kernel_shape": layer.kernel,
-    }  # fmt: skip
+    weights, kinds = [], []
+    for i, layer in enumerate(chain):
+        shape = _shape(layer) if layer.size else _shape(layer)[::-1]
+        weights.append(onnx.numpy_helper.from_array(_noise(shape), f"w{i}"))
+        how: dict[str, Any] = {} if not layer.size else {
+            "strides": layer.stride,
+            "pads": (*layer.padding, *layer.padding),
+            "dilations": layer.dilation,
+            "group": layer.groups,
+            "kernel_shape": layer.kernel,
+        }  # fmt: skip
+        kinds.append(("Conv" if layer.size else "MatMul", how))
     nodes, inputs, outputs = [], [], []
-    float32 = onnx.TensorProto.FLOAT
-    for copy in range(_copies(layer)):
-        x, y = f"x{copy}", f"y{copy}"
-        nodes.append(helper.make_node("MatMul" if linear else "Conv", [x, "w"], [y], **how))
-        sizes = (layer.rows, layer.inputs, *layer.size)
-        inputs.append(helper.make_tensor_value_info(x, float32, sizes))
-        outputs.append(helper.make_tensor_value_info(y, float32, None))
-    graph = helper.make_graph(nodes, "layer", inputs, outputs, [weight])
+    float32, sizes = onnx.TensorProto.FLOAT, (chain[0].rows, chain[0].inputs, *chain[0].size)
+    for copy in range(_copies(chain)):
+        names = [f"x{copy}.{i}" for i in range(len(chain) + 1)]
+        for i, (kind, how) in enumerate(kinds):
+            nodes.append(helper.make_node(kind, [names[i], f"w{i}"], [names[i + 1]], **how))
+        inputs.append(helper.make_tensor_value_info(names[0], float32, sizes))
+        outputs.append(helper.make_tensor_value_info(names[-1], float32, None))
+    graph = helper.make_graph(nodes, "layers", inputs, outputs, weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 

@@ -103,7 +103,8 @@ class _Consumer:
         blocks = self._inverse[columns[:, :, None], columns[:, None, :]]
         w = self._weight[:, columns].movedim(1, 0)  # (groups, out, members)
         solved = torch.linalg.solve(blocks, w.mT)
-        return (w.mT * solved).sum((1, 2)).clamp(min=0).cpu() / self._energy
+        cost: Tensor = (w.mT * solved).sum((1, 2)).clamp(min=0).cpu() / self._energy
+        return cost
 
     def remove_(self, groups: Tensor) -> None:
         """Take groups away and refit the rest."""

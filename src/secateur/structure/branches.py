@@ -26,7 +26,8 @@ class GatheredConv2d(nn.Module):
     Args:
         conv: Without groups; weights are copied out of it.
         branches: ``(channels, filters)`` of each branch: numbers of what it reads, increasing, and
-            of what it makes. Each filter is in one branch.
+            of what it makes. Each filter is in one branch. A branch that reads nothing gets the
+            first channel with kernels that are zero: what remains of it are its biases.
 
     Example:
         >>> conv = nn.Conv2d(4, 3, 1)
@@ -45,8 +46,9 @@ class GatheredConv2d(nn.Module):
         self.branches = nn.ModuleList(_branch(conv, *branch) for branch in branches)
         # Which channels are gathered is written down in the surgery, not among the weights.
         for number, (channels, _) in enumerate(branches):
-            whole = list(channels) == list(range(conv.in_channels))
-            self._index(f"channels{number}", None if whole else channels, conv)
+            read = list(channels) or [0]
+            whole = read == list(range(conv.in_channels))
+            self._index(f"channels{number}", None if whole else read, conv)
         made = [number for _, filters in branches for number in filters]
         order = sorted(range(len(made)), key=made.__getitem__)
         self._index("order", None if order == list(range(len(made))) else order, conv)
@@ -55,14 +57,16 @@ class GatheredConv2d(nn.Module):
         """The convolution of ``(batch, channels, height, width)``."""
         parts = []
         for number, branch in enumerate(self.branches):
-            channels = getattr(self, f"channels{number}")
+            channels = self._buffers[f"channels{number}"]
             parts.append(branch(x if channels is None else x.index_select(1, channels)))
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return out if self.order is None else out.index_select(1, self.order)
+        order = self._buffers["order"]
+        return out if order is None else out.index_select(1, order)
 
     def extra_repr(self) -> str:
         """Channels in and out, and how many kernels of all there are."""
-        kept = sum(b.weight.shape[0] * b.weight.shape[1] for b in self.branches)  # type: ignore[union-attr, operator, index]
+        weights = [branch.weight for branch in self.branches if isinstance(branch, nn.Conv2d)]
+        kept = sum(weight.shape[0] * weight.shape[1] for weight in weights)
         whole = self.in_channels * self.out_channels
         return f"{self.in_channels}, {self.out_channels}, kernels={kept}/{whole}"
 
@@ -75,9 +79,6 @@ class GatheredConv2d(nn.Module):
 
 def branches_of(groups: Tensor, keep: Tensor) -> list[tuple[list[int], list[int]]]:
     """``(channels, filters)`` of each branch that makes anything.
-
-    A group that reads nothing gets the first channel, with kernels that are zero: what remains of
-    its filters are their biases.
 
     Args:
         groups: ``(filters,)`` the group of each filter.
@@ -99,7 +100,7 @@ def branches_of(groups: Tensor, keep: Tensor) -> list[tuple[list[int], list[int]
     found = []
     for group in groups.unique().tolist():
         channels = keep[group].nonzero()[:, 0].tolist()
-        found.append((channels or [0], (groups == group).nonzero()[:, 0].tolist()))
+        found.append((channels, (groups == group).nonzero()[:, 0].tolist()))
     return found
 
 
@@ -171,7 +172,6 @@ def pack_branches_(model: nn.Module, branches: Mapping[str, Grouping]) -> list[E
         _require_sizes(path, _conv(model, path).weight, kernels_of(groups, keep))
         listed = [{"channels": c, "filters": f} for c, f in branches_of(groups, keep)]
         edits.append(Edit(path, "branches", {"branches": listed}))
-    mask_branches_(model, branches)
     for edit in edits:
         branch_(model, edit.module, edit.details)
     return edits
@@ -195,10 +195,11 @@ def branch_(model: nn.Module, path: str, details: Mapping[str, Any]) -> None:
     pairs = []
     for branch in listed if good and isinstance(listed, list) else []:
         known = isinstance(branch, Mapping) and set(branch) == {"channels", "filters"}
-        if not known or not all(_increasing(branch[key]) for key in branch):
+        if not known or not _increasing(branch["channels"]) or not _increasing(branch["filters"]):
             good = False
             break
-        good = good and branch["channels"][-1] < conv.in_channels
+        good = good and max(branch["channels"], default=0) < conv.in_channels
+        good = good and len(branch["filters"]) > 0
         pairs.append((branch["channels"], branch["filters"]))
     made = sorted(number for _, filters in pairs for number in filters)
     if not good or made != list(range(conv.out_channels)):
@@ -215,19 +216,22 @@ def branch_(model: nn.Module, path: str, details: Mapping[str, Any]) -> None:
 
 def _branch(conv: nn.Conv2d, channels: Sequence[int], filters: Sequence[int]) -> nn.Conv2d:
     weight = conv.weight
-    rows, columns = (torch.tensor(list(n), device=weight.device) for n in (filters, channels))
+    read = list(channels) or [0]
+    rows, columns = (torch.tensor(list(n), device=weight.device) for n in (filters, read))
     with torch.device("meta"):
         new = nn.Conv2d(
-            len(channels),
+            len(read),
             len(filters),
             conv.kernel_size,  # type: ignore[arg-type]
             conv.stride,  # type: ignore[arg-type]
             conv.padding,  # type: ignore[arg-type]
             conv.dilation,  # type: ignore[arg-type]
             bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,  # type: ignore[arg-type]
+            padding_mode=conv.padding_mode,
         )
     picked = weight.detach().index_select(0, rows).index_select(1, columns)
+    if not channels:
+        picked = torch.zeros_like(picked)
     new.weight = nn.Parameter(picked, requires_grad=weight.requires_grad)
     if conv.bias is not None:
         bias = conv.bias.detach().index_select(0, rows)
@@ -257,7 +261,7 @@ def _require_sizes(path: str, weight: Tensor, kept: Tensor) -> None:
 
 
 def _increasing(numbers: Any) -> bool:
-    whole = isinstance(numbers, list) and len(numbers) > 0 and all(type(n) is int for n in numbers)
+    whole = isinstance(numbers, list) and all(type(n) is int for n in numbers)
     return whole and all(a < b for a, b in zip([-1, *numbers], numbers, strict=False))
 
 

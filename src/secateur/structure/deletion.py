@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
 from secateur.structure.depth import Block, PassThrough, bypassed, named_blocks
 from secateur.structure.masked import call, compare, predictions
+from secateur.structure.stated import edited, statements
 
 _PLAIN = (int, float, str, type(None))
 
@@ -165,8 +166,12 @@ def delete_entries_(model: nn.Module, path: str, details: Mapping[str, Any]) -> 
     gone, size = details.get("entries"), details.get("size")
     stated = details.get("config", {})
     _require(old, gone, size, stated, path)
-    assert isinstance(old, nn.ModuleList) and isinstance(gone, list)
-    configs = _edited(model, stated, path)
+    assert isinstance(old, nn.ModuleList)
+    assert isinstance(gone, list)
+    try:
+        configs = edited(model, stated)
+    except LookupError as error:
+        raise _misfit(path, str(error.args[0]), "its configuration said otherwise") from error
     for module in model.modules():
         config = vars(module).get("config")
         if id(config) in configs:
@@ -202,7 +207,7 @@ def _deletion(model: nn.Module, path: str, blocks: list[Block], example: Any) ->
     gone = sorted(int(block.path.rpartition(".")[2]) for block in blocks)
     with bypassed(model, blocks):
         wanted = _outputs(model, example)
-    for stated in _statements(config, len(owner), gone):
+    for stated in statements(config, len(owner), gone):
         details = {"entries": gone, "size": len(owner), "config": stated}
         trial = shared_copy(model)
         delete_entries_(trial, path, details)
@@ -247,96 +252,6 @@ def _plain(model: nn.Module) -> dict[tuple[str, str], Any]:
 def _word(value: Any) -> bool:
     several = isinstance(value, (tuple, list)) and all(isinstance(v, _PLAIN) for v in value)
     return several or isinstance(value, _PLAIN)
-
-
-def _statements(config: Any, size: int, gone: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Ways in which a configuration may state the number of entries, likeliest first."""
-    left = [i for i in range(size) if i not in gone]
-    counts: list[dict[str, Any]] = []
-    lists: dict[str, Any] = {}
-    for key, value in _values(config):
-        if type(value) is int and value == size and "layer" in key:
-            counts.append({key: [value, len(left)]})
-        elif isinstance(value, (list, tuple)) and all(isinstance(v, _PLAIN) for v in value):
-            if len(value) == size and "layer" in key:
-                lists[key] = [list(value), [value[i] for i in left]]
-            for place, entry in enumerate(value):
-                if type(entry) is int and entry == size:
-                    counts.append({f"{key}[{place}]": [entry, len(left)]})
-    counts.sort(key=lambda statement: "num_hidden_layers" not in next(iter(statement)))
-    for count in counts:
-        yield {**count, **{k: v for k, v in lists.items() if k not in count}}
-        if lists:
-            yield count
-    # One count may be said twice, e.g. as num_hidden_layers and as encoder_layers.
-    together = {k: v for count in counts for k, v in count.items()}
-    if len(counts) > 1:
-        yield {**lists, **together}
-
-
-def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in vars(config).items():
-        if key.startswith("_"):
-            continue
-        if hasattr(value, "to_dict"):
-            yield from _values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _edited(model: nn.Module, stated: Mapping[str, Any], path: str) -> dict[int, Any]:
-    """New configurations, by the identity of the old ones; modules share them as before."""
-    root = getattr(model, "config", None)
-    if not stated:
-        return {}
-    memo: dict[int, Any] = {}
-    old = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
-    new = {key: copy.deepcopy(config, memo) for key, config in old.items()}
-    for key, (before, after) in stated.items():
-        *parts, name = key.split(".")
-        holder = root
-        for part in parts:
-            holder = getattr(holder, part, None)
-        if holder is None or _value(holder, name) != before:
-            found = f"{key!r} of its configuration is {_value(holder, name)!r:.60}"
-            raise _misfit(path, found, f"it was {before!r:.60}")
-        for config in _objects(new.values()):
-            if type(config) is type(holder) and _value(config, name) == before:
-                _set_(config, name, after)
-    return new
-
-
-def _value(config: Any, name: str) -> Any:
-    """A key such as ``num_hidden_layers`` or ``depths[1]``."""
-    plain, _, place = name.partition("[")
-    value = getattr(config, plain, None)
-    value = list(value) if isinstance(value, tuple) else value
-    if not place:
-        return value
-    index = int(place.rstrip("]"))
-    return value[index] if isinstance(value, list) and index < len(value) else None
-
-
-def _set_(config: Any, name: str, after: Any) -> None:
-    plain, _, place = name.partition("[")
-    old = getattr(config, plain)
-    if place:
-        values = list(old)
-        values[int(place.rstrip("]"))] = after
-        after = values
-    setattr(config, plain, tuple(after) if isinstance(old, tuple) else after)
-
-
-def _objects(configs: Any) -> list[Any]:
-    """Configurations and their parts, each once."""
-    found: dict[int, Any] = {}
-    todo = list(configs)
-    while todo:
-        config = todo.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            todo += [v for v in vars(config).values() if hasattr(v, "to_dict")]
-    return list(found.values())
 
 
 def _numbers(entries: nn.ModuleList) -> list[tuple[str, str, int]]:

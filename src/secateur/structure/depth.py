@@ -44,7 +44,7 @@ class PassThrough(nn.Module):
         first = args[0] if args else next(iter(kwargs.values()))
         if self.returns == "tensor":
             return first
-        given = {None: None, **dict(enumerate(args)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         return (first, *(given.get(place) for place in self.rest))
 
 
@@ -229,7 +229,8 @@ class _Watch:
             given = seen.given
             if isinstance(made, Tensor) and given is not None and made.shape == given.shape:
                 seen.returns, seen.made = ("tuple" if plain else "tensor"), made
-                known = {id(x): place for place, x in (*kwargs.items(), *enumerate(args))}
+                known: dict[int, int | str] = {id(x): name for name, x in kwargs.items()}
+                known |= {id(x): place for place, x in enumerate(args)}
                 others = output[1:] if plain else ()
                 seen.rest = tuple(None if x is None else known.get(id(x)) for x in others)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from secateur.structure.deletion import Edit, delete_entries_
 
 _CHOSEN = ("top_k", "per_tok", "k")
 _OTHER = (*_CHOSEN[:2], "shared", "group", "capacity", "interval", "freq")
-_GROUPS = ("n_group", "n_groups", "num_expert_group", "num_groups")
+_GROUPS = ("n_group", "num_group", "num_expert_group")
+_CONVERTED = ("to", "type", "float", "half", "bfloat16", "double")
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,16 @@ def without_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iter
                 if x.ndim == 1:
                     saved.append((x, x.detach().clone()))
                     x.data[gone] = -torch.inf
-        with _Masked(masked):
+        mode = _Masked(masked)
+        with mode:
             yield
+        if set(masked) - mode.used:
+            raise UsageError(
+                f"masking experts of {', '.join(keep)}",
+                "a router did not multiply by its weight in a linear layer",
+                "that is where its logits are known",
+                "remove experts with remove_experts_, which is not checked",
+            )
     finally:
         for x, value in saved:
             x.data.copy_(value)
@@ -216,15 +224,24 @@ class _Masked(TorchFunctionMode):
     def __init__(self, gone: Mapping[int, list[int]]) -> None:
         super().__init__()
         self.gone = gone
+        self.used: set[int] = set()
+        # Copies of a weight in another type, by their identity; they are held, so it stays theirs.
+        self.copies: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _CONVERTED and isinstance(out, Tensor) and id(args[0]) in self.gone:
+            self.copies[id(out)] = (out, id(args[0]))
         if func is torch.nn.functional.linear:
-            gone = self.gone.get(id(args[1]))
-            if gone:
-                return out.index_fill(-1, torch.tensor(gone, device=out.device), -torch.inf)
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            known = self.copies.get(id(weight), (weight, id(weight)))[1]
+            if known in self.gone:
+                self.used.add(known)
+                gone = torch.tensor(self.gone[known], dtype=torch.long, device=out.device)
+                return out.index_fill(-1, gone, -torch.inf)
         return out
 
 
@@ -349,8 +366,3 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     x = getattr(model.get_submodule(path), attribute)
     assert isinstance(x, Tensor)
     return x
-
-
-def masked_copy(model: nn.Module) -> nn.Module:
-    """A copy whose values may be masked."""
-    return copy.deepcopy(model)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from networks_tokens import (
+from torch import Tensor, nn
+
+from bench.zoo.tokens import (
     CrossCovariance,
     CrossVit,
     Deciding,
@@ -14,7 +16,6 @@ from networks_tokens import (
     Tied,
     WeightNorm,
 )
-from torch import Tensor, nn
 
 Build = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
 
