@@ -17,7 +17,9 @@ secateur.drive.recipe secateur.drive.recipe_file secateur.drive.shrink secateur.
 secateur.drive.regrow secateur.drive.learned secateur.drive.resume secateur.drive.order
 secateur.drive.recorder secateur.drive.ranks secateur.drive.hosts secateur.drive.heads
 secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report
-secateur.report.plots secateur.report.plots_curves secateur.drive.shrinking secateur.drive.uniform
+secateur.report.plots secateur.report.plots_curves secateur.drive.shrinking
+secateur.drive.uniform secateur.drive.depth
+secateur.drive.experts secateur.drive.branches
 secateur.frontends.surgery secateur.frontends.transformers_save
 secateur.evaluate secateur.evaluate.robustness secateur.experiments secateur.runtime
 secateur.testing secateur.core.weight secateur.core.widths secateur.core.groups

@@ -216,6 +216,21 @@ def test_groups_of_experts_stay_of_one_size() -> None:
     assert pruned.facts.measures["proof"] < 1e-6
 
 
+def test_a_bias_that_is_added_to_scores_is_masked_too() -> None:
+    """The scores are sigmoids: minus infinity gives 0, and a bias could still win."""
+    model = seeded(deepseek)
+    (mixture,) = mixtures_of(model)
+    model.get_submodule(mixture.block).gate.e_score_correction_bias[[0, 3, 4, 7]] = 5.0
+    small = copy.deepcopy(model)
+    keep = {mixture.path: [1, 2, 5, 6]}
+    remove_experts_(small, keep)
+    with without_experts(model, keep):
+        wanted = run(model, IDS)
+    assert compare(run(small, IDS), wanted).error < 1e-6
+    bias = model.get_submodule(mixture.block).gate.e_score_correction_bias
+    assert bias[[0, 3, 4, 7]].tolist() == [5.0] * 4  # it is as it was
+
+
 def test_optimizer_state_of_stacked_experts_can_be_cut() -> None:
     model = seeded(mixtral)
     optimizer = torch.optim.Adam(model.parameters())

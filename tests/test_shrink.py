@@ -168,6 +168,31 @@ def test_compensation_is_exact_for_copies(net: Residual) -> None:
     assert torch.allclose(small(data[0][0]), net(data[0][0]), atol=1e-3)
 
 
+def test_rounds_reach_the_target_and_replay_as_one_cut(net: Residual, tmp_path: Path) -> None:
+    recipe = secateur.ShrinkRecipe(GroupTaylor(), target=secateur.Target("macs", 0.4), rounds=3)
+    pruned = secateur.shrink(net, recipe, None, batches())
+    told = pruned.facts.measures["target"]
+    assert told["dense"] == macs(net)
+    assert 0.36 * told["dense"] < macs(pruned.model) <= 0.4 * told["dense"]
+    names = [width.name for width in pruned.facts.widths]
+    assert len(names) == len(set(names))
+    assert next(w.groups for w in pruned.facts.widths if w.name == "a.0") == 16
+    pruned.save(tmp_path / "out")
+    again = secateur.load(Residual(), tmp_path / "out").model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(x), pruned.model.eval()(x))
+
+
+def test_uniform_widths_are_alike_and_within_the_target() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(20, 20), nn.ReLU()) for _ in range(4)])
+    recipe = secateur.ShrinkRecipe(target=secateur.Target("params", 0.5), uniform=True, recovery=())
+    pruned = secateur.shrink(model, recipe, torch.zeros(1, 20))
+    told = pruned.facts.measures["target"]
+    assert len({block[0].out_features for block in pruned.model[:3]}) == 1
+    assert sum(p.numel() for p in pruned.model.parameters()) == told["reached"] <= told["limit"]
+
+
 def test_without_data_repair_is_left_out_and_said(net: Residual) -> None:
     pruned = secateur.shrink(net, None, torch.zeros(1, 3, 8, 8))
     left_out = {note.where for note in pruned.facts.notes if note.topic == "left-out"}

@@ -17,6 +17,9 @@ from secateur.core.errors import SecateurError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.drive import recipe as recipes
+from secateur.drive.branches import pack_branches
+from secateur.drive.depth import drop_blocks
+from secateur.drive.experts import drop_experts
 from secateur.drive.finetune import FineTune, finetune
 from secateur.drive.gradual import Gradual
 from secateur.drive.heads import prune_heads
@@ -66,6 +69,8 @@ __all__ = [
     "attach_",
     "compare",
     "detach_",
+    "drop_blocks",
+    "drop_experts",
     "export_onnx",
     "find_ticket",
     "finetune",
@@ -73,6 +78,7 @@ __all__ = [
     "load",
     "masks_of",
     "measure",
+    "pack_branches",
     "plan",
     "prune",
     "prune_",

@@ -82,6 +82,12 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         int,
         typer.Option(min=0, metavar="N", help="Widths in multiples of N.", rich_help_panel=_RECIPE),
     ] = 0,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Cut and repair in N steps.", rich_help_panel=_RECIPE
+        ),
+    ] = 1,
     epochs: Annotated[
         float | None,
         typer.Option(metavar="N", help="Fine-tune the cut network.", rich_help_panel=_TRAIN),
@@ -126,7 +132,12 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 "recovery": recovery,
                 "scope": {"ignore": ignore, "include": include},
             },
-            {"uniform": uniform, "align": align, "seed": seed},
+            {
+                "uniform": uniform,
+                "align": align,
+                "rounds": 0 if rounds == 1 else rounds,
+                "seed": seed,
+            },
         )
         wanted = _trained(wanted, {"epochs": epochs, "lr": lr, "distill": distill})
         _require_places(output, onnx, data, overwrite=overwrite)

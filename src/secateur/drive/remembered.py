@@ -21,3 +21,14 @@ def remember_(model: nn.Module, surgery: Surgery) -> Surgery:
     whole = earlier.then(surgery) if isinstance(earlier, Surgery) else surgery
     setattr(model, _SURGERY, whole)
     return whole
+
+
+def surgery_of(model: nn.Module) -> Surgery | None:
+    """What was cut from a model so far; ``None`` if nothing was.
+
+    Example:
+        >>> surgery_of(nn.Linear(1, 1)) is None
+        True
+    """
+    found = getattr(model, _SURGERY, None)
+    return found if isinstance(found, Surgery) else None

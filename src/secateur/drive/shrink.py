@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,22 +18,22 @@ from secateur.core.masks import Masks
 from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
 from secateur.drive.compensate import Told, compensate_
-from secateur.drive.finetune import FineTune, Loop, Progress
+from secateur.drive.finetune import Loop, Progress
 from secateur.drive.group_scores import group_scores
 from secateur.drive.held import masks_of
 from secateur.drive.plan import require_finite
 from secateur.drive.pruned import Pruned
+from secateur.drive.remembered import remember_, surgery_of
 from secateur.drive.shrink_budget import ShrinkBudget
 from secateur.drive.shrink_file import to_plain
 from secateur.drive.shrink_recipe import ShrinkRecipe
-from secateur.formats import Surgery
 from secateur.frontends.surgery import surgery_for
-from secateur.recover import BatchNorm, Compensation
-from secateur.structure import apply_, couple, cuts_for, prove
+from secateur.recover import BatchNorm
+from secateur.stats.groups import wants_data
+from secateur.structure import Structure, apply_, couple, cuts_for, prove
 
 # The largest error of a proof, by the type of the weights. Sums are taken in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-_SURGERY = "secateur_surgery"
 
 
 def shrink(
@@ -122,19 +123,40 @@ class _Run:
         facts.environment = environment()
         self._check()
         example = self._example(example)
-        self.progress("tracing", 0, 1)
-        self.structure = couple(self.model, example)
-        self._note_structure()
-        widths = self._chosen()
+        dense = copy.deepcopy(self.model)
         with torch.random.fork_rng(_devices(self.model)):
             torch.manual_seed(self.recipe.seed)
-            keep = self._choose(widths, example)
-            dense = copy.deepcopy(self.model)
-            surgery = surgery_for(dense, cuts_for(dense, self.structure, keep))
-            self._cut_(keep, example, optimizer)
-            self._after_(dense)
+            self.structure = self._traced(example)
+            self._note_structure()
+            self._chosen()  # a scope that fits nothing is told before anything is measured
+            budget = self._budget(self.recipe)
+            for number, target in enumerate(budget.targets(example)):
+                if number:
+                    self.structure = self._traced(example)
+                self._round_(replace(self.recipe, target=target, rounds=1), example, optimizer)
+            self._train_(dense)
         facts.measures["seconds"] = time.perf_counter() - begun
-        return Pruned(self.model, Masks({}), facts, surgery=_remember_(self.model, surgery))
+        return Pruned(self.model, Masks({}), facts, surgery=surgery_of(self.model))
+
+    def _traced(self, example: Any) -> Structure:
+        self.progress("tracing", 0, 1)
+        return couple(self.model, example)
+
+    def _budget(self, recipe: ShrinkRecipe) -> ShrinkBudget:
+        return ShrinkBudget(self.model, self.structure, recipe, self.facts, self.progress)
+
+    def _round_(
+        self, recipe: ShrinkRecipe, example: Any, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Score, choose, repair, cut and prove once."""
+        widths = self._chosen()
+        around = self.structure.widths
+        scores = group_scores(self.model, widths, recipe, self.data, around=around)
+        keep = self._budget(recipe).keep(widths, scores, example)
+        surgery = surgery_for(self.model, cuts_for(self.model, self.structure, keep))
+        self._cut_(keep, example, optimizer)
+        remember_(self.model, surgery)
+        self._reestimate_()
 
     def _check(self) -> None:
         require_finite(self.model)
@@ -147,7 +169,7 @@ class _Run:
             )
         has_data = self.data is not None and self.data.train is not None
         needs = [f"criterion {type(self.recipe.criterion).__name__}"] * bool(
-            self.recipe.criterion.needs
+            wants_data(self.recipe.criterion.needs)
         )
         needs += ["FineTune"] * (self.recipe.finetune is not None)
         if needs and not has_data:
@@ -212,13 +234,6 @@ class _Run:
             )
         return chosen
 
-    # -- choosing -------------------------------------------------------------------------------
-
-    def _choose(self, widths: list[Width], example: Any) -> dict[str, Tensor]:
-        scores = group_scores(self.model, widths, self.recipe, self.data)
-        budget = ShrinkBudget(self.model, self.structure, self.recipe, self.facts, self.progress)
-        return budget.keep(widths, scores, example)
-
     # -- cutting --------------------------------------------------------------------------------
 
     def _cut_(
@@ -231,8 +246,9 @@ class _Run:
         apply_(small, cuts)
         self.progress("proving", 0, 1)
         proof = prove(self.model, small, self.structure, keep, example)
-        self.facts.measures["proof"] = proof.error
-        self.facts.measures["proof_seconds"] = time.perf_counter() - begun
+        told = self.facts.measures
+        told["proof"] = max(proof.error, told.get("proof", 0.0))
+        told["proof_seconds"] = time.perf_counter() - begun + told.get("proof_seconds", 0.0)
         worst = max(_TOLERANCE.get(p.dtype, 1e-4) for p in self.model.parameters())
         if not proof.error <= worst:
             raise DataError(
@@ -244,17 +260,18 @@ class _Run:
             )
         before = sum(p.numel() for p in self.model.parameters())
         apply_(self.model, cuts, optimizer)
-        self.facts.measures["parameters"] = [
-            before,
-            sum(p.numel() for p in self.model.parameters()),
-        ]
+        after = sum(p.numel() for p in self.model.parameters())
+        told["parameters"] = [told.get("parameters", [before])[0], after]
+        self._note_widths(keep)
+
+    def _note_widths(self, keep: Mapping[str, Tensor]) -> None:
+        """One entry a width, over all rounds."""
+        known = {width.name: width for width in self.facts.widths}
         for name, flags in keep.items():
-            width = self.structure.by_name[name]
-            self.facts.widths.append(
-                WidthFacts(
-                    name, width.groups, int(flags.sum()), tuple(width.parameters()), width.why
-                )
-            )
+            width, kept = self.structure.by_name[name], int(flags.sum())
+            fresh = WidthFacts(name, width.groups, kept, tuple(width.parameters()), width.why)
+            known[name] = replace(known.get(name, fresh), kept=kept)
+        self.facts.widths = list(known.values())
 
     def _repair_(self, keep: dict[str, Tensor]) -> None:
         how = self.recipe.compensation
@@ -267,32 +284,21 @@ class _Run:
         told = Told(self.facts, lambda done, total: self.progress("compensating", done, total))
         compensate_(self.model, self.structure, keep, batches, how=how, told=told)
 
-    def _after_(self, dense: nn.Module) -> None:
-        has_data = self.data is not None and self.data.train is not None
+    def _reestimate_(self) -> None:
         for step in self.recipe.recovery:
-            if isinstance(step, Compensation):
+            if not isinstance(step, BatchNorm):
                 continue
-            if isinstance(step, BatchNorm):
-                if has_data:
-                    assert self.data is not None
-                    step.reestimate_(self.model, self.data.sample())
-                elif any(
-                    isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
-                ):
-                    self.facts.note("left-out", "BatchNorm", "no data was given to measure on")
-            elif isinstance(step, FineTune):
-                assert self.data is not None
-                self.facts.history += Loop(
-                    self.model, self.data, step, teacher=dense, progress=self.progress
-                ).run()
+            if self.data is not None and self.data.train is not None:
+                step.reestimate_(self.model, self.data.sample())
+            elif any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
+                self.facts.note("left-out", "BatchNorm", "no data was given to measure on")
 
-
-def _remember_(model: nn.Module, surgery: Surgery) -> Surgery:
-    """Keep what was cut so far on the model, so that cutting further can still be replayed."""
-    earlier = getattr(model, _SURGERY, None)
-    whole = earlier.then(surgery) if isinstance(earlier, Surgery) else surgery
-    setattr(model, _SURGERY, whole)
-    return whole
+    def _train_(self, dense: nn.Module) -> None:
+        how = self.recipe.finetune
+        if how is not None:
+            assert self.data is not None
+            loop = Loop(self.model, self.data, how, teacher=dense, progress=self.progress)
+            self.facts.history += loop.run()
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.widths import WidthItem
 from secateur.core.batches import Batch
+from secateur.core.budget import Target
 from secateur.core.facts import Facts
 from secateur.core.select import keep_top
 from secateur.core.widths import Width
@@ -19,6 +20,7 @@ from secateur.drive.latency_budget import LatencySearch
 from secateur.drive.latency_clock import clock_for
 from secateur.drive.money import uses
 from secateur.drive.shrink_recipe import ShrinkRecipe
+from secateur.drive.uniform import uniform_keep
 from secateur.drive.width_cost import WidthCost, limit_of, width_cost
 from secateur.drive.width_latency import LayerTiming, latency_cost, steps
 from secateur.frontends import discover
@@ -57,32 +59,55 @@ class ShrinkBudget:
         Raises:
             BudgetError: What cannot be cut costs more than the target; the floor is named.
         """
-        batch = example if isinstance(example, (Tensor, Mapping)) else (*example, None)
+        batch = _batch(example)
         if self.recipe.target.unit == "latency":
             counts = self._by_latency(widths, scores, batch)
         else:
-            counts = self._by_cost(_items(widths, scores, {}, self.recipe.align), batch)
+            counts = self._by_cost(_items(widths, scores, {}, self.recipe.align), scores, batch)
         return self._groups(scores, counts)
 
+    def targets(self, example: Any) -> list[Target]:
+        """The target of every round: counts, at equal ratios from dense to the last."""
+        rounds, target = self.recipe.rounds, self.recipe.target
+        if rounds == 1:
+            return [target]
+        dense = self._cost(_batch(example)).dense
+        ratio = limit_of(target, dense) / dense
+        return [Target(target.unit, dense * ratio ** ((r + 1) / rounds)) for r in range(rounds)]
+
     def _groups(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
-        return {
+        keep = {
             name: keep_top(scores[name][None].float(), count)[0] for name, count in counts.items()
         }
+        return uniform_keep(self.structure, keep, scores) if self.recipe.uniform else keep
 
-    def _by_cost(self, items: Sequence[WidthItem], batch: Batch) -> dict[str, int]:
+    def _cost(self, batch: Batch) -> WidthCost:
         unit = self.recipe.target.unit
         used = uses(self.model, discover(self.model), batch) if unit == "macs" else {}
-        cost = width_cost(self.model, self.structure, unit, used)
+        return width_cost(self.model, self.structure, unit, used)
+
+    def _by_cost(
+        self, items: Sequence[WidthItem], scores: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, int]:
+        cost = self._cost(batch)
         limit = limit_of(self.recipe.target, cost.dense)
-        counts = self.recipe.allocation(items, cost, limit)
-        self._note_cost(cost, counts, limit)
-        return counts
+        asked = limit
+        while True:
+            counts = self.recipe.allocation(items, cost, asked)
+            evened = {n: int(f.sum()) for n, f in self._groups(scores, counts).items()}
+            # Widths that are made alike may cost more than what was chosen.
+            if cost(evened) <= limit or asked < limit / 2:
+                break
+            asked *= 0.98
+        self._note_cost(cost, evened, limit)
+        return evened
 
     def _note_cost(self, cost: WidthCost, counts: Mapping[str, int], limit: float) -> None:
         spent, unit = cost(counts), self.recipe.target.unit
+        before = self.facts.measures.get("target", {}).get("dense", cost.dense)
         self.facts.measures["target"] = {
             "unit": unit,
-            "dense": cost.dense,
+            "dense": before,
             "limit": limit,
             "reached": spent,
         }
@@ -119,6 +144,10 @@ class ShrinkBudget:
         counts = search.run(_items(widths, scores, grain, recipe.align), cost)
         self.facts.measures["target"]["align"] = step
         return counts
+
+
+def _batch(example: Any) -> Batch:
+    return example if isinstance(example, (Tensor, Mapping)) else (*example, None)
 
 
 def _items(

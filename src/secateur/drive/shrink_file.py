@@ -13,7 +13,7 @@ from secateur.drive.recipe import Scope
 from secateur.drive.shrink_recipe import SHRINK_ALIASES, ShrinkRecipe
 
 _PARTS = {"criterion": "group_criterion", "allocation": "width_allocation"}
-_KEYS = ("version", "shrink", "method", "target", "recovery", "scope", "uniform", "align", "seed",
+_KEYS = ("version", "shrink", "method", "target", "recovery", "scope", "uniform", "align", "rounds", "seed",
          "engine", *_PARTS)  # fmt: skip
 
 
@@ -59,7 +59,13 @@ that name. ...
         changes["recovery"] = tuple(part("cut_recovery", s) for s in steps if s != "none")
     if data.get("scope") is not None:
         changes["scope"] = build("scope", Scope, data["scope"])
-    for key, hint in (("uniform", bool), ("align", int), ("seed", int), ("engine", str)):
+    for key, hint in (
+        ("uniform", bool),
+        ("align", int),
+        ("rounds", int),
+        ("seed", int),
+        ("engine", str),
+    ):
         if key in data:
             changes[key] = typed(f"recipe key {key!r}", hint, data[key])
     return ShrinkRecipe(**changes)
@@ -80,7 +86,7 @@ def to_plain(recipe: ShrinkRecipe) -> dict[str, Any]:
     if recipe.scope != Scope():
         scope = dataclasses.asdict(recipe.scope)
         plain["scope"] = {k: list(v) if isinstance(v, tuple) else v for k, v in scope.items()}
-    settings = ("uniform", "align", "seed", "engine")
+    settings = ("uniform", "align", "rounds", "seed", "engine")
     return plain | {key: getattr(recipe, key) for key in settings}
 
 

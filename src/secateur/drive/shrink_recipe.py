@@ -36,6 +36,8 @@ class ShrinkRecipe:
             Transformers model can say it.
         align: Kept groups come in multiples of this many; ``0`` measures what is fast where the
             target is latency, and is 1 otherwise.
+        rounds: Score, cut and repair in so many rounds, each a step of equal ratio towards the
+            target; the scores of later rounds are those of the network as cut and repaired so far.
         seed: For everything random.
         engine: What measures a target in latency: ``"onnxruntime"`` or ``"torch"``; by default ONNX
             Runtime where it is installed and can run the network.
@@ -56,6 +58,7 @@ class ShrinkRecipe:
     scope: Scope = Scope()
     uniform: bool = False
     align: int = 0
+    rounds: int = 1
     seed: int = 0
     engine: str = ""
 
@@ -69,6 +72,13 @@ class ShrinkRecipe:
                 "structural pruning was asked",
                 "it leaves no zeros, so its targets are params, macs, bytes and latency",
                 "write e.g. macs=50%",
+            )
+        if self.rounds < 1 or (self.rounds > 1 and self.target.unit == "latency"):
+            raise UsageError(
+                f"rounds={self.rounds} with a target in {self.target.unit}",
+                "rounds are 1 or more, and 1 where the target is latency",
+                "a step towards a latency would have to be measured in every round",
+                "give rounds=1, or a target in macs",
             )
         if self.align < 0:
             raise UsageError(

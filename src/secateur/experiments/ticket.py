@@ -165,7 +165,8 @@ def find_ticket(
         >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         >>> batch = (x, (x.sum(1) > 0).long())
         >>> def net():
-        ...     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+        ...     wide = nn.Linear(16, 16)
+        ...     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), wide, nn.ReLU(), nn.Linear(16, 2))
         >>> plan = TicketPlan(levels=(0.5, 0.75), training=Training(epochs=2))
         >>> found = find_ticket(net, None, {"train": [batch], "test": [batch]},
         ...                     folder=tempfile.mkdtemp(), plan=plan)
