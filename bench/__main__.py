@@ -14,6 +14,7 @@ import torch
 from bench import (
     adversarial,
     cifar,
+    compensation,
     coverage,
     dsp,
     filters,
@@ -40,6 +41,7 @@ STUDIES: dict[str, Callable[..., None]] = {
     "patterns": patterns.run,
     "speed": speed.run,
     "coverage": coverage.run,
+    "compensation": compensation.run,
     "structural": structural.run,
     "overhead": overhead.run,
     "adversarial": adversarial.run,
@@ -82,7 +84,11 @@ def main(words: list[str] | None = None) -> int:
             print(f"[{number}/{len(given.study or STUDIES)}] {name}", flush=True)
             begun = time.time()
             try:
-                options = {"depths": (given.depth,)} if name == "oneshot" and given.depth else {}
+                options = (
+                    {"depths": (given.depth,)}
+                    if name in ("oneshot", "compensation") and given.depth
+                    else {}
+                )
                 STUDIES[name](quick=given.quick, seed=given.seed, folder=folder, **options)
             except cifar.DataMissing as missing:
                 print(f"skipped: {missing}")

@@ -93,8 +93,10 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+# JSON knows one NaN; which of the many a float holds is not kept.
+FLOATS = st.floats(allow_nan=False) | st.just(float("nan"))
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    st.none() | st.booleans() | st.integers() | FLOATS | st.text() | st.binary(),
     lambda x: st.lists(x) | st.tuples(x, x) | st.dictionaries(st.text() | st.integers(), x),
     max_leaves=12,
 )

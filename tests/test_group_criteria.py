@@ -36,6 +36,7 @@ from secateur.score import (
     Obd,
     ObsSaliency,
     RandomGroups,
+    Reconstruction,
     Snip,
     SynFlow,
     Taylor,
@@ -79,6 +80,7 @@ MADE: dict[str, list[Any]] = {
         GroupTaylor("out", samples=1),
     ],
     "expert_saliency": [ExpertSaliency()],
+    "reconstruction": [Reconstruction(), Reconstruction(damping=0.1, steps=2)],
 }
 
 
