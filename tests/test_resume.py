@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from restless import X, Y, loader, net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,39 +20,6 @@ from secateur.drive.recorder import Checkpoints, Recorder, Tally
 from secateur.drive.resume import Training, latest, resume_, save_checkpoint
 from secateur.schedule import OneShot, Polynomial
 from secateur.score import Snip
-
-X = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
-Y = torch.arange(40) % 3
-STEPS = 15  # three epochs of five batches
-
-
-def net(seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.3), nn.ReLU(), nn.Linear(12, 8),
-            nn.ReLU(), nn.Linear(8, 3),
-        )  # fmt: skip
-
-
-class Restless(TensorDataset):
-    """Augments with three kinds of random numbers."""
-
-    def __getitem__(self, index: int) -> Any:
-        x, y = super().__getitem__(index)
-        import numpy as np
-
-        return x + 0.01 * (torch.rand(6) + random.random() + np.random.rand()), y
-
-
-def loader(kind: str) -> Any:
-    if kind == "own":  # a generator of its own
-        generator = torch.Generator().manual_seed(8)
-        return DataLoader(Restless(X, Y), 8, shuffle=True, generator=generator)
-    if kind == "derived":
-        return Shuffled((X, Y), 8, seed=4)
-    return DataLoader(Restless(X, Y), 8, shuffle=True)  # torch's global numbers
-
 
 TARGET = Target("sparsity", 0.75)
 

@@ -7,13 +7,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.allocate.widths import GivenWidths
-from secateur.core.batches import Batch, Data, inputs_of
+from secateur.core.batches import Data
 from secateur.core.errors import NeedsData, NotYet, UsageError
 from secateur.core.slots import device_of
 from secateur.drive import ranks
@@ -124,34 +123,6 @@ def require_fit(
             "it measures the network at every removal",
             "pass data=, the training batches",
         )
-
-
-def example_of(given: Any, data: Data | None) -> Any:
-    """The example inputs that were given, or those of the first batch.
-
-    Raises:
-        UsageError: There is neither.
-
-    Example:
-        >>> example_of(None, Data(train=[(torch.zeros(2, 3), torch.zeros(2))]))[0].shape
-        torch.Size([2, 3])
-    """
-    if given is not None:
-        return given
-    if data is None or data.train is None:
-        raise UsageError(
-            "Shrinking without example inputs",
-            "neither example_inputs nor data was given",
-            "what is cut together is found by running the network once",
-            "pass example_inputs=, e.g. torch.zeros(1, 3, 224, 224)",
-        )
-    positional, named = inputs_of(next(iter(data.train)))
-    return named or positional
-
-
-def as_batch(example: Any) -> Batch:
-    """Example inputs as a batch, whose last element is the target."""
-    return (*example, None) if isinstance(example, (tuple, list)) else example
 
 
 @contextmanager

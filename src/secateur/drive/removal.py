@@ -12,22 +12,18 @@ from torch import Tensor, nn
 
 from secateur.allocate.widths import WidthItem
 from secateur.core.batches import Data
-from secateur.core.errors import DataError, UsageError
+from secateur.core.errors import UsageError
 from secateur.core.facts import WidthFacts
 from secateur.core.select import keep_top
-from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
+from secateur.drive.cutting import require_proved, widths_in
 from secateur.drive.group_scores import group_scores
-from secateur.drive.recipe import Scope
 from secateur.drive.shrink_recipe import ShrinkRecipe
 from secateur.drive.uniform import uniform_keep
 from secateur.drive.width_cost import WidthCost, width_cost
 from secateur.formats import Surgery
 from secateur.frontends.surgery import surgery_for
 from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, prove
-
-# The largest error of a proof, by the type of the weights. Sums are taken in another order.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -117,43 +113,9 @@ class Removal:
     ) -> float:
         small = copy.deepcopy(model)
         apply_(small, cuts)
-        error = prove(model, small, structure, keep, self.example).error
-        worst = max(_TOLERANCE.get(p.dtype, 1e-4) for p in model.parameters())
-        if not error <= worst:
-            raise DataError(
-                "the proof of a cut during training",
-                f"the cut network differs from the masked one by {error:.2g} of its largest "
-                f"output, and {worst:g} is allowed",
-                "an operator of the network is not understood",
-                "leave widths out with ignore= until it holds; the model is as before this cut",
-            )
-        return error
-
-
-def widths_in(structure: Structure, scope: Scope) -> list[Width]:
-    """The widths that a scope leaves, by their names or those of the parameters that they cut.
-
-    Raises:
-        SelectorError: A selector matches nothing.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2))
-        >>> structure = couple(net, torch.zeros(1, 4))
-        >>> [w.name for w in widths_in(structure, Scope(ignore=("0",)))]
-        ['1']
-    """
-    named = [(n, "") for w in structure.widths for n in (w.name, *w.parameters())]
-    require_hits((*scope.include, *scope.ignore), named, "the width selector")
-
-    def hit(width: Width, selectors: tuple[str, ...]) -> bool:
-        names = (width.name, *width.parameters())
-        return any(matches(s, n, "") for s in selectors for n in names)
-
-    return [
-        w
-        for w in structure.widths
-        if (not scope.include or hit(w, scope.include)) and not hit(w, scope.ignore)
-    ]
+        proof = prove(model, small, structure, keep, self.example)
+        require_proved(proof, model)
+        return proof.error
 
 
 def require_slots_alike(

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Data, as_data, inputs_of
-from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.batches import Data, as_data
+from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
-from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
 from secateur.drive.compensate import Told, compensate_
+from secateur.drive.cutting import example_of, require_proved, widths_in
 from secateur.drive.finetune import Loop, Progress
 from secateur.drive.group_scores import group_scores
 from secateur.drive.held import masks_of
@@ -31,9 +31,6 @@ from secateur.frontends.surgery import surgery_for
 from secateur.recover import BatchNorm
 from secateur.stats.groups import wants_data
 from secateur.structure import Structure, apply_, couple, cuts_for, prove
-
-# The largest error of a proof, by the type of the weights. Sums are taken in another order.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def shrink(
@@ -122,7 +119,7 @@ class _Run:
         facts = self.facts = Facts(to_plain(self.recipe), self.recipe.fingerprint())
         facts.environment = environment()
         self._check()
-        example = self._example(example)
+        example = example_of(example, self.data)
         dense = copy.deepcopy(self.model)
         with torch.random.fork_rng(_devices(self.model)):
             torch.manual_seed(self.recipe.seed)
@@ -180,19 +177,6 @@ class _Run:
                 "pass data= in Python or --data file.py:function on the command line",
             )
 
-    def _example(self, example: Any) -> Any:
-        if example is not None:
-            return example
-        if self.data is None or self.data.train is None:
-            raise UsageError(
-                "shrinking without example inputs",
-                "neither example_inputs nor data was given",
-                "what is cut together is found by running the network once",
-                "pass example_inputs=, e.g. torch.zeros(1, 3, 224, 224)",
-            )
-        positional, named = inputs_of(next(iter(self.data.train)))
-        return named or positional
-
     def _note_structure(self) -> None:
         trace = self.structure.trace
         if not trace.meta:
@@ -208,27 +192,12 @@ class _Run:
             self.facts.note("pinned", f"{name}[{axis}]", reason)
 
     def _chosen(self) -> list[Width]:
-        scope, widths = self.recipe.scope, self.structure.widths
-        names = [(n, "") for w in widths for n in (w.name, *w.parameters())]
-        require_hits((*scope.include, *scope.ignore), names, "the width selector")
-
-        def hit(width: Width, selectors: tuple[str, ...]) -> bool:
-            return any(
-                matches(s, n, "") for s in selectors for n in (width.name, *width.parameters())
-            )
-
-        chosen = [
-            w
-            for w in widths
-            if w.groups > 1
-            and (not scope.include or hit(w, scope.include))
-            and not hit(w, scope.ignore)
-        ]
+        chosen = [w for w in widths_in(self.structure, self.recipe.scope) if w.groups > 1]
         if not chosen:
             reasons = dict.fromkeys(self.structure.pinned.values())
             raise UsageError(
                 "structural pruning",
-                f"none of {len(widths)} widths takes part",
+                f"none of {len(self.structure.widths)} widths takes part",
                 "; ".join(list(reasons)[:3]) or "nothing is wider than one",
                 "widen the scope, or see inspect --structure",
             )
@@ -249,15 +218,7 @@ class _Run:
         told = self.facts.measures
         told["proof"] = max(proof.error, told.get("proof", 0.0))
         told["proof_seconds"] = time.perf_counter() - begun + told.get("proof_seconds", 0.0)
-        worst = max(_TOLERANCE.get(p.dtype, 1e-4) for p in self.model.parameters())
-        if not proof.error <= worst:
-            raise DataError(
-                "the proof of the cut",
-                f"the cut network differs from the masked one by {proof.error:.2g} of its largest "
-                f"output, and {worst:g} is allowed",
-                "an operator of the network is not understood",
-                "leave widths out with ignore= until it holds, and report the network, please",
-            )
+        require_proved(proof, self.model)
         before = sum(p.numel() for p in self.model.parameters())
         apply_(self.model, cuts, optimizer)
         after = sum(p.numel() for p in self.model.parameters())

@@ -15,6 +15,7 @@ from secateur.core.budget import Target
 from secateur.core.facts import Facts
 from secateur.core.select import keep_top
 from secateur.core.widths import Width
+from secateur.drive.cutting import as_batch
 from secateur.drive.finetune import Progress
 from secateur.drive.latency_budget import LatencySearch
 from secateur.drive.latency_clock import clock_for
@@ -59,7 +60,7 @@ class ShrinkBudget:
         Raises:
             BudgetError: What cannot be cut costs more than the target; the floor is named.
         """
-        batch = _batch(example)
+        batch = as_batch(example)
         if self.recipe.target.unit == "latency":
             counts = self._by_latency(widths, scores, batch)
         else:
@@ -71,7 +72,7 @@ class ShrinkBudget:
         rounds, target = self.recipe.rounds, self.recipe.target
         if rounds == 1:
             return [target]
-        dense = self._cost(_batch(example)).dense
+        dense = self._cost(as_batch(example)).dense
         ratio = limit_of(target, dense) / dense
         return [Target(target.unit, dense * ratio ** ((r + 1) / rounds)) for r in range(rounds)]
 
@@ -144,10 +145,6 @@ class ShrinkBudget:
         counts = search.run(_items(widths, scores, grain, recipe.align), cost)
         self.facts.measures["target"]["align"] = step
         return counts
-
-
-def _batch(example: Any) -> Batch:
-    return example if isinstance(example, (Tensor, Mapping)) else (*example, None)
 
 
 def _items(

@@ -17,12 +17,13 @@ from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
 from secateur.drive import ranks
+from secateur.drive.cutting import as_batch, example_of, widths_in
 from secateur.drive.finetune import FineTune, Loop
 from secateur.drive.money import uses
-from secateur.drive.pace import Pace, as_batch, example_of, fingerprint_of, own_random, require_fit
+from secateur.drive.pace import Pace, fingerprint_of, own_random, require_fit
 from secateur.drive.pruned import Pruned
 from secateur.drive.recorder import Checkpoints
-from secateur.drive.removal import Removal, require_slots_alike, width_facts, widths_in
+from secateur.drive.removal import Removal, require_slots_alike, width_facts
 from secateur.drive.shrink_file import to_plain
 from secateur.drive.shrink_recipe import ShrinkRecipe
 from secateur.drive.timing import is_due
