@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from bench import tables_cuts, tables_training
+from bench.markdown import goals, read, table, where
 from bench.record import RESULTS
 
 HEAD = """# Measurements
@@ -20,44 +20,13 @@ them look in `$SECATEUR_DATA`.
 def page(folder: Path = RESULTS) -> str:
     """Give the whole page; a study without results is left out."""
     made = (_speed, _gemv, _patterns, _global_masks, _sweep, _gradual, _oneshot)
+    made += (*tables_cuts.SECTIONS, *tables_training.SECTIONS)
     parts = [part for make in made if (part := make(folder))]
     return "\n".join([HEAD, *parts])
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _goals(study: dict[str, Any]) -> str:
-    rows = [
-        [
-            g["name"],
-            f"{g['found']:.3g}",
-            f"{g['sense']} {g['limit']:g}",
-            "yes" if g["met"] else "no",
-        ]
-        for g in study["goals"]
-    ]
-    return _table(["goal", "found", "asked", "met"], rows)
-
-
-def _where(study: dict[str, Any]) -> str:
-    machine, versions = study["machine"], study["versions"]
-    return (
-        f"{machine['processor']}, {machine['instructions']}, {study['threads']} thread(s), "
-        f"torch {versions['torch']}, {study['time']['date']}.\n"
-    )
-
-
 def _speed(folder: Path) -> str:
-    study = _read(folder, "speed")
+    study = read(folder, "speed")
     if not study:
         return ""
     found = study["result"]["rows"]
@@ -88,11 +57,11 @@ def _speed(folder: Path) -> str:
         f"{ort}, float32. The speed-up is the median over pairs of runs; the files have the\nspreads. "
         "Most networks have random weights: these figures are about speed alone.\n"
     )
-    return "\n".join([text, _where(study), _table(head, rows), _goals(study)])
+    return "\n".join([text, where(study), table(head, rows), goals(study)])
 
 
 def _gemv(folder: Path) -> str:
-    study = _read(folder, "gemv")
+    study = read(folder, "gemv")
     if not study:
         return ""
     found = study["result"]
@@ -112,11 +81,11 @@ def _gemv(folder: Path) -> str:
         f"## Linear layer {found['inputs']} to {found['outputs']}, weights beyond the caches\n\n"
         "Dense is PyTorch in the same type.\n"
     )
-    return "\n".join([title, _where(study), _table(head, rows), _goals(study)])
+    return "\n".join([title, where(study), table(head, rows), goals(study)])
 
 
 def _patterns(folder: Path) -> str:
-    study = _read(folder, "patterns")
+    study = read(folder, "patterns")
     if not study:
         return ""
     found = study["result"]["rows"]
@@ -130,11 +99,11 @@ def _patterns(folder: Path) -> str:
         rows.append([*names, *speeds, f"below {pays}" if row["at_most"] else pays])
     head = ["layer", "pattern", *(f"{level:.0%}" for level in levels), "pays from"]
     title = "## Patterns\n\nTimes faster than the dense layer, by sparsity.\n"
-    return "\n".join([title, _where(study), _table(head, rows)])
+    return "\n".join([title, where(study), table(head, rows)])
 
 
 def _global_masks(folder: Path) -> str:
-    study = _read(folder, "global_masks")
+    study = read(folder, "global_masks")
     if not study:
         return ""
     found = study["result"]
@@ -149,11 +118,11 @@ def _global_masks(folder: Path) -> str:
     ]
     head = ["global magnitude masks", "median", "range", "peak extra memory / weights"]
     title = f"## Global masks: {found['network']}, {found['prunable']:,} weights\n"
-    return "\n".join([title, _where(study), _table(head, rows), _goals(study)])
+    return "\n".join([title, where(study), table(head, rows), goals(study)])
 
 
 def _sweep(folder: Path) -> str:
-    study = _read(folder, "sweep")
+    study = read(folder, "sweep")
     if not study:
         return ""
     rows = [
@@ -169,11 +138,11 @@ def _sweep(folder: Path) -> str:
     head = ["pattern", "method", "output error", "time", "peak extra memory"]
     width = study["result"]["width"]
     title = f"## Column sweep: one {width} x {width} layer, correlated inputs\n"
-    return "\n".join([title, _where(study), _table(head, rows), _goals(study)])
+    return "\n".join([title, where(study), table(head, rows), goals(study)])
 
 
 def _gradual(folder: Path) -> str:
-    study = _read(folder, "gradual")
+    study = read(folder, "gradual")
     if not study:
         return ""
     rows = []
@@ -187,14 +156,14 @@ def _gradual(folder: Path) -> str:
     )
     head = ["arm", "accuracy", "points below dense"]
     return "\n".join(
-        ["## Gradual magnitude pruning\n", text, _where(study), _table(head, rows), _goals(study)]
+        ["## Gradual magnitude pruning\n", text, where(study), table(head, rows), goals(study)]
     )
 
 
 def _oneshot(folder: Path) -> str:
     parts = []
     for depth in (20, 56):
-        study = _read(folder, f"oneshot-resnet{depth}")
+        study = read(folder, f"oneshot-resnet{depth}")
         if not study:
             continue
         rows = study["result"]["rows"]
@@ -210,8 +179,8 @@ def _oneshot(folder: Path) -> str:
                 cells = [f"{found[s]['accuracy']:.1f}" if s in found else "" for s in levels]
                 lines.append([method, *cells])
             head = [f"ResNet-{depth}, {family}", *(f"{s:.0%}" for s in levels)]
-            parts += [_where(study), _table(head, lines)]
-        parts.append(_goals(study))
+            parts += [where(study), table(head, lines)]
+        parts.append(goals(study))
     if not parts:
         return ""
     text = (

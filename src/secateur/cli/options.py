@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+#: Panels of the help.
+RECIPE, TRAIN = "What to do", "Training"
 
 Model = Annotated[
     str,
@@ -69,3 +73,29 @@ Include = Annotated[
         metavar="SELECTOR", help="Prune only what matches. Repeatable.", show_default=False
     ),
 ]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle is written.")
+]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE.YAML", help="Everything in a file.", rich_help_panel=RECIPE),
+]
+Lr = Annotated[
+    float | None,
+    typer.Option(metavar="RATE", help="Peak learning rate.", rich_help_panel=TRAIN),
+]
+Distill = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the loss, 0 to 1, that follows the dense network.",
+        rich_help_panel=TRAIN,
+    ),
+]
+Calibration = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Samples that statistics are read from.")
+]
+Onnx = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Write an ONNX file too (needs --data).")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from secateur.core.errors import FileError, OutputExists
+from secateur.core.atomic import require_new
+from secateur.core.errors import FileError, OutputExists, UsageError
+from secateur.formats.bundle import FACTS, MODEL, RECIPE, SURGERY
 
 
 def require_new_file(path: Path, *, overwrite: bool = False) -> None:
@@ -36,3 +38,24 @@ def require_new_file(path: Path, *, overwrite: bool = False) -> None:
             "the file is built there",
             "choose a folder that you may write to",
         )
+
+
+def require_places(
+    output: Path, onnx: Path | None, data: str | None, *, overwrite: bool = False
+) -> None:
+    """Fail now where writing a bundle, and an ONNX file beside it, would fail at the end.
+
+    Raises:
+        OutputExists: One of them is there and ``overwrite`` is false.
+        UsageError: An ONNX file needs data, and there is none.
+
+    Example:
+        >>> require_places(Path("no-such-folder"), None, None)
+    """
+    require_new(output, {MODEL, RECIPE, FACTS, SURGERY}, overwrite=overwrite)
+    if onnx is not None:
+        if data is None:
+            raise UsageError(
+                f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
+            )
+        require_new_file(onnx, overwrite=overwrite)

@@ -12,9 +12,8 @@ from rich.text import Text
 
 from secateur.cli import options
 from secateur.cli.flags import Flags, describe, recipe_from
-from secateur.cli.places import require_new_file
+from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
-from secateur.core.atomic import require_new
 from secateur.core.batches import Batch, Data
 from secateur.core.errors import UsageError
 from secateur.drive.held import attach_
@@ -26,15 +25,12 @@ from secateur.drive.recorder import Checkpoints
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
-from secateur.formats.bundle import FACTS, MODEL, RECIPE
 from secateur.frontends import Exported, Loaded, export_onnx, load_data, load_model
 from secateur.report import comparison_table, layer_table, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.units import count, percent
 
-_FILES = (MODEL, RECIPE, FACTS)
-_RECIPE = "What to do"
-_TRAIN = "Training"
+_RECIPE, _TRAIN = options.RECIPE, options.TRAIN
 
 
 def _part(name: str, example: str) -> Any:
@@ -44,16 +40,11 @@ def _part(name: str, example: str) -> Any:
 
 def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
     model: options.Model,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle is written.")
-    ],
+    output: options.Output,
     data: options.Data = None,
     weights: options.Weights = None,
     architecture: options.Architecture = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="FILE.YAML", help="Everything in a file.", rich_help_panel=_RECIPE),
-    ] = None,
+    recipe: options.RecipeFile = None,
     method: Annotated[str | None, _part("methods", "A published method to start from.")] = None,
     sparsity: Annotated[
         str | None,
@@ -88,18 +79,8 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
             rich_help_panel=_TRAIN,
         ),
     ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(metavar="RATE", help="Peak learning rate.", rich_help_panel=_TRAIN),
-    ] = None,
-    distill: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of the loss, 0 to 1, that follows the dense network.",
-            rich_help_panel=_TRAIN,
-        ),
-    ] = None,
+    lr: options.Lr = None,
+    distill: options.Distill = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -114,14 +95,10 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
             min=1, metavar="N", help="Steps between two (default 500).", rich_help_panel=_TRAIN
         ),
     ] = None,
-    calibration: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Samples that statistics are read from.")
-    ] = None,
+    calibration: options.Calibration = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,
-    onnx: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write an ONNX file too (needs --data).")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    onnx: options.Onnx = None,
+    overwrite: options.Overwrite = False,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -150,7 +127,7 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
             seed=seed,
         )
         wanted = recipe_from(flags)
-        _require_places(output, onnx, data, overwrite=overwrite)
+        require_places(output, onnx, data, overwrite=overwrite)
         saved = _checkpoints(wanted, checkpoint, checkpoint_every)
         loaded = load_model(model, weights=weights, model=architecture)
         batches = None if data is None else load_data(data)
@@ -164,17 +141,6 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
         exported = None if onnx is None else export_onnx(pruned.model, _example(batches), onnx)
         pruned.save(output, overwrite=overwrite)
         _report(out, pruned, found, exported, output=output)
-
-
-def _require_places(output: Path, onnx: Path | None, data: str | None, *, overwrite: bool) -> None:
-    """Fail now where writing would fail at the end."""
-    require_new(output, set(_FILES), overwrite=overwrite)
-    if onnx is not None:
-        if data is None:
-            raise UsageError(
-                f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
-            )
-        require_new_file(onnx, overwrite=overwrite)
 
 
 def _checkpoints(recipe: Recipe, folder: Path | None, every: int | None) -> Checkpoints | None:

@@ -11,9 +11,8 @@ from rich.text import Text
 
 from secateur.cli import options
 from secateur.cli.flags import part
-from secateur.cli.places import require_new_file
+from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
-from secateur.core.atomic import require_new
 from secateur.core.errors import UsageError
 from secateur.drive.finetune import FineTune
 from secateur.drive.pruned import Pruned
@@ -23,15 +22,13 @@ from secateur.drive.shrink_recipe import ShrinkRecipe
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
-from secateur.formats.bundle import FACTS, MODEL, RECIPE
 from secateur.frontends import Exported, export_onnx, load_data, load_model
 from secateur.frontends.example import example_inputs
 from secateur.report import comparison_table, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.structure import cut_table, proof_text
 
-_RECIPE = "What to do"
-_TRAIN = "Training"
+_RECIPE, _TRAIN = options.RECIPE, options.TRAIN
 
 
 def _part(example: str) -> Any:
@@ -40,17 +37,12 @@ def _part(example: str) -> Any:
 
 def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
     model: options.Model,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle is written.")
-    ],
+    output: options.Output,
     data: options.Data = None,
     weights: options.Weights = None,
     architecture: options.Architecture = None,
     inputs: options.Input = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="FILE.YAML", help="Everything in a file.", rich_help_panel=_RECIPE),
-    ] = None,
+    recipe: options.RecipeFile = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -92,26 +84,12 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         float | None,
         typer.Option(metavar="N", help="Fine-tune the cut network.", rich_help_panel=_TRAIN),
     ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(metavar="RATE", help="Peak learning rate.", rich_help_panel=_TRAIN),
-    ] = None,
-    distill: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of the loss, 0 to 1, that follows the dense network.",
-            rich_help_panel=_TRAIN,
-        ),
-    ] = None,
-    calibration: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Samples that statistics are read from.")
-    ] = None,
+    lr: options.Lr = None,
+    distill: options.Distill = None,
+    calibration: options.Calibration = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
-    onnx: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write an ONNX file too (needs --data).")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    onnx: options.Onnx = None,
+    overwrite: options.Overwrite = False,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -140,7 +118,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             },
         )
         wanted = _trained(wanted, {"epochs": epochs, "lr": lr, "distill": distill})
-        _require_places(output, onnx, data, overwrite=overwrite)
+        require_places(output, onnx, data, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
         batches = None if data is None else load_data(data)
         if batches is not None and calibration is not None:
@@ -198,17 +176,6 @@ def _trained(recipe: ShrinkRecipe, asked: dict[str, float | None]) -> ShrinkReci
     how = dataclasses.replace(own, **given) if own is not None else FineTune(**given)
     rest = tuple(step for step in recipe.recovery if not isinstance(step, FineTune))
     return dataclasses.replace(recipe, recovery=(*rest, how))
-
-
-def _require_places(output: Path, onnx: Path | None, data: str | None, *, overwrite: bool) -> None:
-    """Fail now where writing would fail at the end."""
-    require_new(output, {MODEL, RECIPE, FACTS, "surgery.json"}, overwrite=overwrite)
-    if onnx is not None:
-        if data is None:
-            raise UsageError(
-                f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
-            )
-        require_new_file(onnx, overwrite=overwrite)
 
 
 def _report(
