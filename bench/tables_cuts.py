@@ -163,14 +163,14 @@ def _filters(folder: Path) -> str:
             left = [100 * after / before for before, after in row["macs"]]
             spent = [100 * share for share in row["training_macs_share"]]
             cells += [each(left, ".1f"), each(spent, ".1f")]
-            rows.append([*cells, f"{-gap['mean']:.2f} ± {gap['standard_error_of_images']:.2f}"])
+            rows.append([*cells, f"{0 - gap['mean']:.2f} ± {gap['standard_error_of_images']:.2f}"])
         told = (
             f"ResNet-{plan['depth']} on CIFAR-10: {plan['train_images']:,} training and "
             f"{plan['test_images']:,} test images, {plan['recipe']['epochs']} epochs, widths in "
             f"multiples of {plan['align']}; {seeds(study)}."
         )
         head = [f"ResNet-{plan['depth']}", "accuracy, %", "less wall time, %"]
-        head += ["less processor time, %", "multiply-adds left, %", "of the training, %"]
+        head += ["less processor time, %", "multiply-adds left, %", "spent in training, %"]
         head.append("points below dense")
         parts += [prose(told), where(study), table(head, rows), goals(study)]
     if not parts:

@@ -35,7 +35,7 @@ from secateur.experiments import (
     find_ticket,
     load_ticket,
 )
-from secateur.experiments import ticket as module
+from secateur.experiments import ticket_search as module
 from secateur.experiments.terms import levels_of
 from secateur.experiments.ticket import reset_, restart_
 from secateur.experiments.training import Stretch, seed_of, seeded, start_epoch_, steps_of, train_

@@ -1,6 +1,7 @@
 """Experiments over many trainings: lottery tickets, how alike masks are, how stable pruning is."""
 
 from secateur.experiments.connectivity import Connectivity, connectivity
+from secateur.experiments.damage import Damage, Disturbance
 from secateur.experiments.reading import Reading, read
 from secateur.experiments.similarity import (
     Emptiness,
@@ -17,8 +18,6 @@ from secateur.experiments.similarity import (
     weight_drift,
 )
 from secateur.experiments.stability import (
-    Damage,
-    Disturbance,
     Event,
     EventLog,
     Opposite,
