@@ -19,8 +19,8 @@ them look in `$SECATEUR_DATA`.
 
 def page(folder: Path = RESULTS) -> str:
     """Give the whole page; a study without results is left out."""
-    made = (_speed, _gemv, _patterns, _global_masks, _sweep, _gradual, _oneshot)
-    made += (*tables_cuts.SECTIONS, *tables_training.SECTIONS)
+    own = (_speed, _gemv, _patterns, _global_masks, _sweep, _gradual, _oneshot)
+    made = (*own, *tables_cuts.SECTIONS, *tables_training.SECTIONS)
     parts = [part for make in made if (part := make(folder))]
     return "\n".join([HEAD, *parts])
 

@@ -127,7 +127,11 @@ RESULTS: dict[str, dict[str, Any]] = {
         "standard_error": 0.35,
         "levels": [{"sparsity": s, "accuracy": {"rate": a}} for s, a in ((0.79, 81.5), (0.89, 79))],
         "arms": [
-            {"method": "rate", "seed": seed, "levels": [{"accuracy": 78.5 + seed}]}
+            {
+                "method": "rate",
+                "seed": seed,
+                "levels": [{"accuracy": 81.5}, {"accuracy": 78.5 + seed}],
+            }
             for seed in (0, 1)
         ],
     },
@@ -182,13 +186,14 @@ PLANTED = [
     ("sparse_training", ("differences", 0, "mean"), 4.5, "| 4.50 ± 0.17 |"),
     ("filters", ("networks", 1, "accuracy", 1), 12.34, "| iplt | 88.25, 12.34 |"),
     ("filters", ("networks", 1, "percent_fewer_seconds", 0), -3.0, "| -3.0, 27.3 |"),
+    ("filters", ("networks", 1, "percent_fewer_processor_seconds", 1), -3.0, "| 28.2, -3.0 |"),
     ("filters", ("networks", 1, "macs", 0, 1), 777, "| 77.7, 48.7 |"),
     ("filters", ("networks", 1, "points_above_dense", "mean"), 1.5, "| -1.50 ± 0.17 |"),
     ("dsp", ("networks", 0, "macs_share", 0), 0.777, "| 77.7 |"),
     ("dsp", ("milliseconds_of_100_images", 0, "branches"), 77.7, "branches |  |  | 77.7 |"),
     ("dsp", ("differences", 0, "seeds", 1), 4.56, "| -0.50, 4.56 |"),
     ("tickets", ("levels", 1, "accuracy", "rate"), 12.34, "| rate | 81.50 | 12.34 |"),
-    ("tickets", ("arms", 1, "levels", 0, "accuracy"), 12.34, "| 78.50, 12.34 |"),
+    ("tickets", ("arms", 1, "levels", 1, "accuracy"), 12.34, "| 78.50, 12.34 |"),
     ("tickets", ("dense", 0), 12.34, "Dense: 12.34, 84.25."),
     ("leap", ("arms", 0, "sparsity"), 0.1234, "| leap | 12.34% |"),
     ("leap", ("arms", 1, "accuracy"), 12.34, "| rows | magnitude at once | 79.81% | 12.34 % |"),

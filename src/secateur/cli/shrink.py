@@ -24,6 +24,7 @@ from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
 from secateur.frontends import Exported, export_onnx, load_data, load_model
 from secateur.frontends.example import example_inputs
+from secateur.frontends.transformers_save import save_transformers
 from secateur.report import comparison_table, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.structure import cut_table, proof_text
@@ -89,6 +90,12 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
     calibration: options.Calibration = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
     onnx: options.Onnx = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write a folder for from_pretrained too (Transformers models)."
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -138,6 +145,11 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             exported = export_onnx(pruned.model, next(iter(batches_of(batches)[1])), onnx)
         pruned.save(output, overwrite=overwrite)
         _report(out, pruned, found, exported, output)
+        if pretrained is not None:
+            assert pruned.surgery is not None
+            saved = save_transformers(pruned.model, pretrained, pruned.surgery, overwrite=overwrite)
+            how = "from_pretrained" if saved.uniform else "secateur.frontends.load_transformers"
+            out.say(f"Written to {saved.folder}; load it with {how}.")
 
 
 def _recipe(path: str | None, parts: dict[str, Any], settings: dict[str, Any]) -> ShrinkRecipe:

@@ -6,14 +6,13 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 
-from secateur import score
 from secateur.allocate import ALLOCATIONS
 from secateur.allocate.widths import WIDTH_ALLOCATIONS
 from secateur.core.errors import FormatError, UnknownName, UsageError
@@ -22,7 +21,7 @@ from secateur.drive.regrow import REGROWTHS
 from secateur.pattern import PATTERNS
 from secateur.recover import RECOVERIES, ROUNDINGS, BatchNorm, Compensation
 from secateur.schedule import SCHEDULES
-from secateur.score import CRITERIA
+from secateur.score import CRITERIA, GROUP_CRITERIA
 
 VERSION = 1
 STEPS: dict[str, type] = {**RECOVERIES, "finetune": FineTune}
@@ -34,7 +33,7 @@ CATALOGUES: dict[str, Mapping[str, type]] = {
     "recovery": STEPS,
     "rounding": ROUNDINGS,
     "regrow": REGROWTHS,
-    "group_criterion": getattr(score, "GROUP_CRITERIA", {}),
+    "group_criterion": GROUP_CRITERIA,
     "width_allocation": WIDTH_ALLOCATIONS,
     "cut_recovery": {
         "compensation": Compensation,
@@ -43,6 +42,35 @@ CATALOGUES: dict[str, Mapping[str, type]] = {
     },
 }
 _LARGEST = 1 << 20
+
+
+def require_readable(data: Any, keys: Sequence[str]) -> None:
+    """Raise unless ``data`` is a mapping of known keys, of a version that is read here.
+
+    Example:
+        >>> require_readable({"target": "90%"}, ("version", "target"))
+        >>> require_readable({"targt": "90%"}, ("version", "target"))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UnknownName: recipe key 'targt': there is no recipe key of that name. ...
+    """
+    if not isinstance(data, Mapping):
+        raise UsageError(
+            "a recipe",
+            f"a {type(data).__name__}",
+            "a recipe is a mapping of keys",
+            "write e.g. criterion: magnitude",
+        )
+    unknown = next((str(key) for key in data if key not in keys), None)
+    if unknown is not None:
+        raise UnknownName("recipe key", unknown, keys)
+    if data.get("version", VERSION) != VERSION:
+        raise FormatError(
+            f"a recipe of version {data['version']}",
+            f"this secateur reads version {VERSION}",
+            "the meaning of keys may have changed",
+            "use the secateur that wrote it, or rewrite the recipe",
+        )
 
 
 def part(kind: str, spec: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core.budget import Target
-from secateur.core.errors import FormatError, UnknownName, UsageError
+from secateur.core.errors import UnknownName
 from secateur.drive.parts import (
     VERSION,
     build,
@@ -17,6 +17,7 @@ from secateur.drive.parts import (
     part,
     plain_part,
     read_plain,
+    require_readable,
     typed,
 )
 from secateur.drive.recipe import ALIASES, Recipe, Scope
@@ -44,23 +45,7 @@ def from_plain(data: Mapping[str, Any]) -> Recipe:
             ...
         secateur.core.errors.UnknownName: criterion 'magnitud': there is no criterion of that name. ...
     """
-    if not isinstance(data, Mapping):
-        raise UsageError(
-            "a recipe",
-            f"a {type(data).__name__}",
-            "a recipe is a mapping of keys",
-            "write e.g. criterion: magnitude",
-        )
-    unknown = next((str(key) for key in data if key not in _KEYS), None)
-    if unknown is not None:
-        raise UnknownName("recipe key", unknown, _KEYS)
-    if data.get("version", VERSION) != VERSION:
-        raise FormatError(
-            f"a recipe of version {data['version']}",
-            f"this secateur reads version {VERSION}",
-            "the meaning of keys may have changed",
-            "use the secateur that wrote it, or rewrite the recipe",
-        )
+    require_readable(data, _KEYS)
     target = Target.parse(data["target"]) if data.get("target") is not None else None
     changes: dict[str, Any] = {}
     if "method" in data:

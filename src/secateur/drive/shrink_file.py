@@ -7,8 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.core.budget import Target
-from secateur.core.errors import FormatError, UnknownName
-from secateur.drive.parts import VERSION, build, part, plain_part, read_plain, typed
+from secateur.core.errors import UnknownName
+from secateur.drive.parts import (
+    VERSION,
+    build,
+    part,
+    plain_part,
+    read_plain,
+    require_readable,
+    typed,
+)
 from secateur.drive.recipe import Scope
 from secateur.drive.shrink_recipe import SHRINK_ALIASES, ShrinkRecipe
 
@@ -32,16 +40,7 @@ def from_plain(data: Mapping[str, Any]) -> ShrinkRecipe:
         secateur.core.errors.UnknownName: group_criterion 'grouppe': there is no group_criterion of \
 that name. ...
     """
-    unknown = next((str(key) for key in data if key not in _KEYS), None)
-    if unknown is not None:
-        raise UnknownName("recipe key", unknown, _KEYS)
-    if data.get("version", VERSION) != VERSION:
-        raise FormatError(
-            f"a recipe of version {data['version']}",
-            f"this secateur reads version {VERSION}",
-            "the meaning of keys may have changed",
-            "use the secateur that wrote it, or rewrite the recipe",
-        )
+    require_readable(data, _KEYS)
     changes: dict[str, Any] = {}
     if data.get("method") is not None:
         name = str(data["method"])
