@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import record
+from bench.zoo.fresh import refresh_
 from secateur.drive.width_cost import removable_share
 from secateur.structure import Structure, apply_, couple, cuts_for, prove
 
@@ -45,7 +47,7 @@ def run(*, quick: bool, seed: int, folder: Path) -> None:
         rows.append(row)
         print(_line(row), flush=True)
     traced = [row for row in rows if row["traced"]]
-    exact = [row for row in traced if row["error"] < EXACT]
+    exact = [row for row in traced if row["error"] is not None and row["error"] < EXACT]
     enough = [row for row in traced if row["removable"] >= ENOUGH]
     goals = [
         record.goal("share of networks that trace", len(traced) / len(rows), "at least", 1.0),
@@ -74,22 +76,25 @@ def ours(name: str, *, choices: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model, example = ZOO[name]()
     model.eval()
+    refresh_(model)
     begun = time.perf_counter()
     try:
         structure = couple(model, example)
     except Exception as error:  # a row of the table
         return {"network": name, "traced": False, "why": f"{type(error).__name__}: {error}"[:300]}
     seconds = time.perf_counter() - begun
-    worst = 0.0
+    worst: float | None = 0.0
     for choice in range(choices):
         keep = random_keep(structure, seed + choice)
         try:
             small = copy.deepcopy(model)
             apply_(small, cuts_for(model, structure, keep))
-            worst = max(worst, prove(model, small, structure, keep, example).error)
-        except Exception as error:  # a row of the table
-            worst = float("inf")
-            print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+            error = prove(model, small, structure, keep, example).error
+            if worst is not None:
+                worst = max(worst, error) if math.isfinite(error) else None
+        except Exception as failure:  # a row of the table
+            worst = None  # not cut
+            print(f"{name}: {type(failure).__name__}: {str(failure)[:200]}")
     reasons = dict.fromkeys(structure.pinned.values())
     return {
         "network": name,
@@ -238,5 +243,5 @@ def _line(row: dict[str, Any]) -> str:
         return f"{row['network']:28} NOT TRACED: {row['why']}"
     return (
         f"{row['network']:28} {row['widths']:3} widths, {100 * row['removable']:5.1f} % removable, "
-        f"error {row['error']:.1e}, {row['seconds']:.2f} s | {row.get('their', '')[:60]}"
+        f"error {row['error'] or 0:.1e}, {row['seconds']:.2f} s | {row.get('their', '')[:60]}"
     )

@@ -245,6 +245,20 @@ def test_cutting_twice_is_saved_as_one(net: Residual, tmp_path: Path) -> None:
     assert torch.equal(restored(x), twice.model.eval()(x))
 
 
+def test_a_silent_network_is_not_called_proved(net: Residual) -> None:
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.zero_()
+    pruned = secateur.shrink(net, secateur.ShrinkRecipe(recovery=()), torch.zeros(1, 3, 8, 8))
+    assert "vacuous" in {note.topic for note in pruned.facts.notes}
+    assert "vacuous" not in {
+        note.topic
+        for note in secateur.shrink(
+            Residual(), secateur.ShrinkRecipe(recovery=()), torch.zeros(1, 3, 8, 8)
+        ).facts.notes
+    }
+
+
 def test_a_failed_proof_returns_nothing(net: Residual, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shrinking, "prove", lambda *_: Proof(0.5, 10))
     before = copy.deepcopy(net.state_dict())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.zoo.fresh import refresh_
 from bench.zoo.handmade import NETWORKS
 from bench.zoo.tokens import Attention
 from bench.zoo.vision import MODELS, Example
@@ -26,21 +27,6 @@ ALL = MODELS | NETWORKS
 CHOICES = {name: 10 if name in NETWORKS else 4 for name in ALL}
 #: Random values are small where they are multiplied with others.
 SMALL = 0.3
-
-
-@torch.no_grad()
-def refresh_(model: nn.Module) -> None:
-    """Random statistics, scales and shifts: fresh ones (0 and 1) hide errors."""
-    for name, x in [*model.named_buffers(), *model.named_parameters()]:
-        if not x.is_floating_point():
-            continue
-        if "running_var" in name:
-            x.copy_(torch.rand_like(x) + 0.5)
-        elif "running_mean" in name:
-            x.copy_(SMALL * torch.randn_like(x))
-        elif isinstance(x, nn.Parameter) and (x.ndim == 1 or bool((x == x.reshape(-1)[0]).all())):
-            scale = x.ndim == 1 and name.endswith("weight")
-            x.copy_(SMALL * torch.randn_like(x) + float(scale))
 
 
 @functools.cache

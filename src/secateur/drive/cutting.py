@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur.core.batches import Batch, Data, inputs_of
 from secateur.core.errors import DataError, UsageError
@@ -76,6 +77,25 @@ def widths_in(structure: Structure, scope: Scope) -> list[Width]:
         for w in structure.widths
         if (not scope.include or hit(w, scope.include)) and not hit(w, scope.ignore)
     ]
+
+
+def telling(example: Any) -> Any:
+    """The example, with random numbers in place of floating-point inputs that are constant.
+
+    Many people trace with zeros. On zeros much of a network is silent, and a proof would see little.
+
+    Example:
+        >>> telling(torch.zeros(1, 3)).unique().numel(), telling((torch.tensor([1, 2]),))
+        (3, (tensor([1, 2]),))
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def lively(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.numel() < 2 or bool((x != x.reshape(-1)[0]).any()):
+            return x
+        return torch.randn(x.shape, generator=generator).to(x)
+
+    return tree_map_only(Tensor, lively, example)
 
 
 def require_proved(proof: Proof, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from secateur.core.errors import UsageError
 from secateur.core.facts import WidthFacts
 from secateur.core.select import keep_top
 from secateur.core.widths import Width
-from secateur.drive.cutting import require_proved, widths_in
+from secateur.drive.cutting import require_proved, telling, widths_in
 from secateur.drive.group_scores import group_scores
 from secateur.drive.shrink_recipe import ShrinkRecipe
 from secateur.drive.uniform import uniform_keep
@@ -113,7 +113,7 @@ class Removal:
     ) -> float:
         small = copy.deepcopy(model)
         apply_(small, cuts)
-        proof = prove(model, small, structure, keep, self.example)
+        proof = prove(model, small, structure, keep, telling(self.example))
         require_proved(proof, model)
         return proof.error
 

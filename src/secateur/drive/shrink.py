@@ -17,7 +17,7 @@ from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
 from secateur.drive.compensate import Told, compensate_
-from secateur.drive.cutting import example_of, require_proved, widths_in
+from secateur.drive.cutting import example_of, require_proved, telling, widths_in
 from secateur.drive.finetune import Loop, Progress
 from secateur.drive.group_scores import group_scores
 from secateur.drive.held import masks_of
@@ -214,11 +214,14 @@ class _Run:
         small = copy.deepcopy(self.model)
         apply_(small, cuts)
         self.progress("proving", 0, 1)
-        proof = prove(self.model, small, self.structure, keep, example)
+        proof = prove(self.model, small, self.structure, keep, telling(example))
         told = self.facts.measures
         told["proof"] = max(proof.error, told.get("proof", 0.0))
         told["proof_seconds"] = time.perf_counter() - begun + told.get("proof_seconds", 0.0)
         require_proved(proof, self.model)
+        if not proof.scale:
+            text = "all outputs are 0 on the example, so the proof says nothing about this cut"
+            self.facts.note("vacuous", "", text)
         before = sum(p.numel() for p in self.model.parameters())
         apply_(self.model, cuts, optimizer)
         after = sum(p.numel() for p in self.model.parameters())

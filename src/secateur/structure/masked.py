@@ -138,10 +138,12 @@ class Proof:
     Args:
         error: Largest difference of any output, relative to the largest masked output.
         outputs: How many numbers were compared.
+        scale: The largest masked output. Where it is 0, the comparison says nothing.
     """
 
     error: float
     outputs: int
+    scale: float = 1.0
 
 
 def prove(
@@ -181,7 +183,7 @@ def call(model: nn.Module, example: Any) -> Any:
 
 def compare(found: list[Tensor], wanted: list[Tensor]) -> Proof:
     """The largest difference, relative to the largest wanted value; infinite if shapes differ."""
-    worst, count = 0.0, 0
+    worst, count, largest = 0.0, 0, 0.0
     if len(found) != len(wanted):
         return Proof(float("inf"), 0)
     for a, b in zip(found, wanted, strict=True):
@@ -194,8 +196,8 @@ def compare(found: list[Tensor], wanted: list[Tensor]) -> Proof:
         error = gap / scale if scale else gap
         # A number that is none compares with nothing, so max() would pass over it.
         worst = max(worst, float("inf") if math.isnan(error) else error)
-        count += b.numel()
-    return Proof(worst, count)
+        count, largest = count + b.numel(), max(largest, scale)
+    return Proof(worst, count, largest)
 
 
 def predictions(output: Any) -> list[Tensor]:
