@@ -11,10 +11,12 @@ import torch
 from group_cases import BATCHES, X, close, coupled, mlp, scores
 from torch import Tensor, nn
 
+import secateur
 from secateur.core.errors import NeedsData
 from secateur.core.groups import Groups, groups_of
 from secateur.core.widths import Slices, Width
 from secateur.frontends import discover
+from secateur.schedule import OneShot
 from secateur.score import (
     Grouped,
     Lookahead,
@@ -181,3 +183,31 @@ def test_lookahead_needs_the_widths_but_no_data() -> None:
     slots = [s for s in discover(net) if s.rows is not None]
     with pytest.raises(NeedsData, match="widths"):
         collect(net, slots, [Neighbours()], BATCHES)
+
+
+def test_lookahead_prunes_single_weights_in_one_call() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():  # what unit 5 does is thrown away, so its large weights do not matter
+        net[0].weight[5] *= 10
+        net[2].weight[:, 5] = 1e-4
+    pruned = secateur.prune(net, secateur.recipes.lap(0.5), [torch.randn(4, 6)])
+    assert not pruned.masks["0.weight"][5].any()
+    by_size = secateur.prune(net, secateur.recipes.magnitude(0.5))
+    assert by_size.masks["0.weight"][5].all()
+
+
+def test_lookahead_while_training() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    recipe = secateur.Recipe(
+        Lookahead(), target=secateur.Target("sparsity", 0.5), schedule=OneShot(2, unit="steps")
+    )
+    pruner = secateur.Gradual(net, sgd, recipe, data=[torch.randn(4, 6)])
+    for _ in range(3):
+        sgd.zero_grad()
+        net(torch.randn(4, 6)).square().mean().backward()
+        sgd.step()
+        pruner.step()
+    assert pruner.finalize().facts.sparsity == 0.5

@@ -24,6 +24,7 @@ from secateur.drive.decide import (
     select,
     smoothed_parts,
 )
+from secateur.drive.gather import gather
 from secateur.drive.held import Held, attach_, detach_, masks_of, reset_momentum_
 from secateur.drive.money import money, uses
 from secateur.drive.plan import note_left_out, plan, require_finite, require_something
@@ -36,7 +37,7 @@ from secateur.drive.timing import every, is_due, require_time, training_length
 from secateur.drive.topkast import Superset
 from secateur.schedule import share_at
 from secateur.score import Random
-from secateur.stats import Stat, Stats, collect, stream_gradients
+from secateur.stats import Stat, Stats, stream_gradients
 
 
 class Gradual:
@@ -298,7 +299,7 @@ class Gradual:
         if not self._measured:
             return self._stats
         assert self._data is not None
-        fresh = collect(
+        fresh = gather(
             self.model, self._slots, self._measured, self._data.sample(), loss=self._data.loss
         )
         fresh = ranks.merged(fresh, self._measured, self._slots, self.model)

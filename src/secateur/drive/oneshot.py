@@ -20,6 +20,7 @@ from secateur.core.weight import Weight
 from secateur.drive.decide import allocate, group_scores, items, probe_for, score
 from secateur.drive.diagnosis import diagnose
 from secateur.drive.finetune import Attach, FineTune, Loop, Progress
+from secateur.drive.gather import gather
 from secateur.drive.gradual import Gradual, mean_loss
 from secateur.drive.held import attach_, detach_, masks_of
 from secateur.drive.layerwise import MaskChoice, repair_
@@ -305,7 +306,7 @@ class _Run:
         stats = Stats()
         if needs - diagnosis:
             wanted = needs - diagnosis
-            stats = collect(self.model, slots, wanted, self.batches, loss=loss, stop_early=stop)
+            stats = gather(self.model, slots, wanted, self.batches, loss=loss, stop_early=stop)
         if diagnosis:
             few = collect(self.model, slots, diagnosis, self.few, stop_early=stop)
             stats = few.merge(stats).keep_values(stats)

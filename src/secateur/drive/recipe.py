@@ -27,6 +27,7 @@ from secateur.score import (
     Criterion,
     Grasp,
     Lamp,
+    Lookahead,
     Magnitude,
     Movement,
     Obd,
@@ -260,6 +261,11 @@ def lamp(sparsity: float = 0.9) -> Recipe:
     return Recipe(Lamp(Magnitude()), target=Target("sparsity", sparsity), allocation=Ranked())
 
 
+def lap(sparsity: float = 0.9) -> Recipe:
+    """Lookahead pruning, the same sparsity in every layer (arXiv 2002.04809)."""
+    return Recipe(Lookahead(), target=Target("sparsity", sparsity))
+
+
 def erk_magnitude(sparsity: float = 0.9) -> Recipe:
     """Magnitude with Erdős-Rényi-kernel layer densities (arXiv 1911.11134)."""
     return Recipe(Magnitude(), target=Target("sparsity", sparsity), allocation=ErdosRenyi())
@@ -362,6 +368,7 @@ ALIASES = {
     "grasp": grasp,
     "synflow": synflow,
     "lamp": lamp,
+    "lap": lap,
     "erk_magnitude": erk_magnitude,
     "woodfisher": woodfisher,
     "obd": obd,

@@ -41,6 +41,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "normalised": Normalised,
     "weighted": Weighted,
     "smoothed": Smoothed,
+    "lookahead": Lookahead,
 }
 
 #: Criteria of groups, for structural pruning: one score per group of a width.
