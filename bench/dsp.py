@@ -336,7 +336,7 @@ def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dic
         for kind in KINDS
     ]
     pairs = (("groups", "dense"), ("filters", "dense"), ("groups", "filters"))
-    gaps = [sparse_training.difference(files, pair, seeds, labels) for pair in pairs]
+    gaps = [sparse_training.difference(files, pair, labels) for pair in pairs]
     words = f"points of {plan.groups} groups a convolution below dense"
     goals = [record.goal(words, round(-gaps[0]["mean"], 6), "at most", WORSE)]
     result = {"plan": asdict(plan), "networks": rows, "differences": gaps}

@@ -249,7 +249,7 @@ def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dic
         if kind != "dense":
             row["training_macs_share"] = [f["pruning"]["training_macs"]["share"] for f in own]
             row["macs"] = [f["pruning"]["macs"] for f in own]
-            gap = sparse_training.difference(files, (kind, "dense"), seeds, labels)
+            gap = sparse_training.difference(files, (kind, "dense"), labels)
             row["points_above_dense"] = gap
             saved = _mean(row["percent_fewer_seconds"])
             words = f"percent less wall time of training, {kind}"

@@ -207,6 +207,8 @@ def take_up(pruner: secateur.Gradual, state: dict[str, Tensor]) -> None:
 def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dict[str, Any]:
     """Put the finished arms side by side; differences are between arms of one seed.
 
+    An arm may have fewer seeds than another; a difference is over the seeds that both have.
+
     Raises:
         FileNotFoundError: No seed has all arms.
     """
@@ -217,20 +219,20 @@ def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dic
     files = {
         (arm, seed): record.read(plan.name(arm, seed), folder=folder)["result"]
         for arm in ARMS
-        for seed in seeds
+        for seed in _seeds_of(arm, plan, folder)
     }
     count = files["dense", seeds[0]]["test"]["images"]
     labels = cifar.training_splits()[1].labels[:count]
     rows = []
     for arm in ARMS:
-        own = [files[arm, seed] for seed in seeds]
-        row = {"arm": arm, **_spread([f["test"]["accuracy"] for f in own])}
+        own = [found for (name, _), found in files.items() if name == arm]
+        row = {"arm": arm, "seeds": len(own), **_spread([f["test"]["accuracy"] for f in own])}
         row["sparsity_of_pruned_weights"] = own[0]["sparsity_of_pruned_weights"]
         row["sparsity_of_whole_model"] = own[0]["sparsity_of_whole_model"]
         row["seconds"] = _spread([sum(h["seconds"] for h in f["history"]) for f in own])["mean"]
         rows.append(row)
     pairs = [(arm, "dense") for arm in ARMS[1:]] + list(ORDER)
-    differences = [difference(files, pair, seeds, labels) for pair in pairs]
+    differences = [difference(files, pair, labels) for pair in pairs]
     goals = [
         record.goal(f"points of {d['arm']} above {d['than']}", d["mean"], "more than", 0.0)
         for d in differences
@@ -240,14 +242,14 @@ def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dic
     words = f"points of the best sparse arm ({best['arm']}) below dense"
     goals.append(record.goal(words, round(-best["mean"], 6), "at most", GOAL))
     result = {"plan": asdict(plan), "arms": rows, "differences": differences}
-    record.write(plan.study, result, goals=goals, seeds=seeds, watch=watch, folder=folder)
+    used = sorted({seed for _, seed in files})
+    record.write(plan.study, result, goals=goals, seeds=used, watch=watch, folder=folder)
     return record.read(plan.study, folder=folder)
 
 
 def difference(
     files: dict[tuple[str, int], dict[str, Any]],
     pair: tuple[str, str],
-    seeds: list[int],
     labels: Tensor,
 ) -> dict[str, Any]:
     """Points by which one arm is above another, seed by seed and in the mean.
@@ -256,6 +258,7 @@ def difference(
     one is right and the other wrong count. That of the seeds is shown by the single differences.
     """
     points, variances = [], []
+    seeds = [s for arm, s in files if arm == pair[0] and (pair[1], s) in files]
     for seed in seeds:
         right = [
             torch.tensor([int(c) for c in files[arm, seed]["predictions"]]) == labels
@@ -281,8 +284,16 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def _seeds(plan: Plan, folder: Path) -> list[int]:
     """Seeds for which every arm is finished."""
-    dense = sorted(folder.glob(f"{plan.study}-dense-seed*.json"))
-    seeds = [int(path.stem.rpartition("seed")[2]) for path in dense]
-    return sorted(
-        s for s in seeds if all((folder / f"{plan.name(a, s)}.json").exists() for a in ARMS)
-    )
+    finished = [set(_seeds_of(arm, plan, folder)) for arm in ARMS]
+    return sorted(set.intersection(*finished))
+
+
+def _seeds_of(arm: str, plan: Plan, folder: Path) -> list[int]:
+    """Seeds for which an arm is finished that can be compared: with dense, or dense with another."""
+
+    def finished(name: str) -> set[int]:
+        files = folder.glob(f"{plan.study}-{name}-seed*.json")
+        return {int(path.stem.rpartition("seed")[2]) for path in files}
+
+    others = ["dense"] if arm != "dense" else [name for name in ARMS if name != arm]
+    return sorted(finished(arm) & set().union(*map(finished, others)))

@@ -62,7 +62,7 @@ def test_differences_are_counted_image_by_image() -> None:
             found[wrong[: len(wrong) - seed]] += 1
             digits = "".join(str(int(d) % 10) for d in found)
             files[arm, seed] = {"predictions": digits}
-    row = sparse_training.difference(files, ("rigl", "set"), [0, 1], labels)
+    row = sparse_training.difference(files, ("rigl", "set"), labels)
     # Seed 0: three won, one lost. Seed 1: rigl errs on image 3, set on 4, 5 and 6.
     assert row["seeds"] == [1.0, 1.0]
     assert (row["mean"], row["least"], row["most"]) == (1.0, 1.0, 1.0)
