@@ -195,3 +195,13 @@ def test_a_number_of_heads_is_told_from_a_number_in_the_code() -> None:
     keep = {"0": torch.tensor([True, False, True])}
     small = cut(net, structure, keep)
     assert prove(net, small, structure, keep, example).error < 1e-10
+
+
+@pytest.mark.parametrize("name", ["LSTM", "LSTM both ways", "GRU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recurrent_layers_are_seen_in_every_precision(name: str, dtype: torch.dtype) -> None:
+    """In single precision PyTorch has a fused operator for them on processors."""
+    model, example = NETWORKS[name]()
+    structure = couple(model.to(dtype).eval(), example)
+    assert structure.trace.meta
+    assert "rnn" in {width.name for width in structure.widths}

@@ -70,6 +70,21 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextmanager
+def plain_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers as products and gates, not as one fused operator."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield  # convolutions are much faster with the library that is switched off here
+        return
+    # The public switch, torch.backends.mkldnn.flags, also sets TF32 and warns on processors without it.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextmanager
 def paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep the paths of the modules that are running on ``stack``."""
     handles = []
@@ -140,6 +155,12 @@ def run_without_values(
             none = torch.empty(0, device="meta")
             return torch.empty_like(args[0], device="meta"), none, none
         args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
-    elif not tensors and str(kwargs.get("device")) == "meta":
+    elif not tensors and str(kwargs.get("device")) == "meta" and not _recurrent(tracer):
         kwargs = {**kwargs, "device": "cpu"}  # a constant: its values are known
     return func(*args, **kwargs)
+
+
+def _recurrent(tracer: Any) -> bool:
+    """Whether a recurrent layer is running: it compares the device of its first hidden state."""
+    inside = tracer.stack and tracer.model.get_submodule(tracer.stack[-1])
+    return isinstance(inside, nn.RNNBase)

@@ -29,6 +29,7 @@ from secateur.structure.running import (
     paths,
     plain,
     plain_attention,
+    plain_recurrence,
     positional,
     run_plainly,
     run_without_values,
@@ -373,6 +374,7 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_attention())
+        stack.enter_context(plain_recurrence(model))
         stack.enter_context(paths(model, tracer.stack))
         args, kwargs = positional(example)
         stack.enter_context(counting(tracer.counted, tracer.state))
