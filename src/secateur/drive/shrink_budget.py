@@ -112,6 +112,12 @@ class ShrinkBudget:
             "limit": limit,
             "reached": spent,
         }
+        if unit == "macs" and not self.recipe.align:
+            text = (
+                "runtimes compute channels in blocks, often of 16: with align=16 the same "
+                "multiply-adds can run much faster, and a latency target measures it"
+            )
+            self.facts.note("hint", "", text)
         if abs(spent - limit) > 0.02 * limit:
             text = (
                 f"asked for {limit:,.4g} {unit}, reached {spent:,.4g}: groups are whole heads or "
