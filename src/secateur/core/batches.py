@@ -180,7 +180,19 @@ def task_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss if it returns one, else cross-entropy on ``(inputs, targets)``."""
-    output = forward(model, batch)
+    return loss_of(forward(model, batch), batch)
+
+
+def loss_of(output: Any, batch: Batch) -> Tensor:
+    """The task loss of an output that is there already.
+
+    Raises:
+        NeedsData: The output has no loss of its own, and the batch no target.
+
+    Example:
+        >>> loss_of(torch.zeros(2, 4), (None, torch.tensor([0, 3])))
+        tensor(1.3863)
+    """
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own

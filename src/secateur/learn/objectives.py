@@ -16,9 +16,9 @@ from secateur.core.batches import (
     evaluating,
     inputs_of,
     logits_of,
-    task_loss,
+    loss_of,
 )
-from secateur.core.errors import NeedsData, UsageError
+from secateur.core.errors import UsageError
 from secateur.learn.attacks import Attack
 
 
@@ -85,7 +85,7 @@ class Task:
         return self.of(model, run(model, batch), batch)
 
     def of(self, model: nn.Module, output: Any, batch: Batch) -> Tensor:
-        return self.weight * _task(output, batch)
+        return self.weight * loss_of(output, batch)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Adversarial:
         return self.of(model, run(model, batch), batch)
 
     def of(self, model: nn.Module, output: Any, batch: Batch) -> Tensor:
-        clean = _task(output, batch)
+        clean = loss_of(output, batch)
         harder = default_loss(model, self.attack(model, batch))
         return self.weight * ((1 - self.share) * clean + self.share * harder)
 
@@ -221,20 +221,6 @@ def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """
     p, q = (F.log_softmax(x.float() / temperature, -1) for x in (teacher, student))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean() * temperature**2
-
-
-def _task(output: Any, batch: Batch) -> Tensor:
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor):
-        return own
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return task_loss(logits_of(output), batch[-1])
-    raise NeedsData(
-        "the task term of an objective",
-        f"a batch of type {type(batch).__name__} carries no target and the model returned no loss",
-        "a loss compares answers with targets",
-        "yield (inputs, targets), or add 'labels' to the batch",
-    )
 
 
 def _paired(student: Any, teacher: Any, name: str) -> Sequence[tuple[Tensor, Tensor]]:
