@@ -185,10 +185,8 @@ def _families(own: Tensor, where: Tensor, kinds: int) -> Tensor:
     )
     generator = torch.Generator().manual_seed(0)
     # A component's signature is a sum of random numbers, one for each (axis, count) in it.
-    most = int(counts.max())
     table = torch.randint(2**62, (kinds,), generator=generator)
     mixed = (table[pairs % kinds] * (2 * counts + 1)) ^ (table[pairs % kinds] >> (counts % 13))
-    assert most > 0
     components, which = torch.unique(pairs // kinds, return_inverse=True)
     signature = torch.zeros(len(components), dtype=torch.long).scatter_add_(0, which, mixed)
     _, family = torch.unique(signature, return_inverse=True)

@@ -41,7 +41,6 @@ def pin_opaque(model: nn.Module, found: Trace) -> None:
         if reason is None:
             continue
         inside = f"{path}." if path else ""
-        for (name, axis), ids in found.axes.items():
+        for (name, _), ids in found.axes.items():
             if name.startswith(inside):
-                found.ledger.pin(found.axes[name, axis], reason)
-                assert len(ids)
+                found.ledger.pin(ids, reason)

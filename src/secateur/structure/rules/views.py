@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.structure.counted import Counted, Sizes
-from secateur.structure.labels import NONE, along, fill, first_along, relaxed, varying
+from secateur.structure.labels import NONE, fill, first_along, relaxed, varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.sizes import find_site
@@ -309,6 +309,3 @@ def _shuffle(tracer: Tracer, call: Call) -> None:
 def _axes(dims: Any, ndim: int) -> list[int]:
     listed = [dims] if isinstance(dims, int) else list(dims)
     return [dim % ndim for dim in listed]
-
-
-__all__ = ["along", "moved"]
