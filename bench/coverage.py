@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bench import record
 from bench.zoo.fresh import refresh_
-from secateur.drive.width_cost import removable_share
+from secateur.drive.structural.width_cost import removable_share
 from secateur.structure import Structure, apply_, couple, cuts_for, prove
 
 CHOICES = 20

@@ -35,11 +35,11 @@ import secateur
 from bench import cifar, gradual, record, sparse_training, training
 from bench.filters import History
 from secateur.core.masks import Masks
-from secateur.drive.held import Held, attach_, detach_
-from secateur.drive.learned import Learned
 from secateur.drive.money import uses
-from secateur.drive.resume import Training, resume_, save_checkpoint
-from secateur.drive.shrink import shrink_
+from secateur.drive.structural.shrink import shrink_
+from secateur.drive.training.held import Held, attach_, detach_
+from secateur.drive.training.learned import Learned
+from secateur.drive.training.resume import Training, resume_, save_checkpoint
 from secateur.frontends import discover
 from secateur.learn import GroupLearning
 from secateur.structure.branches import pack_branches_

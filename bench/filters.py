@@ -30,9 +30,9 @@ import torch
 import secateur
 from bench import cifar, gradual, record, sparse_training, training
 from secateur.allocate.widths import RankedWidths, UniformWidths
-from secateur.drive.pace import Pace
-from secateur.drive.resume import Training, resume_, save_checkpoint
-from secateur.drive.shrinking import Shrinking
+from secateur.drive.structural.pace import Pace
+from secateur.drive.structural.shrinking import Shrinking
+from secateur.drive.training.resume import Training, resume_, save_checkpoint
 from secateur.schedule import Exponential
 from secateur.score import Grouped, Magnitude
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 import secateur
 from bench import record, training
 from secateur.allocate import ErdosRenyi, Ranked
-from secateur.drive.regrow import Regrow
+from secateur.drive.training.regrow import Regrow
 from secateur.schedule import OneShot, Polynomial
 
 SPARSITY = 0.9

@@ -25,7 +25,7 @@ from torch import Tensor
 import secateur
 from bench import cifar, gradual, record, training
 from secateur.allocate import ErdosRenyi, Ranked
-from secateur.drive.regrow import Regrow
+from secateur.drive.training.regrow import Regrow
 from secateur.schedule import Alternating, OneShot, Polynomial
 from secateur.score import Random
 

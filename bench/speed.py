@@ -165,10 +165,10 @@ _NO_DATA = 77
 def measure(case: Case, runs: Path) -> dict[str, Any]:
     """Make the network, prune, compile, and let all rivals run in turn."""
     from secateur.runtime import compile_onnx
-    from secateur.runtime.graph import Graph, read_model
-    from secateur.runtime.masked import prune_onnx
+    from secateur.runtime.compiler.graph import Graph, read_model
+    from secateur.runtime.compiler.masked import prune_onnx
+    from secateur.runtime.compiler.sample import Sample
     from secateur.runtime.race import open_session, race, runner
-    from secateur.runtime.sample import Sample
 
     network = next(n for n in (*networks.NETWORKS, *networks.QUICK) if n.name == case.network)
     pruned, compiled = runs / f"{case.name}.onnx", runs / f"{case.name}.sparse.onnx"

@@ -12,19 +12,19 @@ from docstrings import COLUMNS, clean, entry, markdown, signature
 
 HERE = Path(__file__).parent
 PUBLIC = """secateur secateur.score secateur.pattern secateur.allocate secateur.schedule
-secateur.recover secateur.learn secateur.structure secateur.allocate.widths
-secateur.drive.recipe secateur.drive.recipe_file secateur.drive.shrink secateur.drive.shrink_recipe
-secateur.drive.regrow secateur.drive.learned secateur.drive.resume secateur.drive.order
-secateur.drive.recorder secateur.drive.ranks secateur.drive.hosts secateur.drive.heads
-secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report
-secateur.report.plots secateur.report.plots_curves secateur.drive.shrinking
-secateur.drive.uniform secateur.drive.depth
-secateur.drive.experts secateur.drive.branches
-secateur.frontends.surgery secateur.frontends.transformers_save
+secateur.recover secateur.learn secateur.structure secateur.allocate.widths secateur.drive.recipe
+secateur.drive.recipe_file secateur.drive.structural.shrink secateur.drive.structural.recipe
+secateur.drive.training.regrow secateur.drive.training.learned secateur.drive.training.resume
+secateur.drive.training.order secateur.drive.training.recorder secateur.drive.training.ranks
+secateur.drive.training.hosts secateur.drive.structural.heads secateur.stats secateur.frontends
+secateur.formats secateur.formats.checkpoint secateur.report secateur.report.plots
+secateur.report.plots_curves secateur.drive.structural.shrinking secateur.drive.structural.uniform
+secateur.drive.structural.depth secateur.drive.structural.experts
+secateur.drive.structural.branches secateur.frontends.surgery secateur.frontends.transformers_save
 secateur.evaluate secateur.evaluate.robustness secateur.experiments secateur.runtime
-secateur.testing secateur.core.weight secateur.core.widths secateur.core.groups
-secateur.core.slots secateur.core.budget secateur.core.batches secateur.core.facts
-secateur.core.masks secateur.core.selectors secateur.core.select secateur.core.errors"""
+secateur.testing secateur.core.weight secateur.core.widths secateur.core.groups secateur.core.slots
+secateur.core.budget secateur.core.batches secateur.core.facts secateur.core.masks
+secateur.core.selectors secateur.core.select secateur.core.errors"""
 KINDS = (
     "criterion",
     "pattern",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from secateur.drive.order import Shuffled
+from secateur.drive.training.order import Shuffled
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(40) % 3

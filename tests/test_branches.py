@@ -16,7 +16,7 @@ import secateur
 from secateur.core.errors import DataError, UsageError
 from secateur.core.slots import Slot
 from secateur.core.weight import CONV2D
-from secateur.drive.branches import pack_branches
+from secateur.drive.structural.branches import pack_branches
 from secateur.evaluate.cost import cost_of
 from secateur.formats import parse_surgery, surgery_text
 from secateur.frontends import discover

@@ -29,8 +29,8 @@ from secateur.report.runtime import (  # noqa: E402
 )
 from secateur.runtime import available  # noqa: E402
 from secateur.runtime.bench import Bench, LayerSpeed, Median  # noqa: E402
-from secateur.runtime.compile import Compiled, CompiledLayer  # noqa: E402
-from secateur.runtime.masked import prune_onnx  # noqa: E402
+from secateur.runtime.compiler.compile import Compiled, CompiledLayer  # noqa: E402
+from secateur.runtime.compiler.masked import prune_onnx  # noqa: E402
 from secateur.runtime.native import Variant  # noqa: E402
 from secateur.runtime.operators import is_sparse  # noqa: E402
 from secateur.runtime.race import Raced  # noqa: E402
@@ -57,7 +57,7 @@ KEYS = {
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little time for measuring: the numbers do not matter here."""
-    compiling = importlib.import_module("secateur.runtime.compile")
+    compiling = importlib.import_module("secateur.runtime.compiler.compile")
     benching = importlib.import_module("secateur.runtime.bench")
     monkeypatch.setattr(compiling, "_LAYERS", 0.2)
     monkeypatch.setattr(compiling, "_WHOLE", 0.1)

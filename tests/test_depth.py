@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.core.errors import BudgetError, NeedsData, UsageError
-from secateur.drive.depth import BlockLoss, drop_blocks
-from secateur.drive.shrink import shrink
-from secateur.drive.shrink_recipe import ShrinkRecipe
+from secateur.drive.structural.depth import BlockLoss, drop_blocks
+from secateur.drive.structural.recipe import ShrinkRecipe
+from secateur.drive.structural.shrink import shrink
 from secateur.formats import parse_surgery, surgery_text
 from secateur.frontends.surgery import PassThrough, replay_, surgery_for
 from secateur.frontends.transformers_save import load_transformers, save_transformers

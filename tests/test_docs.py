@@ -113,7 +113,7 @@ SCRIPTS = scripts(ROOT / "README.md")
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little time for measuring: here commands are to run, not to be right about speed."""
     for module, names in {
-        "compile": {"_LAYERS": 1.0, "_WHOLE": 0.5},
+        "compiler.compile": {"_LAYERS": 1.0, "_WHOLE": 0.5},
         "bench": {"_SECONDS": 0.2},
         "machine": {"_SECONDS": 0.02, "_WIDTH": 256},
     }.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.core.errors import DataError, NeedsData, UsageError
-from secateur.drive.experts import drop_experts
+from secateur.drive.structural.experts import drop_experts
 from secateur.formats import parse_surgery, surgery_text
 from secateur.frontends.surgery import replay_
 from secateur.structure.cut import Cuts, apply_
@@ -257,7 +257,7 @@ def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         cuts = Cuts(wrong, cuts.attributes)
         return cuts, edits, notes
 
-    monkeypatch.setattr("secateur.drive.experts.expert_cuts", crooked)
+    monkeypatch.setattr("secateur.drive.structural.experts.expert_cuts", crooked)
     with pytest.raises(DataError, match="differs from the masked one"):
         drop_experts(seeded(mixtral), 2, [IDS])
 

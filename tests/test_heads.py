@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.core.errors import FormatError, UsageError
-from secateur.drive.heads import prune_heads
-from secateur.drive.uniform import uniform_keep
+from secateur.drive.structural.heads import prune_heads
+from secateur.drive.structural.uniform import uniform_keep
 from secateur.formats import BlockEdit
 from secateur.frontends.surgery import PassThrough, surgery_for
 from secateur.frontends.transformers_save import load_transformers, save_transformers

@@ -18,8 +18,8 @@ import torch
 from restless import STEPS, loader, net
 
 from secateur import Data, FineTune, Recipe, Target, prune
-from secateur.drive.recorder import Checkpoints
-from secateur.drive.resume import latest
+from secateur.drive.training.recorder import Checkpoints
+from secateur.drive.training.resume import latest
 from secateur.schedule import Polynomial
 from secateur.score import Movement, Smoothed, Wanda
 

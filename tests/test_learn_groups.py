@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur import Data, FineTune, Scope
 from secateur.core.errors import BudgetError, NeedsData, UsageError
-from secateur.drive.learned import Learned, learn_masks
+from secateur.drive.training.learned import Learned, learn_masks
 from secateur.learn import GroupLearning, Slimming, energy_prune
 from secateur.learn.energy import branches_at
 from secateur.learn.grouping import group_norms, hard, layer_scale, logit_gradients

@@ -20,9 +20,9 @@ from torch import nn
 from secateur import Data, Gradual, Recipe, Target
 from secateur.core.errors import DataError, SecateurError, UsageError
 from secateur.core.masks import Masks
-from secateur.drive import ranks
-from secateur.drive.order import Feed, Shuffled
-from secateur.drive.resume import Training, resume_, save_checkpoint
+from secateur.drive.training import ranks
+from secateur.drive.training.order import Feed, Shuffled
+from secateur.drive.training.resume import Training, resume_, save_checkpoint
 from secateur.pattern import NM
 from secateur.schedule import Polynomial
 from secateur.score import Magnitude, Movement, Smoothed, Taylor, Wanda

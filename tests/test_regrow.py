@@ -17,7 +17,7 @@ from secateur.allocate import ErdosRenyi, Ranked, Uniform
 from secateur.core.errors import NeedsData, NonFinite, UsageError
 from secateur.core.weight import LINEAR
 from secateur.drive.recipe_file import from_plain, to_plain
-from secateur.drive.regrow import Regrow, TopKast, exchange
+from secateur.drive.training.regrow import Regrow, TopKast, exchange
 from secateur.pattern import NM, Blocks, Elements, PerRow, Rows
 from secateur.schedule import Alternating, Linear, OneShot, Polynomial, share_at
 from secateur.score import Movement
@@ -307,7 +307,7 @@ def test_random_growth_is_random_and_seeded() -> None:
     counts = torch.zeros(1, 100)
     mask = torch.arange(100)[None] < 50
     from secateur.core.weight import Weight
-    from secateur.drive.regrowing import random_promise
+    from secateur.drive.training.regrowing import random_promise
 
     weight = [Weight("w", torch.zeros(10, 10), LINEAR)]
     for step in range(400):

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from secateur import Data, FineTune, Gradual, Recipe, Target, attach_, finetune, masks_of, prune
 from secateur.core.errors import DataError, FormatError, UsageError
 from secateur.core.masks import Masks
-from secateur.drive.order import Feed, Shuffled
-from secateur.drive.recorder import Checkpoints, Recorder, Tally
-from secateur.drive.resume import Training, latest, resume_, save_checkpoint
+from secateur.drive.training.order import Feed, Shuffled
+from secateur.drive.training.recorder import Checkpoints, Recorder, Tally
+from secateur.drive.training.resume import Training, latest, resume_, save_checkpoint
 from secateur.schedule import OneShot, Polynomial
 from secateur.score import Snip
 
@@ -258,7 +258,7 @@ def fragile(limit: float) -> Any:
 def nan_run(
     monkeypatch: pytest.MonkeyPatch, how: FineTune, limit: float, checkpoint: Any = None
 ) -> Any:
-    from secateur.drive import finetune as module
+    from secateur.drive.training import finetune as module
 
     real = module._optimizer
 

@@ -22,23 +22,24 @@ from secateur.core.errors import (  # noqa: E402
     UnknownName,
     UsageError,
 )
-from secateur.runtime import available, whole  # noqa: E402
-from secateur.runtime import compile as compiling  # noqa: E402
-from secateur.runtime.activations import GELU, recognise  # noqa: E402
-from secateur.runtime.choose import Timed, Timing  # noqa: E402
-from secateur.runtime.compile import compile_onnx, metadata  # noqa: E402
-from secateur.runtime.fuse import sites  # noqa: E402
-from secateur.runtime.graph import Graph, read_model  # noqa: E402
-from secateur.runtime.lone import Lone  # noqa: E402
-from secateur.runtime.masked import prune_onnx  # noqa: E402
+from secateur.runtime import available  # noqa: E402
+from secateur.runtime.compiler import compile as compiling  # noqa: E402
+from secateur.runtime.compiler import whole  # noqa: E402
+from secateur.runtime.compiler.activations import GELU, recognise  # noqa: E402
+from secateur.runtime.compiler.choose import Timed, Timing  # noqa: E402
+from secateur.runtime.compiler.compile import compile_onnx, metadata  # noqa: E402
+from secateur.runtime.compiler.fuse import sites  # noqa: E402
+from secateur.runtime.compiler.graph import Graph, read_model  # noqa: E402
+from secateur.runtime.compiler.lone import Lone  # noqa: E402
+from secateur.runtime.compiler.masked import prune_onnx  # noqa: E402
+from secateur.runtime.compiler.rebuild import dense_model  # noqa: E402
+from secateur.runtime.compiler.sample import Sample  # noqa: E402
+from secateur.runtime.compiler.site import Site  # noqa: E402
+from secateur.runtime.compiler.verify import largest_error, require_same  # noqa: E402
+from secateur.runtime.compiler.whole import plans  # noqa: E402
 from secateur.runtime.native import Variant, has_half  # noqa: E402
 from secateur.runtime.operators import is_sparse  # noqa: E402
 from secateur.runtime.race import Raced, open_session  # noqa: E402
-from secateur.runtime.rebuild import dense_model  # noqa: E402
-from secateur.runtime.sample import Sample  # noqa: E402
-from secateur.runtime.site import Site  # noqa: E402
-from secateur.runtime.verify import largest_error, require_same  # noqa: E402
-from secateur.runtime.whole import plans  # noqa: E402
 
 native = pytest.mark.skipif(not available(), reason="the native library was not built")
 

@@ -17,9 +17,9 @@ import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths, WidthItem
 from secateur.core.errors import BudgetError, DataError, NeedsData, SelectorError, UsageError
 from secateur.core.groups import Groups
-from secateur.drive import shrink as shrinking
-from secateur.drive.shrink_file import from_plain, to_plain
-from secateur.drive.width_cost import width_cost
+from secateur.drive.structural import shrink as shrinking
+from secateur.drive.structural.recipe_file import from_plain, to_plain
+from secateur.drive.structural.width_cost import width_cost
 from secateur.recover import BatchNorm, Compensation
 from secateur.score import GeometricMedian, Grouped, GroupTaylor, Magnitude
 from secateur.structure import couple, cuts_for
@@ -125,7 +125,7 @@ def test_the_given_model_is_left_alone(net: Residual) -> None:
 
 @pytest.mark.parametrize("criterion", [Grouped(Magnitude()), GeometricMedian(), GroupTaylor()])
 def test_lowest_groups_go(net: Residual, criterion: object) -> None:
-    from secateur.drive.group_scores import group_scores
+    from secateur.drive.structural.scores import group_scores
 
     recipe = secateur.ShrinkRecipe(criterion, allocation=GivenWidths({"a.0": 0.25}), recovery=())
     data = secateur.Data(train=batches())

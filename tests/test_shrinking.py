@@ -16,13 +16,13 @@ import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError
 from secateur.core.groups import Groups
-from secateur.drive import removal
-from secateur.drive.finetune import FineTune
-from secateur.drive.order import Feed, Shuffled
-from secateur.drive.pace import Pace
-from secateur.drive.recorder import Checkpoints
-from secateur.drive.resume import Training, resume_, save_checkpoint
-from secateur.drive.shrinking import Shrinking, train_and_shrink
+from secateur.drive.structural import removal
+from secateur.drive.structural.pace import Pace
+from secateur.drive.structural.shrinking import Shrinking, train_and_shrink
+from secateur.drive.training.finetune import FineTune
+from secateur.drive.training.order import Feed, Shuffled
+from secateur.drive.training.recorder import Checkpoints
+from secateur.drive.training.resume import Training, resume_, save_checkpoint
 from secateur.schedule import Cyclic, Exponential, Linear, OneShot
 from secateur.score import Grouped, GroupTaylor, Magnitude
 from secateur.score.groups_activation import MeanActivation

@@ -18,11 +18,12 @@ import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths, WidthItem
 from secateur.core.errors import BudgetError, MissingExtra, UnknownName, UsageError
 from secateur.core.facts import Facts
-from secateur.drive import latency_clock, shrink_budget
-from secateur.drive.latency_clock import Clock, Paired, clock_for
-from secateur.drive.layer_uses import layers_of
-from secateur.drive.shrink_file import from_plain, to_plain
-from secateur.drive.width_latency import LayerTiming, Table, latency_cost, steps, widened
+from secateur.drive.structural import budget as shrink_budget
+from secateur.drive.structural import latency_clock
+from secateur.drive.structural.latency_clock import Clock, Paired, clock_for
+from secateur.drive.structural.layer_uses import layers_of
+from secateur.drive.structural.recipe_file import from_plain, to_plain
+from secateur.drive.structural.width_latency import LayerTiming, Table, latency_cost, steps, widened
 from secateur.evaluate.cost import cost_of
 from secateur.runtime import layer_times
 from secateur.runtime.layer_times import (

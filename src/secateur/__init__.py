@@ -17,27 +17,27 @@ from secateur.core.errors import SecateurError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.drive import recipe as recipes
-from secateur.drive.branches import pack_branches
-from secateur.drive.depth import drop_blocks
-from secateur.drive.experts import drop_experts
-from secateur.drive.finetune import FineTune, finetune
-from secateur.drive.gradual import Gradual
-from secateur.drive.heads import prune_heads
-from secateur.drive.held import attach_, detach_, masks_of
-from secateur.drive.hosts import LightningCallback, TransformersCallback
-from secateur.drive.learned import Learned, learn_masks
 from secateur.drive.oneshot import prune, prune_
-from secateur.drive.order import Shuffled
 from secateur.drive.plan import plan
 from secateur.drive.pruned import Pruned, load
 from secateur.drive.recipe import Recipe, Scope
 from secateur.drive.recipe_file import read_recipe
-from secateur.drive.recorder import Checkpoints
-from secateur.drive.regrow import Regrow, TopKast
-from secateur.drive.resume import resume_, save_checkpoint
-from secateur.drive.shrink import shrink, shrink_
-from secateur.drive.shrink_recipe import ShrinkRecipe
-from secateur.drive.shrinking import Shrinking, train_and_shrink
+from secateur.drive.structural.branches import pack_branches
+from secateur.drive.structural.depth import drop_blocks
+from secateur.drive.structural.experts import drop_experts
+from secateur.drive.structural.heads import prune_heads
+from secateur.drive.structural.recipe import ShrinkRecipe
+from secateur.drive.structural.shrink import shrink, shrink_
+from secateur.drive.structural.shrinking import Shrinking, train_and_shrink
+from secateur.drive.training.finetune import FineTune, finetune
+from secateur.drive.training.gradual import Gradual
+from secateur.drive.training.held import attach_, detach_, masks_of
+from secateur.drive.training.hosts import LightningCallback, TransformersCallback
+from secateur.drive.training.learned import Learned, learn_masks
+from secateur.drive.training.order import Shuffled
+from secateur.drive.training.recorder import Checkpoints
+from secateur.drive.training.regrow import Regrow, TopKast
+from secateur.drive.training.resume import resume_, save_checkpoint
 from secateur.evaluate import compare, measure
 from secateur.evaluate.robustness import robustness
 from secateur.experiments import TicketPlan, find_ticket

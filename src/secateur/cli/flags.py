@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from secateur.core.errors import UsageError
-from secateur.drive.finetune import FineTune
 from secateur.drive.recipe import Recipe, window
 from secateur.drive.recipe_file import from_plain, read_recipe, to_plain
+from secateur.drive.training.finetune import FineTune
 from secateur.schedule import OneShot
 
 _SHORT_PATTERN = re.compile(r"\d+[:x]\d+")

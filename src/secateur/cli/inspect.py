@@ -20,7 +20,7 @@ from secateur.core.slots import Slot
 from secateur.drive.parts import CATALOGUES
 from secateur.drive.plan import plan
 from secateur.drive.recipe import ALIASES
-from secateur.drive.width_cost import removable_share
+from secateur.drive.structural.width_cost import removable_share
 from secateur.frontends import load_data, load_model
 from secateur.frontends.example import example_inputs
 from secateur.report.structure import parameters_table, structure_rows, widths_table

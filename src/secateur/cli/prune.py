@@ -16,12 +16,12 @@ from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
 from secateur.core.batches import Batch, Data
 from secateur.core.errors import UsageError
-from secateur.drive.held import attach_
 from secateur.drive.oneshot import prune as run
 from secateur.drive.plan import plan
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
-from secateur.drive.recorder import Checkpoints
+from secateur.drive.training.held import attach_
+from secateur.drive.training.recorder import Checkpoints
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of

@@ -14,11 +14,11 @@ from secateur.cli.flags import part
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
 from secateur.core.errors import UsageError
-from secateur.drive.finetune import FineTune
 from secateur.drive.pruned import Pruned
-from secateur.drive.shrink import shrink as run
-from secateur.drive.shrink_file import from_plain, read_shrink_recipe
-from secateur.drive.shrink_recipe import ShrinkRecipe
+from secateur.drive.structural.recipe import ShrinkRecipe
+from secateur.drive.structural.recipe_file import from_plain, read_shrink_recipe
+from secateur.drive.structural.shrink import shrink as run
+from secateur.drive.training.finetune import FineTune
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of

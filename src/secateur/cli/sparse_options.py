@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.core.errors import UsageError
-from secateur.runtime.sample import Sample
+from secateur.runtime.compiler.sample import Sample
 
 File = Annotated[
     str, typer.Argument(metavar="MODEL.ONNX", help="An ONNX file.", show_default=False)

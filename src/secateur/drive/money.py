@@ -12,8 +12,8 @@ from secateur.core.budget import Budget, Cost, Probe
 from secateur.core.errors import BudgetError
 from secateur.core.slots import Slot
 from secateur.core.weight import Weight
-from secateur.drive.held import SUFFIX, masks_of
 from secateur.drive.recipe import Recipe
+from secateur.drive.training.held import SUFFIX, masks_of
 from secateur.formats import smallest
 from secateur.stats import Positions, collect
 

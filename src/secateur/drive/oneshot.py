@@ -19,17 +19,17 @@ from secateur.core.slots import Slot, weights
 from secateur.core.weight import Weight
 from secateur.drive.decide import allocate, group_scores, items, probe_for, score
 from secateur.drive.diagnosis import diagnose
-from secateur.drive.finetune import Attach, FineTune, Loop, Progress
 from secateur.drive.gather import gather
-from secateur.drive.gradual import Gradual, mean_loss
-from secateur.drive.held import attach_, detach_, masks_of
 from secateur.drive.layerwise import MaskChoice, repair_
 from secateur.drive.money import money, uses
 from secateur.drive.plan import Plan, note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
-from secateur.drive.recorder import Checkpoints, as_checkpoints
+from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress
+from secateur.drive.training.gradual import Gradual, mean_loss
+from secateur.drive.training.held import attach_, detach_, masks_of
+from secateur.drive.training.recorder import Checkpoints, as_checkpoints
 from secateur.recover import BatchNorm
 from secateur.schedule import events, share_at
 from secateur.stats import Positions, Sketch, Stats, collect
@@ -51,7 +51,7 @@ def prune(
         data: :class:`~secateur.core.batches.Data`, or an iterable of training batches, where the
             recipe needs it (statistics, fine-tuning, multiply-adds).
         progress: Called with a stage, the work done and the whole.
-        checkpoint: A folder (or :class:`~secateur.drive.recorder.Checkpoints`) in which training
+        checkpoint: A folder (or :class:`~secateur.drive.training.recorder.Checkpoints`) in which training
             saves itself. The same call, made again after an interruption, ends with the same bits.
 
     Returns:

@@ -16,8 +16,8 @@ import yaml
 from secateur.allocate import ALLOCATIONS
 from secateur.allocate.widths import WIDTH_ALLOCATIONS
 from secateur.core.errors import FormatError, UnknownName, UsageError
-from secateur.drive.finetune import FineTune
-from secateur.drive.regrow import REGROWTHS
+from secateur.drive.training.finetune import FineTune
+from secateur.drive.training.regrow import REGROWTHS
 from secateur.pattern import PATTERNS
 from secateur.recover import RECOVERIES, ROUNDINGS, BatchNorm, Compensation
 from secateur.schedule import SCHEDULES

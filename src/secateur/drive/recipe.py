@@ -11,8 +11,8 @@ from typing import Any
 from secateur.allocate import Allocation, ErdosRenyi, Ranked, Uniform
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UsageError
-from secateur.drive.finetune import FineTune
-from secateur.drive.regrow import Regrow, TopKast
+from secateur.drive.training.finetune import FineTune
+from secateur.drive.training.regrow import Regrow, TopKast
 from secateur.pattern import NM, Elements, Pattern, PerRow
 from secateur.recover import (
     BatchNorm,

@@ -12,7 +12,7 @@ from secateur.core.batches import Batch
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot
-from secateur.drive.held import SUFFIX
+from secateur.drive.training.held import SUFFIX
 from secateur.formats import write_bundle
 from secateur.frontends import discover
 from secateur.stats import Positions, collect

@@ -13,8 +13,8 @@ from secateur.core.batches import Batch, Data, as_data, evaluating, narrow, size
 from secateur.core.errors import DataError, UsageError
 from secateur.core.masks import Masks
 from secateur.core.slots import device_of
-from secateur.drive.held import masks_of
 from secateur.drive.pruned import Pruned
+from secateur.drive.training.held import masks_of
 from secateur.evaluate.accuracy import Answers, answer
 from secateur.evaluate.cost import Cost, cost_of
 from secateur.evaluate.latency import Latency, latency_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.core.batches import as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.weight import Weight
-from secateur.drive.gradual import Gradual
+from secateur.drive.training.gradual import Gradual
 from secateur.experiments.reading import Reading, read
 from secateur.score import Criterion, Magnitude, Random
 from secateur.score.criterion import Needs

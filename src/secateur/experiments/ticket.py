@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from secateur.core.batches import as_data
-from secateur.drive.finetune import Progress
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
+from secateur.drive.training.finetune import Progress
 from secateur.experiments.terms import TicketPlan
 from secateur.experiments.ticket_facts import StageFacts, TicketFacts
 from secateur.experiments.ticket_search import Network, Search, reset_, restart_

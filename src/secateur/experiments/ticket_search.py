@@ -18,14 +18,14 @@ from secateur.core.budget import Target
 from secateur.core.errors import UsageError
 from secateur.core.facts import Facts, Note, environment
 from secateur.core.masks import Masks
-from secateur.drive.finetune import Progress
-from secateur.drive.held import attach_, detach_, masks_of
 from secateur.drive.oneshot import prune_
 from secateur.drive.plan import plan as plan_of
 from secateur.drive.plan import require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, describe
 from secateur.drive.recipe_file import to_plain
+from secateur.drive.training.finetune import Progress
+from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.experiments.reading import read
 from secateur.experiments.similarity import mask_churn
 from secateur.experiments.stages import Run, Stage, name_of, open_run

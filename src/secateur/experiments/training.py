@@ -18,8 +18,8 @@ from torch import nn
 from secateur.core.batches import Batch, Data, default_loss, size_of, to_device
 from secateur.core.errors import DataError, NeedsData
 from secateur.core.slots import device_of
-from secateur.drive.finetune import Progress
-from secateur.drive.held import Held
+from secateur.drive.training.finetune import Progress
+from secateur.drive.training.held import Held
 from secateur.experiments.terms import Training
 
 

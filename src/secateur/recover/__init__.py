@@ -1,7 +1,7 @@
 """Recoveries: what happens to the survivors.
 
 A new reconstruction is a file here and one line in ``RECOVERIES``. Fine-tuning and distillation need
-a training loop and live in ``drive/finetune.py``.
+a training loop and live in ``drive/training/finetune.py``.
 """
 
 from secateur.recover.batchnorm import BatchNorm

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from secateur.report.units import milliseconds, percent, size, times
 from secateur.runtime.bench import Bench, LayerSpeed, Median
-from secateur.runtime.compile import Compiled, CompiledLayer
+from secateur.runtime.compiler.compile import Compiled, CompiledLayer
 from secateur.runtime.native import Variant
 
 

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import UsageError
-from secateur.runtime.compile import (
+from secateur.runtime.compiler.compile import (
     compile_onnx,
     is_compiled,
     metadata,
     read_graph,
 )
-from secateur.runtime.graph import Graph, packages
+from secateur.runtime.compiler.graph import Graph, packages
+from secateur.runtime.compiler.rebuild import dense_model
+from secateur.runtime.compiler.sample import Sample, not_running
+from secateur.runtime.compiler.verify import largest_error
+from secateur.runtime.compiler.whole import Progress
 from secateur.runtime.native import Variant, isa
 from secateur.runtime.operators import is_sparse
 from secateur.runtime.race import Raced, open_session, race, runner
-from secateur.runtime.rebuild import dense_model
-from secateur.runtime.sample import Sample, not_running
-from secateur.runtime.verify import largest_error
-from secateur.runtime.whole import Progress
 
 _ONE = Sample()
 _SECONDS = 10.0

@@ -1,0 +1,1 @@
+"""Structural pruning: what is removed, how much of it, the cut, and the repair."""

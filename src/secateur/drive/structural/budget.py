@@ -1,0 +1,162 @@
+"""How many groups every width keeps, for a target in any unit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.allocate.widths import WidthItem
+from secateur.core.batches import Batch
+from secateur.core.budget import Target
+from secateur.core.facts import Facts
+from secateur.core.select import keep_top
+from secateur.core.widths import Width
+from secateur.drive.money import uses
+from secateur.drive.structural.cutting import as_batch
+from secateur.drive.structural.latency_budget import LatencySearch
+from secateur.drive.structural.latency_clock import clock_for
+from secateur.drive.structural.recipe import ShrinkRecipe
+from secateur.drive.structural.uniform import uniform_keep
+from secateur.drive.structural.width_cost import WidthCost, limit_of, width_cost
+from secateur.drive.structural.width_latency import LayerTiming, latency_cost, steps
+from secateur.drive.training.finetune import Progress
+from secateur.frontends import discover
+from secateur.runtime.layer_times import LayerTimes
+from secateur.structure import Structure, apply_, cuts_for
+
+
+@dataclass(frozen=True)
+class ShrinkBudget:
+    """The budget of one run.
+
+    Args:
+        model: Uncut; it is left alone.
+        structure: Its structure.
+        recipe: With the target and the allocation.
+        facts: Told what was reached, and why if it is not the target.
+        progress: Called with a stage, the work done and the whole.
+    """
+
+    model: nn.Module
+    structure: Structure
+    recipe: ShrinkRecipe
+    facts: Facts
+    progress: Progress
+
+    def keep(
+        self, widths: Sequence[Width], scores: Mapping[str, Tensor], example: Any
+    ) -> dict[str, Tensor]:
+        """The best groups of every width, as many as the target allows.
+
+        Args:
+            widths: Those that take part.
+            scores: Of their groups, larger = keep.
+            example: What the network was traced with.
+
+        Raises:
+            BudgetError: What cannot be cut costs more than the target; the floor is named.
+        """
+        batch = as_batch(example)
+        if self.recipe.target.unit == "latency":
+            counts = self._by_latency(widths, scores, batch)
+        else:
+            counts = self._by_cost(_items(widths, scores, {}, self.recipe.align), scores, batch)
+        return self._groups(scores, counts)
+
+    def targets(self, example: Any) -> list[Target]:
+        """The target of every round: counts, at equal ratios from dense to the last."""
+        rounds, target = self.recipe.rounds, self.recipe.target
+        if rounds == 1:
+            return [target]
+        dense = self._cost(as_batch(example)).dense
+        ratio = limit_of(target, dense) / dense
+        return [Target(target.unit, dense * ratio ** ((r + 1) / rounds)) for r in range(rounds)]
+
+    def _groups(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+        keep = {
+            name: keep_top(scores[name][None].float(), count)[0] for name, count in counts.items()
+        }
+        return uniform_keep(self.structure, keep, scores) if self.recipe.uniform else keep
+
+    def _cost(self, batch: Batch) -> WidthCost:
+        unit = self.recipe.target.unit
+        used = uses(self.model, discover(self.model), batch) if unit == "macs" else {}
+        return width_cost(self.model, self.structure, unit, used)
+
+    def _by_cost(
+        self, items: Sequence[WidthItem], scores: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, int]:
+        cost = self._cost(batch)
+        limit = limit_of(self.recipe.target, cost.dense)
+        asked = limit
+        while True:
+            counts = self.recipe.allocation(items, cost, asked)
+            evened = {n: int(f.sum()) for n, f in self._groups(scores, counts).items()}
+            # Widths that are made alike may cost more than what was chosen.
+            if cost(evened) <= limit or asked < limit / 2:
+                break
+            asked *= 0.98
+        self._note_cost(cost, evened, limit)
+        return evened
+
+    def _note_cost(self, cost: WidthCost, counts: Mapping[str, int], limit: float) -> None:
+        spent, unit = cost(counts), self.recipe.target.unit
+        before = self.facts.measures.get("target", {}).get("dense", cost.dense)
+        self.facts.measures["target"] = {
+            "unit": unit,
+            "dense": before,
+            "limit": limit,
+            "reached": spent,
+        }
+        if unit == "macs" and not self.recipe.align:
+            text = (
+                "runtimes compute channels in blocks, often of 16: with align=16 the same "
+                "multiply-adds can run much faster, and a latency target measures it"
+            )
+            self.facts.note("hint", "", text)
+        if abs(spent - limit) > 0.02 * limit:
+            text = (
+                f"asked for {limit:,.4g} {unit}, reached {spent:,.4g}: groups are whole heads or "
+                "channels, and the next one would have gone beyond"
+            )
+            self.facts.note("target", "", text)
+
+    def _by_latency(
+        self, widths: Sequence[Width], scores: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, int]:
+        recipe = self.recipe
+        self.progress("timing layers", 0, 1)
+        clock = clock_for(self.model, batch, recipe.engine, self.facts)
+        dense = clock.dense()
+        limit_of(recipe.target, dense)  # raises before the long part
+        how = LayerTiming(
+            LayerTimes(clock.layers),
+            recipe.align,
+            lambda done, total: self.progress("timing layers", done, total),
+        )
+        cost, step = latency_cost(self.model, self.structure, batch, dense=dense, how=how)
+        grain = {} if recipe.align else steps(widths, cost.uses, step)
+
+        def cut(counts: Mapping[str, int]) -> nn.Module:
+            self.progress("measuring", len(search.attempts), 1 + len(search.attempts))
+            small = copy.deepcopy(self.model)
+            apply_(small, cuts_for(small, self.structure, self._groups(scores, counts)))
+            return small
+
+        search = LatencySearch(recipe.target, recipe.allocation, cut, clock, self.facts)
+        counts = search.run(_items(widths, scores, grain, recipe.align), cost)
+        self.facts.measures["target"]["align"] = step
+        return counts
+
+
+def _items(
+    widths: Sequence[Width], scores: Mapping[str, Tensor], grain: Mapping[str, int], align: int
+) -> list[WidthItem]:
+    return [
+        WidthItem(w.name, scores[w.name], step=grain.get(w.name, max(1, min(align, w.groups))))
+        for w in widths
+    ]

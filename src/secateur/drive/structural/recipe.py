@@ -1,0 +1,121 @@
+"""The recipe of structural pruning, and the aliases of published methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.allocate.widths import RankedWidths, UniformWidths, WidthAllocation
+from secateur.core.budget import Target
+from secateur.core.errors import BudgetError, UnknownName, UsageError
+from secateur.drive.recipe import Scope, describe
+from secateur.drive.training.finetune import FineTune
+from secateur.recover import BatchNorm, Compensation
+from secateur.score import GroupCriterion, Grouped, Magnitude
+
+CutStep = Compensation | BatchNorm | FineTune
+ENGINES = ("", "onnxruntime", "torch")
+
+
+@dataclass(frozen=True)
+class ShrinkRecipe:
+    """Everything that decides a structural pruning run. A plain value, like a Recipe.
+
+    Args:
+        criterion: How much each group matters.
+        target: How much is left at the end: a share or count of ``params``, ``macs``, ``bytes``, or
+            milliseconds of ``latency`` on this machine.
+        allocation: How many groups every width keeps.
+        recovery: What happens to the survivors, in order. What needs data is left out, with a note,
+            where there is none.
+        scope: Selectors of widths (by their name or by a parameter that they cut).
+        uniform: Like widths in all blocks keep equally many groups, so that the configuration of a
+            Transformers model can say it.
+        align: Kept groups come in multiples of this many; ``0`` measures what is fast where the
+            target is latency, and is 1 otherwise.
+        rounds: Score, cut and repair in so many rounds, each a step of equal ratio towards the
+            target; the scores of later rounds are those of the network as cut and repaired so far.
+        seed: For everything random.
+        engine: What measures a target in latency: ``"onnxruntime"`` or ``"torch"``; by default ONNX
+            Runtime where it is installed and can run the network.
+
+    Example:
+        >>> ShrinkRecipe(target=Target("macs", 0.5)).target.unit
+        'macs'
+        >>> ShrinkRecipe(target=Target("sparsity", 0.5))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.BudgetError: sparsity=0.5: structural pruning was asked. ...
+    """
+
+    criterion: GroupCriterion = Grouped(Magnitude(p=2))  # noqa: RUF009 - a frozen value
+    target: Target = Target("macs", 0.5)
+    allocation: WidthAllocation = RankedWidths()  # noqa: RUF009 - a frozen value
+    recovery: tuple[CutStep, ...] = (Compensation(), BatchNorm())
+    scope: Scope = Scope()
+    uniform: bool = False
+    align: int = 0
+    rounds: int = 1
+    seed: int = 0
+    engine: str = ""
+
+    def __post_init__(self) -> None:
+        steps: Any = self.recovery
+        single = not isinstance(steps, (tuple, list))
+        object.__setattr__(self, "recovery", (steps,) if single else tuple(steps))
+        if self.target.unit == "sparsity":
+            raise BudgetError(
+                f"sparsity={self.target.value:g}",
+                "structural pruning was asked",
+                "it leaves no zeros, so its targets are params, macs, bytes and latency",
+                "write e.g. macs=50%",
+            )
+        if self.rounds < 1 or (self.rounds > 1 and self.target.unit == "latency"):
+            raise UsageError(
+                f"rounds={self.rounds} with a target in {self.target.unit}",
+                "rounds are 1 or more, and 1 where the target is latency",
+                "a step towards a latency would have to be measured in every round",
+                "give rounds=1, or a target in macs",
+            )
+        if self.align < 0:
+            raise UsageError(
+                f"align={self.align}", "it is negative", "widths come in multiples of it", "give 8"
+            )
+        if self.engine not in ENGINES:
+            raise UnknownName("engine", self.engine, [name for name in ENGINES if name])
+
+    @property
+    def finetune(self) -> FineTune | None:
+        """The fine-tuning step, if any."""
+        return next((s for s in self.recovery if isinstance(s, FineTune)), None)
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """The closed-form repair, if any."""
+        return next((s for s in self.recovery if isinstance(s, Compensation)), None)
+
+    def fingerprint(self) -> str:
+        """A hash of everything that differs from the defaults; names runs."""
+        fields = {
+            f.name: describe(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        }
+        text = json.dumps({"shrink": fields}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def filters(target: Target = Target("macs", 0.5)) -> ShrinkRecipe:
+    """Filters by their L1 norm, the same share everywhere (arXiv 1608.08710)."""
+    return ShrinkRecipe(Grouped(Magnitude()), target, UniformWidths())
+
+
+def depgraph(target: Target = Target("macs", 0.5)) -> ShrinkRecipe:
+    """Groups by their normalised squared weights, ranked globally (arXiv 2301.12900)."""
+    return ShrinkRecipe(Grouped(Magnitude(p=2)), target, RankedWidths())
+
+
+SHRINK_ALIASES = {"filters": filters, "depgraph": depgraph}

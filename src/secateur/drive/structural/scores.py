@@ -1,0 +1,65 @@
+"""Scores of all groups that take part in a structural pruning run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import Data
+from secateur.core.errors import NonFinite
+from secateur.core.groups import groups_of
+from secateur.core.widths import Width
+from secateur.drive.structural.recipe import ShrinkRecipe
+from secateur.frontends import discover
+from secateur.stats.groups import collect_groups, wants_data
+
+
+def group_scores(
+    model: nn.Module,
+    widths: Sequence[Width],
+    recipe: ShrinkRecipe,
+    data: Data | None,
+    *,
+    around: Sequence[Width] = (),
+) -> dict[str, Tensor]:
+    """A score for every group of every width, ``(groups,)``, larger = keep.
+
+    Args:
+        model: The network.
+        widths: Those that are scored.
+        recipe: With the criterion.
+        data: For criteria that measure.
+        around: All widths of the network, for criteria that look at neighbours.
+
+    Raises:
+        NonFinite: A score is NaN or infinite; the width is named.
+
+    Example:
+        >>> from secateur.structure import couple
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> widths = couple(net, torch.zeros(1, 4)).widths
+        >>> group_scores(net, widths, ShrinkRecipe(), None)["0"].shape
+        torch.Size([3])
+    """
+    criterion = recipe.criterion
+    groups = groups_of(model, widths, discover(model))
+    seen = groups_of(model, around or widths, discover(model))
+    wanted = wants_data(criterion.needs)
+    batches = data.sample() if wanted and data is not None else []
+    loss = data.loss if data is not None else None
+    stats = collect_groups(model, seen, criterion.needs, batches, loss=loss, seed=recipe.seed)
+    found = {}
+    for group in groups:
+        scores = criterion(group, stats).detach().float().cpu()
+        if not bool(torch.isfinite(scores).all()):
+            bad = int((~torch.isfinite(scores)).sum())
+            raise NonFinite(
+                f"{type(criterion).__name__} scores of the width {group.name!r}",
+                f"{bad} of {len(scores)} are NaN or infinite",
+                "they cannot be ranked",
+                "check the data, or choose a more robust criterion",
+            )
+        found[group.name] = scores
+    return found

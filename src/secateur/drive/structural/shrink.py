@@ -1,0 +1,274 @@
+"""Structural pruning: score groups, allocate a budget, repair, cut, prove, and train if asked."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import Data, as_data
+from secateur.core.errors import NeedsData, UsageError
+from secateur.core.facts import Facts, WidthFacts, environment
+from secateur.core.masks import Masks
+from secateur.core.widths import Width
+from secateur.drive.plan import require_finite
+from secateur.drive.pruned import Pruned
+from secateur.drive.structural.budget import ShrinkBudget
+from secateur.drive.structural.compensate import Told, compensate_
+from secateur.drive.structural.cutting import example_of, require_proved, telling, widths_in
+from secateur.drive.structural.recipe import ShrinkRecipe
+from secateur.drive.structural.recipe_file import to_plain
+from secateur.drive.structural.remembered import remember_, surgery_of
+from secateur.drive.structural.scores import group_scores
+from secateur.drive.training.finetune import Loop, Progress
+from secateur.drive.training.held import masks_of
+from secateur.frontends.surgery import surgery_for
+from secateur.recover import BatchNorm
+from secateur.stats.groups import wants_data
+from secateur.structure import Structure, apply_, couple, cuts_for, prove
+
+
+def shrink(
+    model: nn.Module,
+    recipe: ShrinkRecipe | None = None,
+    example_inputs: Any = None,
+    data: Any = None,
+    *,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Remove groups from a copy of ``model``: it becomes smaller and faster everywhere.
+
+    Args:
+        model: Any torch module. It is not changed.
+        recipe: What to do; by default half of the multiply-adds, by squared weights, ranked
+            globally.
+        example_inputs: A tensor, a tuple of positional arguments or a mapping of named ones, on
+            which the network is traced and proved. By default the first batch of ``data``.
+        data: Training batches, for criteria that measure, for repair and for fine-tuning.
+        progress: Called with a stage, the work done and the whole.
+
+    Returns:
+        The cut copy and the facts; ``facts.measures["proof"]`` is the largest relative difference
+        to the masked network.
+
+    Raises:
+        UsageError: The model does not run on the example, or nothing can be cut.
+        BudgetError: The target is below what is pinned; the floor is named.
+        DataError: The cut network does not compute what the masked one does. Nothing is returned.
+
+    Example:
+        >>> import secateur
+        >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> recipe = secateur.ShrinkRecipe(target=secateur.Target.parse("params=50%"))
+        >>> small = secateur.shrink(net, recipe, torch.zeros(1, 16)).model
+        >>> small[0], small[2]
+        (Linear(in_features=16, out_features=15, bias=True), Linear(in_features=15, out_features=4,
+        bias=True))
+    """
+    return shrink_(copy.deepcopy(model), recipe, example_inputs, data, progress=progress)
+
+
+def shrink_(
+    model: nn.Module,
+    recipe: ShrinkRecipe | None = None,
+    example_inputs: Any = None,
+    data: Any = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Like :func:`shrink`, but cuts ``model`` itself, in the middle of training if need be.
+
+    Args:
+        model: Changed in place. Its parameters stay the same objects.
+        recipe: As in :func:`shrink`.
+        example_inputs: As in :func:`shrink`.
+        data: As in :func:`shrink`.
+        optimizer: Its momenta and moments are cut along, so training goes on.
+        progress: As in :func:`shrink`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> net(torch.ones(2, 16)).sum().backward()
+        >>> optimizer.step()
+        >>> _ = shrink_(net, None, torch.zeros(1, 16), optimizer=optimizer)
+        >>> optimizer.state[net[0].weight]["momentum_buffer"].shape == net[0].weight.shape
+        True
+    """
+    run = _Run(model, recipe or ShrinkRecipe(), as_data(data), progress or _silent)
+    return run.run(example_inputs, optimizer)
+
+
+@dataclass
+class _Run:
+    """One run from start to end."""
+
+    model: nn.Module
+    recipe: ShrinkRecipe
+    data: Data | None
+    progress: Progress
+
+    def run(self, example: Any, optimizer: torch.optim.Optimizer | None) -> Pruned:
+        begun = time.perf_counter()
+        facts = self.facts = Facts(to_plain(self.recipe), self.recipe.fingerprint())
+        facts.environment = environment()
+        self._check()
+        example = example_of(example, self.data)
+        dense = copy.deepcopy(self.model)
+        with torch.random.fork_rng(_devices(self.model)):
+            torch.manual_seed(self.recipe.seed)
+            self.structure = self._traced(example)
+            self._note_structure()
+            self._chosen()  # a scope that fits nothing is told before anything is measured
+            budget = self._budget(self.recipe)
+            for number, target in enumerate(budget.targets(example)):
+                if number:
+                    self.structure = self._traced(example)
+                self._round_(replace(self.recipe, target=target, rounds=1), example, optimizer)
+            self._train_(dense)
+        facts.measures["seconds"] = time.perf_counter() - begun
+        return Pruned(self.model, Masks({}), facts, surgery=surgery_of(self.model))
+
+    def _traced(self, example: Any) -> Structure:
+        self.progress("tracing", 0, 1)
+        return couple(self.model, example)
+
+    def _budget(self, recipe: ShrinkRecipe) -> ShrinkBudget:
+        return ShrinkBudget(self.model, self.structure, recipe, self.facts, self.progress)
+
+    def _round_(
+        self, recipe: ShrinkRecipe, example: Any, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Score, choose, repair, cut and prove once."""
+        widths = self._chosen()
+        around = self.structure.widths
+        scores = group_scores(self.model, widths, recipe, self.data, around=around)
+        keep = self._budget(recipe).keep(widths, scores, example)
+        surgery = surgery_for(self.model, cuts_for(self.model, self.structure, keep))
+        self._cut_(keep, example, optimizer)
+        remember_(self.model, surgery)
+        self._reestimate_()
+
+    def _check(self) -> None:
+        require_finite(self.model)
+        if masks_of(self.model):
+            raise UsageError(
+                "shrinking a model that carries masks",
+                f"{len(masks_of(self.model))} weights are masked",
+                "a cut would leave the masks behind",
+                "call detach_ first; the zeros stay",
+            )
+        has_data = self.data is not None and self.data.train is not None
+        needs = [f"criterion {type(self.recipe.criterion).__name__}"] * bool(
+            wants_data(self.recipe.criterion.needs)
+        )
+        needs += ["FineTune"] * (self.recipe.finetune is not None)
+        if needs and not has_data:
+            raise NeedsData(
+                needs[0],
+                "no data was given",
+                "it works on training batches",
+                "pass data= in Python or --data file.py:function on the command line",
+            )
+
+    def _note_structure(self) -> None:
+        trace = self.structure.trace
+        if not trace.meta:
+            text = (
+                "the network looks at its activations: only the path of this example was followed"
+            )
+            self.facts.note("traced-path", "", text)
+        for name in self.structure.unreached:
+            self.facts.note("pinned", name, "the example inputs do not reach it")
+        for where, text in trace.reductions.items():
+            self.facts.note("reduces", where, text)
+        for (name, axis), reason in self.structure.pinned.items():
+            self.facts.note("pinned", f"{name}[{axis}]", reason)
+
+    def _chosen(self) -> list[Width]:
+        chosen = [w for w in widths_in(self.structure, self.recipe.scope) if w.groups > 1]
+        if not chosen:
+            reasons = dict.fromkeys(self.structure.pinned.values())
+            raise UsageError(
+                "structural pruning",
+                f"none of {len(self.structure.widths)} widths takes part",
+                "; ".join(list(reasons)[:3]) or "nothing is wider than one",
+                "widen the scope, or see inspect --structure",
+            )
+        return chosen
+
+    # -- cutting --------------------------------------------------------------------------------
+
+    def _cut_(
+        self, keep: dict[str, Tensor], example: Any, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self._repair_(keep)
+        cuts = cuts_for(self.model, self.structure, keep)
+        begun = time.perf_counter()
+        small = copy.deepcopy(self.model)
+        apply_(small, cuts)
+        self.progress("proving", 0, 1)
+        proof = prove(self.model, small, self.structure, keep, telling(example))
+        told = self.facts.measures
+        told["proof"] = max(proof.error, told.get("proof", 0.0))
+        told["proof_seconds"] = time.perf_counter() - begun + told.get("proof_seconds", 0.0)
+        require_proved(proof, self.model)
+        if not proof.scale:
+            text = "all outputs are 0 on the example, so the proof says nothing about this cut"
+            self.facts.note("vacuous", "", text)
+        before = sum(p.numel() for p in self.model.parameters())
+        apply_(self.model, cuts, optimizer)
+        after = sum(p.numel() for p in self.model.parameters())
+        told["parameters"] = [told.get("parameters", [before])[0], after]
+        self._note_widths(keep)
+
+    def _note_widths(self, keep: Mapping[str, Tensor]) -> None:
+        """One entry a width, over all rounds."""
+        known = {width.name: width for width in self.facts.widths}
+        for name, flags in keep.items():
+            width, kept = self.structure.by_name[name], int(flags.sum())
+            fresh = WidthFacts(name, width.groups, kept, tuple(width.parameters()), width.why)
+            known[name] = replace(known.get(name, fresh), kept=kept)
+        self.facts.widths = list(known.values())
+
+    def _repair_(self, keep: dict[str, Tensor]) -> None:
+        how = self.recipe.compensation
+        if how is None:
+            return
+        if self.data is None or self.data.train is None:
+            self.facts.note("left-out", "Compensation", "no data was given to fit on")
+            return
+        batches = self.data.sample()
+        told = Told(self.facts, lambda done, total: self.progress("compensating", done, total))
+        compensate_(self.model, self.structure, keep, batches, how=how, told=told)
+
+    def _reestimate_(self) -> None:
+        for step in self.recipe.recovery:
+            if not isinstance(step, BatchNorm):
+                continue
+            if self.data is not None and self.data.train is not None:
+                step.reestimate_(self.model, self.data.sample())
+            elif any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
+                self.facts.note("left-out", "BatchNorm", "no data was given to measure on")
+
+    def _train_(self, dense: nn.Module) -> None:
+        how = self.recipe.finetune
+        if how is not None:
+            assert self.data is not None
+            loop = Loop(self.model, self.data, how, teacher=dense, progress=self.progress)
+            self.facts.history += loop.run()
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    found = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return sorted(found, key=str)
+
+
+def _silent(stage: str, done: float, total: float) -> None:
+    pass

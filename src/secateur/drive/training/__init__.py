@@ -1,0 +1,1 @@
+"""Training loops: fine-tuning, pruning while training, resuming, and several processes."""

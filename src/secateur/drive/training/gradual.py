@@ -1,0 +1,399 @@
+"""Gradual pruning inside a training loop: ``step()`` after ``optimizer.step()``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.core.batches import Batch, Data, as_data, default_loss, evaluating, take, to_device
+from secateur.core.errors import NeedsData, UsageError
+from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.masks import Masks
+from secateur.core.slots import Slot, device_of, weights
+from secateur.core.weight import Weight
+from secateur.drive.decide import (
+    allocate,
+    group_scores,
+    items,
+    probe_for,
+    score,
+    select,
+    smoothed_parts,
+)
+from secateur.drive.gather import gather
+from secateur.drive.money import money, uses
+from secateur.drive.plan import note_left_out, plan, require_finite, require_something
+from secateur.drive.pruned import Pruned
+from secateur.drive.recipe import Recipe
+from secateur.drive.recipe_file import to_plain
+from secateur.drive.training import ranks
+from secateur.drive.training.held import Held, attach_, detach_, masks_of, reset_momentum_
+from secateur.drive.training.regrow import Regrow, TopKast
+from secateur.drive.training.regrowing import Regrowing, gradient_promise, random_promise, turn
+from secateur.drive.training.timing import every, is_due, require_time, training_length
+from secateur.drive.training.topkast import Superset
+from secateur.schedule import share_at
+from secateur.score import Random
+from secateur.stats import Stat, Stats, stream_gradients
+
+
+class Gradual:
+    """Prunes a model while somebody else trains it.
+
+    Masks are buffers on the model; pruned weights, their momenta and Adam moments are set to zero
+    after every step, so weight decay and momentum cannot wake them. Masks only change when the
+    schedule says so; a pruned weight comes back only if the schedule is cyclic, or if the recipe has
+    ``regrow``: dynamic sparse training (SET, RigL, Top-KAST).
+
+    Gradients that a criterion needs are read just before each optimizer step. Statistics of inputs
+    or of single samples are measured on ``data`` at each mask update.
+
+    Args:
+        model: Trained in place by the caller.
+        optimizer: The caller's optimizer.
+        recipe: Its schedule counts steps or epochs.
+        data: For criteria that need data at mask updates.
+        steps_per_epoch: Needed when the schedule or the exchange counts epochs.
+        steps: Optimizer steps of the whole training, which :class:`Regrow` must know; by default the
+            epochs of the recipe's fine-tuning step, if it has one.
+
+    Example:
+        >>> from secateur.core.budget import Target
+        >>> from secateur.schedule import Polynomial
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> recipe = Recipe(target=Target("sparsity", 0.75), schedule=Polynomial(0, 8, 2))
+        >>> pruner = Gradual(net, optimizer, recipe)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     net(torch.randn(4, 8)).square().mean().backward()
+        ...     optimizer.step()
+        ...     pruner.step()
+        >>> pruned = pruner.finalize()
+        >>> round(pruned.facts.sparsity, 2), "0.weight_mask" in net.state_dict()
+        (0.75, False)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        *,
+        data: Data | Any = None,
+        steps_per_epoch: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        model, optimizer = ranks.bare(model), ranks.bare_optimizer(optimizer)
+        ranks.require_whole(model)
+        self._length = training_length(recipe, steps_per_epoch, steps)
+        require_time(recipe, steps_per_epoch, self._length)
+        if recipe.repairs or recipe.rounding is not None:
+            raise UsageError(
+                "Gradual(...) with weight-wise repairs or a rounding",
+                ", ".join(
+                    type(part).__name__ for part in (*recipe.repairs, recipe.rounding) if part
+                ),
+                "training itself repairs the weights, and would undo a rounding at the next step",
+                "leave them out, or use prune() with a schedule in rounds",
+            )
+        self.model, self.optimizer, self.recipe = model, optimizer, recipe
+        self._data = as_data(data)
+        self._per_epoch = steps_per_epoch or 1
+        self._plan = plan(model, recipe)
+        require_something(self._plan, recipe)
+        require_finite(model)
+        self._slots: list[Slot] = self._plan.chosen
+        self._stats = Stats(recipe.seed)
+        self.steps = 0
+        self._share = 0.0
+        self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
+        self.facts.environment = environment()
+        note_left_out(self.facts, self._plan)
+        self._streamed, self._measured = self._split_needs()
+        already = masks_of(model)
+        fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
+        attach_(model, Masks(fresh))
+        self._held = Held(model, optimizer)
+        self._regrowing, self._superset = self._regrowth()
+        seen = self._slots if self._streamed else []
+        self._stream = stream_gradients(optimizer, model, seen, self._streamed, self._stats)
+        self._uses = self._count_uses()
+        # A schedule may start before the first step.
+        if not self._streamed or self._starts_at_random:
+            self._maybe_update()
+
+    def _regrowth(self) -> tuple[Regrowing | None, Superset | None]:
+        part, optimizer, per_epoch = self.recipe.regrow, self.optimizer, self._per_epoch
+        if isinstance(part, Regrow):
+            assert self._length is not None
+            regrowing = Regrowing(
+                part,
+                optimizer,
+                length=self._length,
+                per_epoch=per_epoch,
+                perform=self._exchange,
+                check=lambda step: gradient_promise(self.model, self._found(), step),
+            )
+            if part.skips and every(part.frequency, part.unit, per_epoch) < 2:
+                said = "an exchange replaces at most every second step of the optimizer"
+                self.facts.note("regrow", "", f"frequency {part.frequency:g} {part.unit}: {said}")
+            return regrowing, None
+        if isinstance(part, TopKast):
+            names = [slot.name for slot in self._slots]
+            return None, Superset(self.model, optimizer, names, part, per_epoch)
+        return None, None
+
+    @property
+    def _starts_at_random(self) -> bool:
+        part = self.recipe.regrow
+        return self.steps == 0 and isinstance(part, Regrow) and part.start == "random"
+
+    def _found(self) -> list[Weight]:
+        found = weights(self.model, self._slots)
+        return self._superset.dense(found) if self._superset is not None else found
+
+    def _split_needs(self) -> tuple[list[Stat], list[Any]]:
+        needs: list[Any] = list(self.recipe.criterion.needs)
+        streamed = [
+            n for n in needs if getattr(n, "source", "") == "gradients" and n.samples is None
+        ]
+        measured = [n for n in needs if n not in streamed]
+        assert self.recipe.target is not None
+        probing = self.recipe.allocation.needs_probe or self.recipe.target.unit == "macs"
+        if (measured or probing) and (self._data is None or self._data.train is None):
+            raise NeedsData(
+                f"Gradual with {type(self.recipe.criterion).__name__} and "
+                f"{type(self.recipe.allocation).__name__}",
+                "no data was given",
+                "they measure the network at every mask update",
+                "pass data=, the training batches",
+            )
+        return streamed, measured
+
+    def _count_uses(self) -> dict[str, float]:
+        assert self.recipe.target is not None
+        if self.recipe.target.unit != "macs" or self._data is None:
+            return {}
+        return uses(self.model, self._plan.slots, self._data.sample()[0])
+
+    @property
+    def time(self) -> float:
+        """Time in the schedule's unit."""
+        epochs = self.recipe.schedule.unit == "epochs"
+        return self.steps / self._per_epoch if epochs else float(self.steps)
+
+    @property
+    def imminent(self) -> bool:
+        """Whether masks may change at the next step: the moment to keep a copy of everything."""
+        following = self.steps + 1
+        parts = [p for p in (self._regrowing, self._superset) if p is not None]
+        ticks = is_due(self.recipe.schedule, following, self._per_epoch)
+        return ticks or any(part.is_due(following) for part in parts)
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of this moment."""
+        return masks_of(self.model)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Count one optimizer step, update the masks if they are due, and hold them."""
+        self.steps += 1
+        self._held.hold_()
+        self._maybe_update()
+        if self._regrowing is not None:
+            self._regrowing.step()
+
+    def _maybe_update(self) -> None:
+        schedule, time = self.recipe.schedule, self.time
+        now = is_due(schedule, self.steps, self._per_epoch)
+        late = time >= schedule.end and self._share < 1
+        anew = self._superset is not None and self._superset.is_due(self.steps)
+        if not (now or late or anew):
+            return
+        # Whether anything is due does not depend on the target; at share 0 nothing is, unless a
+        # cyclic schedule has come down to it.
+        if share_at(schedule, time, 0.5) > 0:
+            self._update(time)
+        elif self._share > 0:
+            self._decompress()
+
+    def _decompress(self) -> None:
+        self._adopt(Masks(_ones(self.model, self._slots)), self.steps)
+        self._share = 0.0
+        if getattr(self.recipe.schedule, "reset_momentum", False):
+            reset_momentum_(self.optimizer)
+
+    @torch.no_grad()
+    def _exchange(self, step: int, fraction: float) -> int:
+        found, before, recipe = self._found(), masks_of(self.model), self.recipe
+        assert isinstance(recipe.regrow, Regrow)
+        if recipe.regrow.grow == "gradient":
+            promise = gradient_promise(self.model, found, step)
+        else:
+            promise = random_promise(found, recipe, step)
+        done = turn(found, before, recipe, self._measure(), promise, fraction=fraction)
+        if done.moved:
+            self._adopt(done.masks, step)
+            counts = {"dropped": done.moved, "grown": done.moved, "again": done.again}
+            self.facts.history[-1] |= {**counts, "fraction": fraction}
+        return done.moved
+
+    def _adopt(self, masks: Masks, step: int) -> None:
+        before = masks_of(self.model)
+        masks = ranks.settled(masks, before, f"{self.recipe.fingerprint()} {self.steps}")
+        attach_(self.model, masks)
+        self._held.refresh(self._superset.wide if self._superset is not None else None)
+        self._held.hold_()
+        dropped, grown = before.diff(masks)
+        self.facts.history.append(
+            {
+                "step": step,
+                "sparsity": masks.sparsity,
+                "dropped": dropped.kept,
+                "grown": grown.kept,
+            }
+        )
+
+    @torch.no_grad()
+    def _update(self, time: float) -> None:
+        recipe, slots = self.recipe, self._slots
+        if self._starts_at_random:
+            recipe = dataclasses.replace(recipe, criterion=Random())
+            stats = self._stats
+        else:
+            stats = self._measure()
+        found = self._found()
+        free = recipe.schedule.cyclic or self._superset is not None
+        prior = None if free else masks_of(self.model)
+        groups = {}
+        for weight in found:
+            old = prior[weight.name] if prior is not None else None
+            groups[weight.name] = group_scores(score(weight, recipe, stats), weight, recipe, old)
+        purse = money(self.model, found, recipe, self._uses)
+        share = share_at(recipe.schedule, time, purse.sparsity)
+        probe = None
+        if recipe.allocation.needs_probe:
+            assert self._data is not None
+            probe = probe_for(self.model, found, recipe, groups, mean_loss(self.model, self._data))
+        choice = items(found, slots, recipe, groups, purse.costs)
+        levels = allocate(choice, recipe, purse.at(share, probe))
+        masks = Masks({w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found})
+        if self._superset is not None:
+            self._superset.widen_(found, groups, levels, recipe, masks)
+        self._adopt(masks, self.steps)
+        self._share = share
+
+    def _measure(self) -> Stats:
+        if self._streamed and not self._stats.names():
+            raise NeedsData(
+                f"Gradual with {type(self.recipe.criterion).__name__}",
+                f"no gradient was seen in {self.steps} steps",
+                "the criterion reads parameter.grad just before every optimizer step",
+                "call loss.backward() before optimizer.step(), and train the pruned weights",
+            )
+        if not self._measured:
+            return self._stats
+        assert self._data is not None
+        fresh = gather(
+            self.model, self._slots, self._measured, self._data.sample(), loss=self._data.loss
+        )
+        fresh = ranks.merged(fresh, self._measured, self._slots, self.model)
+        merged = fresh.merge(self._stats)
+        merged.memory, merged.seed = self._stats.memory, self._stats.seed
+        merged.keep_values(fresh)
+        return merged
+
+    def finalize(self, *, early: bool = False) -> Pruned:
+        """End: remove the mask buffers, keep the zeros, and return the result with its facts.
+
+        Args:
+            early: Accept a schedule or an exchange that has not reached its end.
+
+        Raises:
+            UsageError: The schedule or the exchange has not reached its end.
+        """
+        if self._share < 1 and not early:
+            raise UsageError(
+                f"finalize() at {self.recipe.schedule.unit[:-1]} {self.time:g}",
+                f"the schedule ends at {self.recipe.schedule.end:g}; {100 * self._share:.0f} % of the "
+                "target is reached",
+                "training ended before pruning did, or step() was not called",
+                "train longer, shorten the schedule, or call finalize(early=True)",
+            )
+        if self._regrowing is not None and self.steps < int(self._regrowing.end) and not early:
+            raise UsageError(
+                f"finalize() at step {self.steps}",
+                f"weights are exchanged up to step {int(self._regrowing.end)} of {self._length}",
+                "training ended before the masks settled, or step() was not called",
+                "train longer, correct steps=, or call finalize(early=True)",
+            )
+        self._held.hold_()
+        for part in (self._stream, self._regrowing, self._superset):
+            if part is not None:
+                part.remove()
+        masks = detach_(self.model)
+        self.facts.layers = [
+            LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
+            for name, mask in masks.items()
+        ]
+        return Pruned(self.model, masks, self.facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the schedule and streamed sums; the masks are in the model's ``state_dict()``."""
+        state = {
+            "steps": self.steps,
+            "share": self._share,
+            "fingerprint": self.recipe.fingerprint(),
+            "stats": self._stats.state_dict(),
+            "history": list(self.facts.history),
+        }
+        for part in (self._regrowing, self._superset):
+            if part is not None:
+                state["regrow"] = part.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run: load the model's (masks and all) and optimizer's state first.
+
+        Raises:
+            UsageError: The state belongs to another recipe.
+        """
+        if state["fingerprint"] != self.recipe.fingerprint():
+            raise UsageError(
+                f"resuming recipe {self.recipe.fingerprint()}",
+                f"the state was saved by recipe {state['fingerprint']}",
+                "another recipe would prune differently from here on",
+                "resume with the recipe of the run",
+            )
+        self.steps, self._share = int(state["steps"]), float(state["share"])
+        self.facts.history = [dict(event) for event in state.get("history", ())]
+        parts = [*self._streamed, *smoothed_parts(self.recipe.criterion)]
+        keys = [(part, slot.name) for part in parts for slot in self._slots]
+        self._stats.load_state_dict(state["stats"], keys)
+        if self._regrowing is not None:
+            self._regrowing.load_state_dict(state["regrow"], self.steps)
+        if self._superset is not None:
+            self._superset.load_state_dict(state["regrow"], self.masks)
+        self._held.refresh(self._superset.wide if self._superset is not None else None)
+
+
+def _ones(model: nn.Module, slots: list[Slot]) -> dict[str, torch.Tensor]:
+    return {s.name: torch.ones_like(s.tensor(model), dtype=torch.bool) for s in slots}
+
+
+def mean_loss(model: nn.Module, data: Data, batches: list[Batch] | None = None) -> Any:
+    """A function that measures the mean calibration loss of ``model`` as it is."""
+    sample = batches if batches is not None else take(data.sample(), 64)
+    moved = [to_device(b, device_of(model)) for b in sample]
+    loss = data.loss or default_loss
+
+    def measure() -> float:
+        with evaluating(model), torch.no_grad():
+            return sum(float(loss(model, b)) for b in moved) / len(moved)
+
+    return measure

@@ -1,0 +1,280 @@
+"""Pruning inside the training loops of others: Transformers' ``Trainer`` and Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.allocate import Ranked
+from secateur.core.batches import Data, as_data
+from secateur.core.budget import Target
+from secateur.core.errors import UsageError
+from secateur.core.masks import Masks
+from secateur.core.slots import device_of
+from secateur.drive.pruned import Pruned
+from secateur.drive.recipe import Recipe
+from secateur.drive.training import ranks
+from secateur.drive.training.gradual import Gradual
+from secateur.drive.training.held import SUFFIX, attach_, masks_of
+from secateur.drive.training.resume import Training, on_device, stamp_of
+from secateur.formats.checkpoint import Stamp, read_checkpoint, require_stamp, write_checkpoint
+from secateur.frontends.hosts import lightning_callback, transformers_callback
+from secateur.schedule import Polynomial
+
+#: Builds a pruner (``step``, ``finalize``, ``state_dict``, ``load_state_dict``) from a model, its
+#: optimizer and the steps of an epoch.
+Make = Callable[[nn.Module, torch.optim.Optimizer, int | None], Any]
+
+
+class Session:
+    """One pruner in a training loop that somebody else drives.
+
+    Args:
+        what: A recipe for :class:`~secateur.Gradual`, or a function that builds a pruner.
+        data: For criteria that need data at mask updates.
+        permanent: At the end, remove the masks from the model (the zeros stay).
+
+    Example:
+        >>> net = nn.Linear(8, 4)
+        >>> sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> recipe = Recipe(target=Target("sparsity", 0.5), schedule=Polynomial(0, 2, 1))
+        >>> session = Session(recipe)
+        >>> session.begin(net, sgd, steps=2, per_epoch=None)
+        >>> session.step(); session.step(); session.end()
+        >>> session.pruned.masks
+        Masks(1 weights, 16 of 32 kept)
+    """
+
+    def __init__(self, what: Recipe | Make, data: Any = None, *, permanent: bool = True) -> None:
+        self.what = what
+        self._data: Data | None = as_data(data)
+        self._permanent = permanent
+        self.pruner: Any = None
+        self._pruned: Pruned | None = None
+        self._waiting: Mapping[str, Any] | None = None
+
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps: int | None,
+        per_epoch: int | None,
+    ) -> None:
+        """Attach masks.
+
+        Raises:
+            UsageError: The schedule is longer than the training.
+        """
+        if isinstance(self.what, Recipe):
+            _require_length(self.what, steps, per_epoch)
+            data = self._data
+            self.pruner = Gradual(
+                model, optimizer, self.what, data=data, steps_per_epoch=per_epoch, steps=steps
+            )
+        else:
+            self.pruner = self.what(model, optimizer, per_epoch)
+        # Files of weights that the host writes stay those of a dense model.
+        hide_(self.pruner.model)
+        if self._waiting is not None:
+            state, self._waiting = self._waiting, None
+            self.restore(state)
+
+    def step(self) -> None:
+        """Count a step of the optimizer."""
+        self.pruner.step()
+
+    def state(self) -> dict[str, Any]:
+        """Masks and the pruner's state, with what they belong to."""
+        if self.pruner is None:
+            return dict(self._waiting or {})
+        stamp = self._stamp()
+        return {
+            "model": stamp.model,
+            "recipe": stamp.recipe,
+            "world": stamp.world,
+            "masks": dict(masks_of(self.pruner.model)),
+            "pruner": self.pruner.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; before :meth:`begin` it waits until then."""
+        if self.pruner is None:
+            self._waiting = state
+            return
+        if not state:  # the host saved before training began
+            return
+        model = self.pruner.model
+        found = Stamp(state["model"], state["recipe"], 0, world=state["world"])
+        require_stamp("of the host", found, self._stamp())
+        attach_(model, Masks(state["masks"]))
+        self.pruner.load_state_dict(on_device(state["pruner"], device_of(model)))
+
+    def write(self, file: Path) -> None:
+        """Save the state into a file, beside those of the host."""
+        write_checkpoint(file, self.state(), self._stamp())
+
+    def read(self, file: Path) -> None:
+        """Continue from a file."""
+        state, stamp = read_checkpoint(file)
+        require_stamp(file, stamp, self._stamp())
+        self.restore(state)
+
+    def end(self) -> None:
+        """Hold the masks a last time and remove them.
+
+        Raises:
+            UsageError: The target was not reached.
+        """
+        masks = masks_of(self.pruner.model)
+        self._pruned = self.pruner.finalize()
+        if not self._permanent:
+            attach_(self.pruner.model, masks)
+
+    @property
+    def pruned(self) -> Pruned:
+        """The result.
+
+        Raises:
+            UsageError: Training did not reach its end, or the callback was never called.
+        """
+        if self._pruned is None:
+            found = "training did not reach its end"
+            if self.pruner is None:
+                found = "the callback was never called"
+            raise UsageError(
+                "the result of a pruning callback",
+                found,
+                "masks are finished when training ends",
+                "pass the callback to the trainer (callbacks=[...]) and let it train to the end",
+            )
+        return self._pruned
+
+    def _stamp(self) -> Stamp:
+        training = Training(self.pruner.model, self.pruner.optimizer, self.pruner)
+        stamp = stamp_of(training, int(getattr(self.pruner, "steps", 0)))
+        return Stamp(
+            stamp.model,
+            stamp.recipe,
+            stamp.step,
+            rank=0,
+            world=ranks.world(),
+            library=stamp.library,
+        )
+
+    def __str__(self) -> str:
+        if self.pruner is None:
+            return "pruning has not begun"
+        return f"{masks_of(self.pruner.model)} at step {getattr(self.pruner, 'steps', 0)}"
+
+
+def TransformersCallback(what: Recipe | Make, *, data: Any = None) -> Any:  # noqa: N802
+    """A callback for Transformers' ``Trainer``; named like a class, as callbacks are there.
+
+    Masks change as the schedule says; the state lies in ``secateur.safetensors`` in each
+    checkpoint folder, so ``resume_from_checkpoint`` continues exactly. After training,
+    ``callback.pruned`` is the result.
+
+    Args:
+        what: A recipe with a schedule in steps or epochs, or a function ``(model, optimizer,
+            steps_per_epoch) -> pruner``.
+        data: For criteria that need data at mask updates.
+
+    Raises:
+        MissingExtra: Transformers is not installed.
+
+    Example:
+        >>> recipe = Recipe(schedule=Polynomial(0, 2, 0.1, unit="epochs"))
+        >>> callback = TransformersCallback(recipe)
+        >>> callback.pruned
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: the result of a pruning callback: the callback was never \
+called. ...
+    """
+    return transformers_callback(Session(what, data))
+
+
+def LightningCallback(  # noqa: N802
+    what: Recipe | Make | None = None,
+    *,
+    amount: float = 0.5,
+    data: Any = None,
+    make_pruning_permanent: bool = True,
+    prune_on_train_epoch_end: bool = True,
+    verbose: int = 0,
+) -> Any:
+    """A callback for Lightning's ``Trainer``, with the argument names of its ``ModelPruning``.
+
+    Differs from ``ModelPruning``: ``amount`` is what is pruned at the end, not again in each epoch,
+    and masks are held after every optimizer step, so momentum and weight decay wake nothing.
+
+    Args:
+        what: A recipe with a schedule in steps or epochs, or a function ``(model, optimizer,
+            steps_per_epoch) -> pruner``. By default: magnitude over all layers, gradually over the
+            first half of the training.
+        amount: Share of zeros at the end, without ``what``.
+        data: For criteria that need data at mask updates.
+        make_pruning_permanent: Remove the masks at the end; the zeros stay.
+        prune_on_train_epoch_end: Without ``what``: masks change at the end of epochs only.
+        verbose: 1 prints the masks of every step.
+
+    Raises:
+        UsageError: Lightning is not installed.
+
+    Example:
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("lightning") is None:
+        ...     print("pip install lightning")
+        ... else:
+        ...     _ = LightningCallback(amount=0.9)  # trainer = Trainer(callbacks=[...])
+        ...     print("pip install lightning")
+        pip install lightning
+    """
+    session = Session(what or _default(amount, 2.0, 1.0), data, permanent=make_pruning_permanent)
+
+    def begin(trainer: Any) -> None:
+        if what is None:
+            epochs = float(trainer.max_epochs if (trainer.max_epochs or 0) > 0 else 1)
+            end = max(1.0, epochs // 2) if prune_on_train_epoch_end else epochs / 2
+            session.what = _default(amount, end, 1.0 if prune_on_train_epoch_end else end / 50)
+
+    return lightning_callback(session, begin, verbose=verbose)
+
+
+def _default(amount: float, end: float, frequency: float) -> Recipe:
+    schedule = Polynomial(begin=0, end=end, frequency=frequency, unit="epochs")
+    return Recipe(target=Target("sparsity", amount), allocation=Ranked(), schedule=schedule)
+
+
+def _require_length(recipe: Recipe, steps: int | None, per_epoch: int | None) -> None:
+    if steps is None or steps <= 0 or recipe.schedule.unit == "rounds":
+        return
+    whole = steps / (per_epoch or 1) if recipe.schedule.unit == "epochs" else float(steps)
+    if recipe.schedule.end > whole + 1e-9:
+        unit = recipe.schedule.unit
+        raise UsageError(
+            f"a schedule that ends at {unit[:-1]} {recipe.schedule.end:g}",
+            f"training ends at {unit[:-1]} {whole:g}",
+            "the target would never be reached",
+            "shorten the schedule or train longer",
+        )
+
+
+def hide_(model: nn.Module) -> None:
+    """Leave the masks of a model out of its ``state_dict``.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> attach_(net, Masks({"weight": torch.tensor([[True, False]])}))
+        >>> hide_(net)
+        >>> sorted(net.state_dict()), masks_of(net)
+        (['bias', 'weight'], Masks(1 weights, 1 of 2 kept))
+    """
+    for name in masks_of(model):
+        path, _, attribute = name.rpartition(".")
+        model.get_submodule(path)._non_persistent_buffers_set.add(attribute + SUFFIX)

@@ -1,0 +1,329 @@
+"""Learned masks inside a training loop: ``penalty()`` in the loss, ``step()`` after the optimizer."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import Batch, Data, Loss, as_data, default_loss, to_device
+from secateur.core.errors import NeedsData, UsageError
+from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.masks import Masks
+from secateur.core.selectors import matches
+from secateur.core.slots import Slot, device_of
+from secateur.drive.plan import note_left_out, plan, require_finite
+from secateur.drive.pruned import Pruned
+from secateur.drive.recipe import Recipe, Scope, describe
+from secateur.drive.training.finetune import FineTune, finetune
+from secateur.learn import Distill, Learner, Learning
+from secateur.learn.masked import obstacle
+
+# A target is reached if the masks come this close to it.
+CLOSE = 0.01
+
+
+class Learned:
+    """Learns masks on a model while somebody else trains it.
+
+    What it learns is an optimizer group of its own, with its own learning rate. Scores and
+    thresholds live on the model (``<module>.parametrizations.weight.0.*``, the weight itself is
+    ``<module>.parametrizations.weight.original`` meanwhile), so the model's and the optimizer's
+    ``state_dict()`` hold them; :meth:`harden` gives the plain names back.
+
+    Args:
+        model: Trained in place by the caller.
+        optimizer: The caller's optimizer; it gets one more group.
+        how: A learner, e.g. :class:`~secateur.learn.Leap`.
+        scope: Which weights take part.
+        data: Only its loss is used, by learners that compute the loss of a batch once more.
+
+    Example:
+        >>> import torch
+        >>> from secateur.learn import Leap
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        >>> learned = Learned(net, optimizer, Leap.short(0.75))
+        >>> for _ in range(300):
+        ...     optimizer.zero_grad()
+        ...     loss = net(torch.randn(4, 8)).square().mean() + learned.penalty()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     learned.step()
+        >>> pruned = learned.harden()
+        >>> abs(pruned.facts.sparsity - 0.75) < 0.02, "0.weight" in net.state_dict()
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        how: Learner,
+        *,
+        scope: Scope | None = None,
+        data: Data | Any = None,
+    ) -> None:
+        self.model, self.optimizer, self.how = model, optimizer, how
+        self._data = as_data(data)
+        require_finite(model)
+        found = plan(model, Recipe(scope=scope or Scope()))
+        slots = [_possible(model, slot) for slot in found.slots]
+        self.facts = Facts(recipe={"learn": describe(how)}, fingerprint=self._fingerprint(slots))
+        self.facts.environment = environment()
+        note_left_out(self.facts, replace(found, slots=tuple(slots)))
+        taking = [s for s in slots if s.prunable or _wanted(s, scope or Scope())]
+        self._learning: Learning = _begin(how, model, taking)
+        self._own = self._learning.groups()
+        for group in self._own:
+            optimizer.add_param_group(group)
+        self.steps = 0
+        self._asked = False
+        self._hardened = False
+
+    def _fingerprint(self, slots: list[Slot]) -> str:
+        names = [s.name for s in slots if s.prunable]
+        text = json.dumps([describe(self.how), names], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of this moment, under the plain names of the weights."""
+        return self._learning.masks()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in :attr:`masks`."""
+        return self.masks.sparsity
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss of this step; 0 for learners without a penalty."""
+        self._require_open("penalty()")
+        self._asked = True
+        return self._learning.penalty(self.steps)
+
+    def step(self, batch: Batch = None) -> None:
+        """Count one optimizer step.
+
+        Args:
+            batch: The batch of this step, for learners that look at it again.
+        """
+        self._require_open("step()")
+        objective = None if batch is None else self._objective(batch)
+        self._learning.after_step_(self.optimizer, self.steps, objective)
+        self.steps += 1
+
+    def _objective(self, batch: Batch) -> Callable[[], Tensor]:
+        loss = (self._data.loss if self._data is not None else None) or default_loss
+        return lambda: loss(self.model, to_device(batch, device_of(self.model)))
+
+    def harden(self, *, early: bool = False) -> Pruned:
+        """End: write the masked weights into the plain parameters and remove all else.
+
+        The hardened model computes what the last forward pass would have computed.
+
+        Args:
+            early: Accept masks that have not been trained.
+
+        Raises:
+            UsageError: No step was counted, or the penalty never joined the loss.
+        """
+        self._require_open("harden()")
+        if not early and (not self.steps or (self.how.penalised and not self._asked)):
+            raise UsageError(
+                f"harden() after {self.steps} steps",
+                "no step was counted" if not self.steps else "penalty() was never asked for",
+                "the masks are as they were at the beginning, and prune next to nothing",
+                "add penalty() to the loss and call step() after optimizer.step(), "
+                "or call harden(early=True)",
+            )
+        masks = self._learning.harden_()
+        self._hardened = True
+        self._leave_optimizer_()
+        self.facts.layers = [
+            LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
+            for name, mask in masks.items()
+        ]
+        self.facts.measures |= {"steps": self.steps, **self._learning.facts()}
+        goal = self.how.goal
+        if goal is not None and abs(masks.sparsity - goal) > CLOSE:
+            self.facts.note(
+                "target",
+                "",
+                f"asked for {goal:.1%}, reached {masks.sparsity:.1%}: "
+                "train longer, or raise the learning rate or the penalty of the masks",
+            )
+        if not masks.sparsity:
+            self.facts.note("target", "", "nothing was pruned: no mask has a zero")
+        return Pruned(self.model, masks, self.facts)
+
+    def _leave_optimizer_(self) -> None:
+        """Training may go on with the same optimizer: it forgets what is no longer there."""
+        gone = {id(p) for group in self._own for p in group["params"]}
+        groups = self.optimizer.param_groups
+        groups[:] = [g for g in groups if not g["params"] or id(g["params"][0]) not in gone]
+        for parameter in [p for p in self.optimizer.state if id(p) in gone]:
+            del self.optimizer.state[parameter]
+
+    def _require_open(self, asked: str) -> None:
+        if self._hardened:
+            raise UsageError(
+                asked, "harden() was called before", "the masks are off the model", "start anew"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, and what is neither in the model's nor in the optimizer's state. No pickle needed."""
+        return {
+            "steps": self.steps,
+            "asked": self._asked,
+            "fingerprint": self.facts.fingerprint,
+            "learning": self._learning.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run: load the model's and the optimizer's state as well.
+
+        Raises:
+            UsageError: The state belongs to another learner, scope or model.
+        """
+        if state["fingerprint"] != self.facts.fingerprint:
+            raise UsageError(
+                f"resuming masks {self.facts.fingerprint}",
+                f"the state was saved by masks {state['fingerprint']}",
+                "another learner, scope or model would go on differently from here",
+                "resume with those of the run",
+            )
+        self.steps, self._asked = int(state["steps"]), bool(state["asked"])
+        self._learning.load_state_dict(state["learning"])
+
+
+def learn_masks(
+    model: nn.Module,
+    data: Any,
+    how: Learner,
+    training: FineTune | None = None,
+    *,
+    scope: Scope | None = None,
+    checkpoint: Any = None,
+) -> Pruned:
+    """Train a copy of ``model`` together with its masks, and harden it.
+
+    Args:
+        model: Any torch module. It is not changed; with ``training.distill`` it is the teacher.
+        data: :class:`~secateur.core.batches.Data`, or an iterable of training batches.
+        how: A learner.
+        training: Epochs, learning rate of the weights and so on. The learning rate of the masks is
+            the learner's; both follow the same warm-up and cosine.
+        scope: Which weights take part.
+        checkpoint: As in :func:`~secateur.drive.training.finetune.finetune`.
+
+    Example:
+        >>> from secateur.learn import Leap
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> batches = [(x := torch.randn(16, 8), (x[:, 0] > 0).long()) for _ in range(20)]
+        >>> pruned = learn_masks(net, batches, Leap.short(0.8), FineTune(15, optimizer="adamw"))
+        >>> abs(pruned.facts.sparsity - 0.8) < 0.02
+        True
+    """
+    found = as_data(data)
+    if found is None or found.train is None:
+        raise NeedsData(
+            "learn_masks(...)", "no training data", "masks learn from batches", "pass batches"
+        )
+    training = training or FineTune()
+    copied = copy.deepcopy(model)
+    live: list[_Stepping] = []
+    base = _towards(found.loss or default_loss, model, training)
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        live[0].batch = batch
+        return base(network, batch) + live[0].learned.penalty()
+
+    def attach(optimizer: torch.optim.Optimizer, per_epoch: int) -> _Stepping:
+        plain = replace(found, loss=base)
+        learned = Learned(copied, optimizer, how, scope=scope, data=plain)
+        live.append(_Stepping(learned, per_epoch))
+        return live[0]
+
+    history = finetune(
+        copied,
+        replace(found, loss=loss),
+        replace(training, distill=0.0),  # the loss distils itself: the penalty is not shared out
+        attach=attach,
+        checkpoint=checkpoint,
+    )
+    live[0].fill_(history)
+    pruned = live[0].learned.harden()
+    pruned.facts.history = history
+    return pruned
+
+
+def _towards(loss: Loss, teacher: nn.Module, training: FineTune) -> Loss:
+    """The loss, and distillation from the dense network if the training asks for it."""
+    share = training.distill
+    if not share:
+        return loss
+    term = Distill(teacher, weight=share, temperature=training.temperature)
+    if share == 1:
+        return term
+    return lambda network, batch: (1 - share) * loss(network, batch) + term(network, batch)
+
+
+class _Stepping:
+    """What runs after each step of a fine-tuning: it knows the batch, and watches the sparsity."""
+
+    def __init__(self, learned: Learned, per_epoch: int) -> None:
+        self.learned, self._per_epoch = learned, per_epoch
+        self.batch: Batch = None
+        self._seen: list[float] = []
+
+    def step(self) -> None:
+        self.learned.step(self.batch)
+        if self.learned.steps % self._per_epoch == 0:
+            self._seen.append(self.learned.sparsity)
+
+    def fill_(self, history: list[dict[str, Any]]) -> None:
+        whole = [*self._seen, self.learned.sparsity]  # the last epoch may be a part of one
+        for record, sparsity in zip(history, whole, strict=False):
+            record["sparsity"] = sparsity
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learned": self.learned.state_dict(), "seen": list(self._seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned.load_state_dict(state["learned"])
+        self._seen = [float(x) for x in state["seen"]]
+
+
+def _begin(how: Learner, model: nn.Module, slots: list[Slot]) -> Learning:
+    learning = how.begin_(model, slots)
+    if not learning.masks():
+        raise UsageError(
+            f"learning masks with {type(how).__name__}",
+            f"no parameter takes part ({len(slots)} were looked at)",
+            "there is nothing to prune",
+            "widen the scope (include=, sensitive=True)",
+        )
+    return learning
+
+
+def _possible(model: nn.Module, slot: Slot) -> Slot:
+    reason = obstacle(model, slot) if slot.prunable else ""
+    return replace(slot, reason=reason) if reason else slot
+
+
+def _wanted(slot: Slot, scope: Scope) -> bool:
+    """Whether a parameter that is no weight (a scale) is in scope."""
+    if slot.axes is not None:
+        return False
+    names = (slot.name, *slot.aliases)
+    hit = [any(matches(s, n, slot.kind) for n in names) for s in scope.include]
+    missed = any(matches(s, n, slot.kind) for s in scope.ignore for n in names)
+    return (not scope.include or any(hit)) and not missed

@@ -1,0 +1,196 @@
+"""What a training loop keeps of itself on the way: checkpoints, and a copy before each pruning."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.core.errors import DataError, UsageError
+from secateur.drive.training.resume import (
+    Training,
+    drop_later,
+    on_device,
+    put_back_,
+    resume_,
+    save_checkpoint,
+    stamp_of,
+    state_of,
+)
+from secateur.formats.checkpoint import read_checkpoint, require_stamp, write_checkpoint
+
+#: How often a run goes back before it gives up.
+ROLLBACKS = 3
+_BEFORE = "before-pruning.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where and how often a run saves itself; the same call continues from there.
+
+    Args:
+        folder: Holds the checkpoints. If there are some already, the run continues.
+        every: Optimizer steps between two.
+        keep: How many stay.
+
+    Example:
+        >>> Checkpoints("runs/a", every=100).keep
+        2
+    """
+
+    folder: str | Path
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            found = f"every={self.every}, keep={self.keep}"
+            why = "both are counts of at least 1"
+            raise UsageError("Checkpoints(...)", found, why, "correct the value")
+
+    def stage(self, number: int) -> Checkpoints:
+        """The folder of a later stage of training of one run (0 is the folder itself)."""
+        folder = Path(self.folder)
+        return Checkpoints(
+            folder / f"stage-{number + 1}" if number else folder, self.every, self.keep
+        )
+
+
+def as_checkpoints(given: Checkpoints | str | Path | None) -> Checkpoints | None:
+    """Accept :class:`Checkpoints` or just a folder.
+
+    Example:
+        >>> as_checkpoints("runs/a").every
+        500
+    """
+    return given if given is None or isinstance(given, Checkpoints) else Checkpoints(given)
+
+
+@dataclass
+class Tally:
+    """What a loop counts: steps, the losses of this epoch, its history, and how often it went back.
+
+    Example:
+        >>> tally = Tally(done=3)
+        >>> other = Tally()
+        >>> other.load_state_dict(tally.state_dict())
+        >>> other == tally, tally.slowed
+        (True, 1.0)
+    """
+
+    done: int = 0
+    losses: float = 0.0
+    seen: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: list[str] = field(default_factory=list)
+
+    def count(self, loss: float, samples: int) -> None:
+        """One more step."""
+        self.done += 1
+        self.losses, self.seen = self.losses + loss * samples, self.seen + samples
+
+    @property
+    def slowed(self) -> float:
+        """Factor on the learning rate: halved each time that the run went back."""
+        return float(0.5 ** len(self.rollbacks))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        vars(self).update(copy.deepcopy(state))
+
+
+class Recorder:
+    """Saves a loop as it goes, continues it, and takes it back to before a pruning that failed.
+
+    Args:
+        training: The parts of the loop, with ``others["tally"]``.
+        checkpoint: Where to save, if anywhere.
+        rollback: Keep a copy from before the last pruning.
+    """
+
+    def __init__(
+        self, training: Training, checkpoint: Checkpoints | None, *, rollback: bool
+    ) -> None:
+        self._training, self._checkpoint, self._rollback = training, checkpoint, rollback
+        self._tally: Any = training.others["tally"]
+        self._copy: tuple[dict[str, Any], int] | None = None
+        self._saved = -1
+
+    @property
+    def _file(self) -> Path | None:
+        return None if self._checkpoint is None else Path(self._checkpoint.folder) / _BEFORE
+
+    def start_(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        if self._checkpoint is not None:
+            self._saved = resume_(self._checkpoint.folder, self._training) or -1
+        if not self._rollback:
+            return
+        if self._saved > 0 and self._file is not None and self._file.exists():
+            state, stamp = read_checkpoint(self._file)
+            require_stamp(self._file, stamp, stamp_of(self._training, 0))
+            if stamp.step <= self._saved:
+                self._copy = (state, stamp.step)
+        if self._copy is None:
+            self._keep_copy()
+
+    def after_step(self, *, last: bool) -> None:
+        """Save what is due after a step."""
+        done, checkpoint = self._tally.done, self._checkpoint
+        every = checkpoint.every if checkpoint is not None else 100
+        # Whoever cannot say when it will prune is copied regularly.
+        if self._rollback and getattr(self._training.pruner, "imminent", done % every == 0):
+            self._keep_copy()
+        if checkpoint is not None and (last or done % every == 0) and done != self._saved:
+            save_checkpoint(checkpoint.folder, self._training, step=done, keep=checkpoint.keep)
+            self._saved = done
+
+    def back_(self, value: float) -> None:
+        """Go back to before the last pruning, with half the learning rate.
+
+        Raises:
+            DataError: The run does not want that, or went back too often.
+        """
+        step, before = self._tally.done + 1, list(self._tally.rollbacks)
+        found = f"the loss is {value}"
+        if not self._rollback or self._copy is None or len(before) >= ROLLBACKS:
+            often = f" after {len(before)} rollbacks" if before else ""
+            raise DataError(
+                f"fine-tuning at step {step}",
+                found + often,
+                "training cannot go on from there",
+                "lower the learning rate, or check the data"
+                + ("" if self._rollback else "; on_nan='rollback' goes back and slows down"),
+            )
+        state, at = self._copy
+        put_back_(self._training, state)
+        self._tally.rollbacks = [
+            *before,
+            f"{found} at step {step}: went back to step {at}, before the last mask update, and on "
+            f"with {100 * 0.5 ** (len(before) + 1):g} % of the learning rate",
+        ]
+        slower = self._tally.slowed / 0.5 ** len(_rollbacks(state))
+        for group in self._training.optimizer.param_groups:
+            group["lr"] *= slower
+        if self._checkpoint is not None:  # what was saved on the way into NaN leads there again
+            drop_later(self._checkpoint.folder, at)
+            save_checkpoint(self._checkpoint.folder, self._training, step=at)
+            self._saved = at
+
+    def _keep_copy(self) -> None:
+        state = on_device(state_of(self._training), torch.device("cpu"))
+        self._copy = (state, self._tally.done)
+        if self._file is not None:
+            write_checkpoint(self._file, state, stamp_of(self._training, self._tally.done))
+
+
+def _rollbacks(state: dict[str, Any]) -> list[str]:
+    found: list[str] = state["parts"]["other tally"]["rollbacks"]
+    return found

@@ -1,0 +1,110 @@
+"""When something may happen inside a training loop, and what cannot happen in time."""
+
+from __future__ import annotations
+
+import math
+
+from secateur.core.errors import UsageError
+from secateur.drive.recipe import Recipe
+from secateur.drive.training.regrow import Regrow
+from secateur.schedule import Schedule, due
+
+
+def is_due(schedule: Schedule, steps: int, per_epoch: int) -> bool:
+    """Whether masks may change after so many steps.
+
+    Example:
+        >>> from secateur.schedule import Linear
+        >>> epochs = Linear(begin=0, end=2, frequency=0.5, unit="epochs")
+        >>> [t for t in range(8) if is_due(epochs, t, per_epoch=3)]
+        [0, 2, 3, 5, 6]
+    """
+    if schedule.unit != "epochs":
+        return due(schedule, float(steps))
+    # A frequency in epochs need not be a whole number of steps: the first step past it counts.
+    time, before = steps / per_epoch, (steps - 1) / per_epoch
+    inside = schedule.begin <= time and before < schedule.end
+    ticked = _ticks(schedule, time) > _ticks(schedule, before)
+    return inside and (ticked or before < schedule.begin)
+
+
+def _ticks(schedule: Schedule, time: float) -> int:
+    return int((time - schedule.begin) / schedule.frequency + 1e-9)
+
+
+def every(frequency: float, unit: str, per_epoch: int) -> float:
+    """A frequency in steps, whole or not."""
+    return frequency * per_epoch if unit == "epochs" else frequency
+
+
+def strikes(step: int, frequency: float) -> bool:
+    """Whether a whole number of ``frequency`` is reached with ``step``.
+
+    Example:
+        >>> [t for t in range(1, 9) if strikes(t, 2.5)]
+        [3, 5, 8]
+    """
+    return int(step / frequency + 1e-9) > int((step - 1) / frequency + 1e-9)
+
+
+def training_length(recipe: Recipe, steps_per_epoch: int | None, steps: int | None) -> int | None:
+    """Optimizer steps of the training: given, or those of the recipe's fine-tuning step.
+
+    Example:
+        >>> from secateur.drive.recipe import gmp
+        >>> training_length(gmp(epochs=2.5), 10, None), training_length(Recipe(), None, None)
+        (25, None)
+    """
+    if steps is not None or recipe.finetune is None or not steps_per_epoch:
+        return steps
+    return max(1, math.ceil(recipe.finetune.epochs * steps_per_epoch - 1e-9))
+
+
+def require_time(recipe: Recipe, steps_per_epoch: int | None, length: int | None) -> None:
+    """Refuse units that cannot be counted and what would come after the end of training.
+
+    Raises:
+        UsageError: With the times.
+    """
+    schedule, part = recipe.schedule, recipe.regrow
+    if schedule.unit == "rounds":
+        raise UsageError(
+            f"Gradual(schedule={type(schedule).__name__})",
+            "its unit is rounds",
+            "inside a training loop time is counted in steps or epochs",
+            "write e.g. Polynomial(begin=0, end=1000, frequency=100)",
+        )
+    if "epochs" in (schedule.unit, getattr(part, "unit", "")) and not steps_per_epoch:
+        raise UsageError(
+            "Gradual(...) with a schedule or an exchange in epochs",
+            "steps_per_epoch is not given",
+            "the pruner only sees steps",
+            "pass steps_per_epoch=len(loader)",
+        )
+    per_epoch = steps_per_epoch or 1
+    end = every(schedule.end, schedule.unit, per_epoch)
+    if length is not None and end > length + 1e-6:
+        raise UsageError(
+            f"a schedule that ends at {schedule.unit[:-1]} {schedule.end:g}",
+            f"training ends after {length} steps, and that is step {end:g}",
+            "the target would never be reached",
+            "shorten the schedule or train longer",
+        )
+    if not isinstance(part, Regrow):
+        return
+    if length is None:
+        raise UsageError(
+            f"Regrow(end={part.end:g})",
+            "the length of the training is not known",
+            "the end, and the cosine of the fraction, are shares of it",
+            "pass steps=, the number of optimizer steps of the whole training",
+        )
+    first = every(part.frequency, part.unit, per_epoch)
+    if math.ceil(first - 1e-9) > part.end * length:
+        raise UsageError(
+            f"Regrow(frequency={part.frequency:g}, unit={part.unit!r}, end={part.end:g})",
+            f"the first exchange would be at step {first:g}, and the last may be at step "
+            f"{part.end * length:g} of {length}",
+            "nothing would ever be exchanged",
+            "give a smaller frequency, or train longer",
+        )

@@ -1,0 +1,133 @@
+"""Top-KAST inside a training loop: the weights outside the forward pass, and their decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.masks import Masks
+from secateur.core.select import keep_top
+from secateur.core.weight import Weight
+from secateur.drive.decide import spread
+from secateur.drive.recipe import Recipe
+from secateur.drive.training.regrow import TopKast
+from secateur.drive.training.timing import every, strikes
+
+
+class Superset:
+    """The values and masks beside A that Top-KAST trains with; lives in hooks of the optimizer.
+
+    Between steps the model holds A alone. Just before the optimizer's step the values of B come
+    back and gradients outside B are cleared; just after it they are kept here again.
+
+    Args:
+        model: Its weights are still dense.
+        optimizer: The caller's.
+        names: Of the weights that take part.
+        part: M and the frequency.
+        per_epoch: Steps of an epoch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        names: Sequence[str],
+        part: TopKast,
+        per_epoch: int,
+    ) -> None:
+        self._model, self._part, self._per_epoch = model, part, per_epoch
+        self._values = {n: model.get_parameter(n).detach().clone() for n in names}
+        self._narrow = {n: torch.ones_like(v, dtype=torch.bool) for n, v in self._values.items()}
+        self.wide = dict(self._narrow)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def is_due(self, step: int) -> bool:
+        """Whether A and B are chosen anew at ``step``."""
+        return step > 0 and strikes(
+            step, every(self._part.frequency, self._part.unit, self._per_epoch)
+        )
+
+    def dense(self, found: Sequence[Weight]) -> list[Weight]:
+        """The weights with all their values."""
+        return [replace(weight, value=self._values[weight.name]) for weight in found]
+
+    @torch.no_grad()
+    def widen_(
+        self,
+        found: Sequence[Weight],
+        groups: Mapping[str, Tensor],
+        levels: Mapping[str, float],
+        recipe: Recipe,
+        masks: Masks,
+    ) -> None:
+        """Choose B around the new A, and bring the values of A to the model."""
+        for weight in found:
+            ranks, quota = groups[weight.name], recipe.pattern.quota
+            most, level = ranks.shape[1], levels[weight.name]
+            least = quota(most, level)
+            keep = min(most, max(least + 1, quota(most, max(0.0, level - self._part.extra))))
+            self.wide[weight.name] = spread(keep_top(ranks, keep), weight, recipe)
+            self._narrow[weight.name] = masks[weight.name]
+        self._show()
+
+    def _show(self) -> None:
+        for name, values in self._values.items():
+            parameter = self._model.get_parameter(name)
+            parameter.copy_(values.masked_fill(~self._narrow[name], 0))
+
+    @torch.no_grad()
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        for name, values in self._values.items():
+            parameter, wide = self._model.get_parameter(name), self.wide[name]
+            parameter.copy_(values.masked_fill(~wide, 0))
+            gradient, group = parameter.grad, groups.get(parameter)
+            if gradient is None or group is None:
+                continue
+            gradient.masked_fill_(~wide, 0)
+            narrow = self._narrow[name]
+            density = float(narrow.float().mean())
+            more = group.get("weight_decay", 0.0) * (1 / density - 1)  # the optimizer adds the rest
+            if not more:
+                continue
+            outside = (wide & ~narrow).to(values.dtype)
+            if _decouples(optimizer, group):
+                parameter.mul_(1 - group["lr"] * more * outside)
+            else:
+                gradient.add_(parameter * outside, alpha=more)
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        for name, values in self._values.items():
+            parameter, wide = self._model.get_parameter(name), self.wide[name]
+            values.copy_(torch.where(wide, parameter, values))
+            parameter.masked_fill_(~self._narrow[name], 0)
+
+    def remove(self) -> None:
+        """End: take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values outside A, and B."""
+        return {"values": dict(self._values), "wide": dict(self.wide)}
+
+    def load_state_dict(self, state: Mapping[str, Any], masks: Masks) -> None:
+        """Go on from a state; ``masks`` is A."""
+        for name, values in self._values.items():
+            values.copy_(state["values"][name])
+            self.wide[name] = state["wide"][name].to(values.device)
+            self._narrow[name] = masks[name]
+
+
+def _decouples(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay acts on the values and not through the gradient."""
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))

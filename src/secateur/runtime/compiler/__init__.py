@@ -1,0 +1,1 @@
+"""The compiler: from an ordinary ONNX file to one whose sparse layers run in our operators."""

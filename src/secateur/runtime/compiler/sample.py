@@ -1,0 +1,211 @@
+"""Inputs to time and check a model with, made from what its graph says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from secateur.core.errors import UsageError
+from secateur.runtime.compiler.graph import Graph, standard
+
+_IMAGE, _SEQUENCE = 224, 128
+# An embedding that nobody can be seen to look up still has this many rows.
+_FEW = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How large the inputs are, and what is in them.
+
+    Args:
+        batch: Size of an axis that is open, and first.
+        shapes: Whole shapes of inputs by name; other open axes get 128 (a sequence) or 224 (an
+            image).
+        values: Whole inputs by name.
+        seed: Of the random numbers.
+
+    Example:
+        >>> Sample(batch=8, shapes={"ids": (8, 64)}).batch
+        8
+    """
+
+    batch: int = 1
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    seed: int = 0
+
+    def feeds(self, graph: Graph) -> dict[str, np.ndarray]:
+        """One array for each input of a graph.
+
+        Raises:
+            UsageError: A shape or value was given for an input that is not there, or does not fit.
+        """
+        inputs = {i.name: i for i in graph.model.graph.input}
+        for name in (*self.shapes, *self.values):
+            if name not in inputs:
+                raise UsageError(
+                    f"a shape or value for the input {name!r}",
+                    f"the inputs are {', '.join(map(repr, inputs))}",
+                    "there is none of that name",
+                    "use one of these names",
+                )
+        rng = np.random.default_rng(self.seed)
+        axes = _names(inputs, self)
+        made = {}
+        for name, value in inputs.items():
+            shape = self._shape(name, value, axes)
+            made[name] = (
+                self.values[name] if name in self.values else _filled(graph, value, shape, rng)
+            )
+        return made
+
+    def larger(self, graph: Graph) -> Sample | None:
+        """Other sizes for the same graph; None if every axis is fixed, or was given whole."""
+        if self.values:
+            return None
+        one, two = self.feeds(graph), Sample(self.batch + 1, self.shapes, seed=self.seed + 1)
+        if all(two.feeds(graph)[name].shape == array.shape for name, array in one.items()):
+            return None
+        return two
+
+    def _shape(self, name: str, value: Any, axes: Mapping[str, int]) -> tuple[int, ...]:
+        declared = value.type.tensor_type.shape.dim
+        if name in self.values:
+            return tuple(self.values[name].shape)
+        if name in self.shapes:
+            given = tuple(self.shapes[name])
+            fits = len(given) == len(declared) and all(
+                not d.dim_value or d.dim_value == n for d, n in zip(declared, given, strict=True)
+            )
+            if not fits:
+                known = "x".join(d.dim_param or str(d.dim_value or "?") for d in declared)
+                raise UsageError(
+                    f"the shape {'x'.join(map(str, given))} for the input {name!r}",
+                    f"the model declares {known}",
+                    "fixed axes cannot change",
+                    "give a shape that fits",
+                )
+            return given
+        rank = len(declared)
+        return tuple(
+            d.dim_value or axes.get(d.dim_param, self._open(i, rank))
+            for i, d in enumerate(declared)
+        )
+
+    def _open(self, axis: int, rank: int) -> int:
+        """Size of an open axis."""
+        if axis == 0 and rank > 1:
+            return self.batch
+        return _IMAGE if rank == 4 and axis > 1 else _SEQUENCE
+
+
+def _names(inputs: Mapping[str, Any], sample: Sample) -> dict[str, int]:
+    """Sizes of named axes: those that were given, and the batch wherever its name appears."""
+    sizes: dict[str, int] = {}
+    given = {**sample.shapes, **{name: value.shape for name, value in sample.values.items()}}
+    for first in (True, False):
+        for name, value in inputs.items():
+            dims = value.type.tensor_type.shape.dim
+            for axis, dim in enumerate(dims):
+                if not dim.dim_param:
+                    continue
+                if first and name in given and axis < len(given[name]):
+                    sizes.setdefault(dim.dim_param, given[name][axis])
+                elif not first and axis == 0 and len(dims) > 1:
+                    sizes.setdefault(dim.dim_param, sample.batch)
+    return sizes
+
+
+def _filled(
+    graph: Graph, value: Any, shape: tuple[int, ...], rng: np.random.Generator
+) -> np.ndarray:
+    import onnx
+
+    if not value.type.HasField("tensor_type"):
+        raise _not_made_up(value.name, value.type.WhichOneof("value"))
+    kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    name = value.name.lower()
+    if "mask" in name or kind == np.bool_:
+        return np.ones(shape, kind)
+    if np.issubdtype(kind, np.floating):
+        return np.asarray(rng.standard_normal(shape), kind)
+    if not np.issubdtype(kind, np.integer):
+        raise _not_made_up(value.name, kind)
+    if "type" in name or "segment" in name:
+        return np.zeros(shape, kind)
+    if "position" in name and shape:
+        return np.broadcast_to(np.arange(shape[-1], dtype=kind), shape).copy()
+    return np.asarray(rng.integers(0, _rows(graph, value.name), shape), kind)
+
+
+def _not_made_up(name: str, kind: object) -> UsageError:
+    return UsageError(
+        f"a value for the input {name!r}",
+        f"its type is {kind}",
+        "only arrays of numbers can be made up",
+        "from Python, give it: Sample(values={...})",
+    )
+
+
+def _rows(graph: Graph, name: str) -> int:
+    """How many rows a table has in which an input is looked up."""
+    found = []
+    for index in graph.users.get(name, ()):
+        node = graph.nodes[index]
+        if standard(node, "Cast", "Identity", "Reshape"):
+            found.append(_rows(graph, node.output[0]))
+        elif standard(node, "Gather") and node.input[1] == name:
+            table = graph.constant(node.input[0])
+            if table is not None and table.ndim > 1:
+                found.append(int(table.shape[0]))
+    return min(found, default=_FEW)
+
+
+def concrete_shapes(
+    graph: Graph, names: Iterable[str], feeds: Mapping[str, np.ndarray]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes that values have for these inputs, found by running the model once.
+
+    Raises:
+        UsageError: The model does not run on these inputs.
+    """
+    import onnx
+    import onnxruntime
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    del model.graph.output[:]
+    wanted = sorted(set(names))
+    for i, name in enumerate(wanted):
+        out = f"secateur.shape.{i}"
+        model.graph.node.append(onnx.helper.make_node("Shape", [name], [out]))
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info(out, onnx.TensorProto.INT64, None)
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        opened = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        inside = {i.name for i in opened.get_inputs()}
+        found = opened.run(None, {k: v for k, v in feeds.items() if k in inside})
+    except Exception as error:
+        raise not_running(feeds, error) from error
+    return {name: tuple(map(int, shape)) for name, shape in zip(wanted, found, strict=True)}
+
+
+def not_running(feeds: Mapping[str, np.ndarray], error: Exception) -> UsageError:
+    """What to say when a model does not run on its sample."""
+    shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in feeds.items())
+    first = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    return UsageError(
+        f"running the model on inputs of shape {shapes}",
+        f"ONNX Runtime refuses ({first})",
+        "open axes were given sizes that may not suit the model",
+        "give sizes that do: --batch N, --shape NAME=1x128",
+    )

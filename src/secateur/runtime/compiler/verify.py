@@ -1,0 +1,144 @@
+"""Whether two models compute the same, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from secateur.core.errors import DataError
+from secateur.runtime.compiler.graph import Graph
+from secateur.runtime.compiler.sample import Sample, not_running
+from secateur.runtime.race import open_session
+
+#: Largest difference that a compiled model may have, relative to the largest output.
+TOLERANCE = 1e-3
+#: The same where layers may multiply float16, whose numbers have eleven bits.
+HALF_TOLERANCE = 3e-2
+# Samples that predictions are compared on.
+_SAMPLES = 8
+# Two numbers that differ by rounding may fall on either side of a decision (the largest class, a
+# threshold), so of whole numbers a few may differ.
+_DECISIONS = 0.01
+
+
+def largest_error(expected: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> float:
+    """Largest difference of any output, relative to its largest number.
+
+    Shapes that differ, a NaN on one side only, or more than 1 % of whole numbers that differ, are
+    an infinite error.
+
+    Example:
+        >>> largest_error([np.array([1.0, -4.0])], [np.array([1.0, -4.2])])
+        0.05
+        >>> largest_error([np.ones(3)], [np.ones(4)])
+        inf
+    """
+    worst = 0.0
+    for a, b in zip(expected, got, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if a.dtype.kind != "f":
+            if a.size and np.mean(a != b) > _DECISIONS:
+                return float("inf")
+            continue
+        a, b = a.astype(np.float64), b.astype(np.float64)  # noqa: PLW2901 - to the end of the loop
+        finite = np.isfinite(a)
+        if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+            return float("inf")
+        if not np.isfinite(b[finite]).all():
+            return float("inf")
+        scale = float(np.abs(a[finite]).max(initial=0.0)) or 1.0
+        worst = max(worst, float(np.abs(a - b)[finite].max(initial=0.0)) / scale)
+    return round(worst, 12)
+
+
+def compiled_error(
+    graph: Graph, compiled: Any, sample: Sample, *, threads: int | None
+) -> tuple[float, int]:
+    """Error of a compiled model on a sample, and on a larger one if the model takes any size.
+
+    Args:
+        graph: The dense model.
+        compiled: What should compute the same.
+        sample: The first inputs.
+        threads: Of ONNX Runtime.
+
+    Returns:
+        The error, and on how many samples it was measured.
+
+    Raises:
+        UsageError: The dense model does not run on the sample.
+        DataError: The compiled model does not run, and the dense one does.
+    """
+    dense, sparse = open_session(graph.model, threads), open_session(compiled, threads)
+    worst, count = 0.0, 0
+    for inputs in (sample, sample.larger(graph)):
+        if inputs is None:
+            break
+        feeds = inputs.feeds(graph)
+        try:
+            expected = dense.run(None, feeds)
+        except Exception as error:
+            if count:  # some models declare an axis open that is not
+                break
+            raise not_running(feeds, error) from error
+        worst = max(worst, largest_error(expected, _run(sparse, feeds)))
+        count += 1
+    return worst, count
+
+
+def agreement(graph: Graph, compiled: Any, sample: Sample, *, threads: int | None) -> float:
+    """Share of predictions that two models have in common, on random inputs.
+
+    A prediction is where the largest number of the first output is along its last axis longer than
+    one, for each sample and token.
+
+    Args:
+        graph: The dense model.
+        compiled: The other one.
+        sample: Sizes of the inputs.
+        threads: Of ONNX Runtime.
+    """
+    dense, sparse = open_session(graph.model, threads), open_session(compiled, threads)
+    same: list[np.ndarray] = []
+    for seed in range(_SAMPLES):
+        feeds = replace(sample, seed=seed).feeds(graph)
+        a, b = dense.run(None, feeds)[0], _run(sparse, feeds)[0]
+        axes = [i for i, n in enumerate(a.shape) if n > 1 and i]
+        axis = axes[-1] if axes else -1
+        same.append((a.argmax(axis) == b.argmax(axis)).ravel())
+    return float(np.concatenate(same).mean())
+
+
+def require_same(error: float, asked: str, tolerance: float = TOLERANCE) -> None:
+    """Refuse a model that computes something else.
+
+    Raises:
+        DataError: The error is above the tolerance, or no number.
+
+    Example:
+        >>> require_same(1e-6, "compiling")
+    """
+    if not error <= tolerance:
+        raise DataError(
+            asked,
+            f"the compiled model differs from the dense one by {error:.2g} of the largest output",
+            f"rounding stays below {tolerance:g}",
+            "this is a defect; the file was not kept. Report it with the model",
+        )
+
+
+def _run(session: Any, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    try:
+        return list(session.run(None, dict(feeds)))
+    except Exception as error:
+        shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in feeds.items())
+        raise DataError(
+            f"running the compiled model on {shapes}",
+            f"it fails ({(str(error).strip().splitlines() or [''])[0][:300]})",
+            "the dense model runs on the same inputs",
+            "this is a defect; report it with the model",
+        ) from error

@@ -1,0 +1,156 @@
+"""Which layers to replace, decided with the whole model.
+
+A dense convolution alone pays for ONNX Runtime's change of layout, before and after; among dense
+neighbours it does not. So what layers took alone only gives a few plans to start from. The fastest
+is then improved layer by layer, as long as the whole model gets faster by more than its noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from secateur.runtime.compiler.choose import Timed
+from secateur.runtime.compiler.graph import Graph
+from secateur.runtime.compiler.rewrite import sparse_model
+from secateur.runtime.race import Raced, open_session, race, runner
+
+#: What is not faster by more than this is a tie; ties go to dense.
+NEAR_TIE = 0.03
+# Of the careful plan.
+_CLEAR = 0.15
+# Of the eager plan: what a layer may lose alone, because dense neighbours would cost it a change of
+# layout. The same bounds, widened, say for which layers another try is worth its time.
+_EAGER = -0.25
+_DOUBTFUL = (0.5, 2.5)
+DENSE = "dense"
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to replace layers, and how long the whole model takes so.
+
+    Args:
+        name: What the layers have in common; ``"dense"`` if there are none.
+        layers: Those that are replaced.
+        model: The ONNX model.
+        dense_ms: Median of the dense model; None if nothing was timed.
+        sparse_ms: Median of this one.
+        speedup: Median ratio of paired runs.
+    """
+
+    name: str
+    layers: tuple[Timed, ...]
+    model: Any
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    speedup: float | None = None
+
+    @staticmethod
+    def of(graph: Graph, name: str, layers: Sequence[Timed]) -> Plan:
+        """A plan that was not timed."""
+        chosen = [(t.site, t.best, t.positions) for t in layers if t.best is not None]
+        return Plan(name, tuple(layers), sparse_model(graph, chosen))
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How whole models are timed.
+
+    Args:
+        feeds: Their inputs.
+        threads: Of ONNX Runtime.
+        seconds: For all of it, about.
+        progress: Called with a stage, what is done, and how much there is.
+    """
+
+    feeds: Mapping[str, np.ndarray]
+    threads: int | None
+    seconds: float
+    progress: Progress | None = None
+
+    def runner(self, model: Any) -> Callable[[], None]:
+        """Runs a model once."""
+        return runner(open_session(model, self.threads), self.feeds)
+
+    def race(self, runners: Sequence[Callable[[], None]], share: float, drop: bool = True) -> Raced:
+        """Time runners for a share of the seconds."""
+        return race(runners, seconds=share * self.seconds, drop=drop)
+
+    def say(self, stage: str, done: float, total: float) -> None:
+        """Report how far it is."""
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+def fastest(graph: Graph, timed: Sequence[Timed], clock: Clock) -> Plan:
+    """The fastest whole model; the dense one unless another is faster by more than a tie."""
+    clock.say("timing the model", 0, 3)
+    dense = clock.runner(graph.model)
+    tried = [Plan(DENSE, (), graph.model)]
+    tried += [Plan.of(graph, name, layers) for name, layers in plans(timed).items()]
+    runners = [dense, *(clock.runner(plan.model) for plan in tried[1:])]
+    raced = clock.race(runners, 0.3)
+    best = min(range(len(tried)), key=raced.ratio)
+    clock.say("timing the model", 1, 3)
+    plan = _climbed(graph, timed, tried[best], runners[best], clock)
+    clock.say("timing the model", 2, 3)
+    if not plan.layers:
+        both = raced.median(0)
+        return Plan(DENSE, (), sparse_model(graph, ()), both, both, 1.0)
+    # Once more, by itself: the best of many is partly luck.
+    raced = clock.race([dense, clock.runner(plan.model)], 0.2, drop=False)
+    clock.say("timing the model", 3, 3)
+    if raced.ratio(1) > 1 - NEAR_TIE:
+        return Plan(DENSE, (), sparse_model(graph, ()), raced.median(0), raced.median(0), 1.0)
+    times = raced.median(0), raced.median(1), 1 / raced.ratio(1)
+    return Plan(plan.name, plan.layers, plan.model, *times)
+
+
+def plans(timed: Sequence[Timed]) -> dict[str, tuple[Timed, ...]]:
+    """Sets of layers worth trying together, by name; equal sets once, and never the empty one."""
+    wins = [t for t in timed if t.best is not None and t.ratio < 1 - NEAR_TIE]
+    tried = {
+        "all that win": wins,
+        "all that win, depthwise dense": [t for t in wins if not t.site.depthwise],
+        "clear wins": [t for t in wins if t.ratio < 1 - _CLEAR],
+        "near losses, too": [t for t in timed if t.best is not None and t.ratio < 1 - _EAGER],
+    }
+    seen: set[tuple[int, ...]] = {()}
+    kept = {}
+    for name, layers in tried.items():
+        numbers = tuple(layer.site.nodes[0] for layer in layers)
+        if numbers not in seen:
+            kept[name] = tuple(layers)
+        seen.add(numbers)
+    return kept
+
+
+def _climbed(
+    graph: Graph, timed: Sequence[Timed], plan: Plan, run: Callable[[], None], clock: Clock
+) -> Plan:
+    """Try the other choice for each kind of layer in doubt, and keep what is surely faster."""
+    groups: dict[int, list[Timed]] = {}
+    for layer in timed:
+        if layer.best is not None and _DOUBTFUL[0] < layer.ratio < _DOUBTFUL[1]:
+            groups.setdefault(id(layer.timings), []).append(layer)
+    # The most time first.
+    order = sorted(groups.values(), key=lambda g: -len(g) * g[0].timings[0].ms)
+    start = time.perf_counter()
+    for group in order:
+        if time.perf_counter() - start > 0.5 * clock.seconds:
+            break
+        numbers = {layer.site.nodes[0] for layer in group}
+        rest = [layer for layer in plan.layers if layer.site.nodes[0] not in numbers]
+        flipped = rest if len(rest) < len(plan.layers) else [*plan.layers, *group]
+        other = Plan.of(graph, "tuned", sorted(flipped, key=lambda t: t.site.nodes[0]))
+        other_run = clock.runner(other.model)
+        if clock.race([run, other_run], 0.02, drop=False).ratio_range(1)[1] < 1.0:
+            plan, run = other, other_run
+    return plan
