@@ -214,6 +214,24 @@ def test_leap_reaches_its_target_within_one_point(sparsity: float, grain: Any) -
     )
 
 
+@pytest.mark.parametrize("grain", ["element", "row", (8, 8)])
+def test_leap_can_start_from_the_masks_of_magnitude(grain: Any) -> None:
+    squares = {n: w.detach().square() for n, w in network().named_parameters()}
+    masks = begin(Leap(0.75, grain, sigma=math.log(1 / 3), start="magnitude"))[2].masks
+    assert masks
+    for name, mask in masks.items():
+        down, across = {"element": (1, 1), "row": (1, mask.shape[1])}.get(str(grain), (8, 8))
+        tiles = squares[name].reshape(mask.shape[0] // down, down, -1, across).sum((1, 3))
+        kept = mask.reshape(mask.shape[0] // down, down, -1, across).all(3).all(1)
+        assert abs(int(kept.sum()) - 0.25 * kept.numel()) <= 1
+        assert float(tiles[kept].min()) >= float(tiles[~kept].max())
+
+
+def test_another_start_of_leap_is_refused() -> None:
+    with pytest.raises(UsageError, match="'zero' or at 'magnitude'"):
+        Leap(0.9, start="random")
+
+
 def test_a_missed_target_is_noted() -> None:
     net, optimizer, learned = begin(Leap(0.9))
     train(net, optimizer, learned, batches(3))
@@ -260,7 +278,7 @@ def test_a_state_of_another_learner_is_refused() -> None:
 
 def test_the_optimizer_gets_a_group_and_loses_it_again() -> None:
     net, optimizer, learned = begin(Leap.short(0.8, lr=0.123))
-    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.123, 0.2]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.123, 0.1]
     train(net, optimizer, learned, batches(2))
     learned.harden()
     assert len(optimizer.param_groups) == 1

@@ -88,6 +88,12 @@ class Tiling:
             wide = tall.reshape(self._whole)
         return self.weight.like(wide)
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Means of the tiles of ``values``, which has the weight's own shape."""
+        (down, across), (rows, columns) = self.shape, self.sides
+        matrix = Weight(self.weight.name, values, self.weight.axes).matrix()
+        return matrix.reshape(down, rows, across, columns).mean((1, 3))
+
 
 def sides_of(grain: Grain) -> tuple[int, int]:
     """Sides of one tile as given, 0 for a whole axis.

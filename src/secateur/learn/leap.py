@@ -24,6 +24,7 @@ class LeapMask(nn.Module):
     Args:
         tiling: Which entries share a score.
         sigma: First value of the threshold; the share is its sigmoid.
+        scores: First values; by default zeros.
 
     Example:
         >>> from secateur.core.weight import LINEAR, Weight
@@ -32,10 +33,10 @@ class LeapMask(nn.Module):
         [[1.0, 2.0], [0.0, 0.0]]
     """
 
-    def __init__(self, tiling: Tiling, sigma: float = 10.0) -> None:
+    def __init__(self, tiling: Tiling, sigma: float = 10.0, scores: Tensor | None = None) -> None:
         super().__init__()
         self.tiling = tiling
-        self.scores = nn.Parameter(torch.zeros(tiling.shape))
+        self.scores = nn.Parameter(torch.zeros(tiling.shape) if scores is None else scores)
         self.sigma = nn.Parameter(torch.tensor(float(sigma)))
 
     @property
@@ -84,11 +85,12 @@ class Leap:
     **Source** Yao et al., arXiv 2105.14636
     **Differs** R counts the entries of the masked weights for every grain; the source counts rows
     of attention and feed-forward layers by a formula of their own. Thresholds are trained without
-    momentum, which would carry them past the target, and the penalty never brings them back
+    momentum, which would carry them past the target, and the penalty never brings them back.
+    ``start="magnitude"`` is ours: the source starts all scores at zero
 
     The defaults are made for tens of thousands of steps of Adam, which remembers the gradients of
-    the beginning, a thousand times larger than those near the target. For a few hundred steps see
-    :meth:`short`.
+    the beginning, a thousand times larger than those near the target. In a few hundred steps scores
+    that started at zero are still noise when the thresholds cut: for those see :meth:`short`.
 
     Args:
         sparsity: Share of the masked weights that shall be zero.
@@ -99,6 +101,8 @@ class Leap:
         lambda_min: λ is not smaller than this ...
         lambda_rest: ... until the target is almost reached; then it is this.
         sigma: First value of the thresholds; at 10 practically all weights stay.
+        start: First scores: ``"zero"``, or ``"magnitude"``, the root mean square of what shares a
+            score, with mean 0 and variance 1 over each weight.
 
     Example:
         >>> how = Leap(sparsity=0.75)
@@ -114,6 +118,7 @@ class Leap:
     lambda_rest: float = 10.0
     sigma: float = 10.0
     threshold_lr: float | None = None
+    start: str = "zero"
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -123,21 +128,39 @@ class Leap:
                 "sparsity is the share of zeros to reach",
                 "write e.g. 0.9",
             )
+        if self.start not in ("zero", "magnitude"):
+            raise UsageError(
+                f"Leap(start={self.start!r})",
+                "scores start at 'zero' or at 'magnitude'",
+                "all scores equal, or those of magnitude pruning",
+                "write one of the two",
+            )
         sides_of(self.grain)
 
     @staticmethod
-    def short(sparsity: float = 0.9, grain: Grain = "element", *, lr: float = 1e-2) -> Leap:
+    def short(
+        sparsity: float = 0.9, grain: Grain = "element", *, steps: int = 200, lr: float = 1e-2
+    ) -> Leap:
         """LEAP for trainings of a few hundred steps of Adam.
 
-        The thresholds start where 2 % are pruned and move by up to 0.2 a step, and the penalty does
-        not grow weak near the target: from 150 steps on it is reached within half a point.
+        Scores start at magnitude. The thresholds start where 2 % are pruned and move by up to
+        20 / ``steps`` (at most 0.2) a step, so that 90 % are pruned after a third of the steps. The
+        penalty does not grow weak near the target: from 150 steps on it is reached within half a
+        point.
+
+        Args:
+            sparsity: Share of the masked weights that shall be zero.
+            grain: As above.
+            steps: Of the training.
+            lr: Learning rate of the scores.
 
         Example:
-            >>> Leap.short(0.8).lambda_rest
-            3000.0
+            >>> Leap.short(0.8, steps=400).threshold_lr
+            0.05
         """
-        fast = {"sigma": 4.0, "threshold_lr": 0.2, "lambda_min": 3000.0, "lambda_rest": 3000.0}
-        return Leap(sparsity, grain, lr=lr, **fast)
+        fast = {"sigma": 4.0, "lambda_min": 3000.0, "lambda_rest": 3000.0}
+        rate = min(0.2, 20 / max(steps, 1))
+        return Leap(sparsity, grain, lr=lr, threshold_lr=rate, start="magnitude", **fast)
 
     @property
     def penalised(self) -> bool:
@@ -156,7 +179,9 @@ class Leap:
 
     def part(self, slot: Slot, weight: nn.Parameter) -> LeapMask:
         """The mask of one weight, on its device."""
-        return LeapMask(tiling(slot, weight, self.grain), self.sigma).to(weight.device)
+        tiles = tiling(slot, weight, self.grain)
+        scores = _sizes(tiles, weight) if self.start == "magnitude" else None
+        return LeapMask(tiles, self.sigma, scores).to(weight.device)
 
     def groups(self, parts: Sequence[LeapMask]) -> list[dict[str, Any]]:
         """Scores, and thresholds without momentum (of SGD or Adam)."""
@@ -183,3 +208,10 @@ class Leap:
         shares = torch.stack([part.share() * (part.size / total) for part in parts])
         remaining = shares.sum()
         return self.strength(float(remaining.detach())) * self.excess(remaining)
+
+
+@torch.no_grad()
+def _sizes(tiles: Tiling, weight: Tensor) -> Tensor:
+    """Root mean squares of the tiles, with mean 0 and variance 1."""
+    found = tiles.mean(weight.detach().float().square()).sqrt()
+    return (found - found.mean()) / found.std(correction=0).clamp(min=1e-12)
