@@ -278,7 +278,7 @@ def test_a_state_of_another_learner_is_refused() -> None:
 
 def test_the_optimizer_gets_a_group_and_loses_it_again() -> None:
     net, optimizer, learned = begin(Leap.short(0.8, lr=0.123))
-    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.123, 0.1]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.123, 0.2]
     train(net, optimizer, learned, batches(2))
     learned.harden()
     assert len(optimizer.param_groups) == 1

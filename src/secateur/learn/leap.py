@@ -144,7 +144,7 @@ class Leap:
         """LEAP for trainings of a few hundred steps of Adam.
 
         Scores start at magnitude. The thresholds start where 2 % are pruned and move by up to
-        20 / ``steps`` (at most 0.2) a step, so that 90 % are pruned after a third of the steps. The
+        40 / ``steps`` (at most 0.2) a step, so that most is pruned in the first third of the steps. The
         penalty does not grow weak near the target: from 150 steps on it is reached within half a
         point.
 
@@ -155,11 +155,11 @@ class Leap:
             lr: Learning rate of the scores.
 
         Example:
-            >>> Leap.short(0.8, steps=400).threshold_lr
+            >>> Leap.short(0.8, steps=800).threshold_lr
             0.05
         """
         fast = {"sigma": 4.0, "lambda_min": 3000.0, "lambda_rest": 3000.0}
-        rate = min(0.2, 20 / max(steps, 1))
+        rate = min(0.2, 40 / max(steps, 1))
         return Leap(sparsity, grain, lr=lr, threshold_lr=rate, start="magnitude", **fast)
 
     @property
