@@ -26,7 +26,7 @@ from bench import cifar, record
 from secateur.allocate import Allocation, Given, Ranked, Uniform
 from secateur.core.atomic import new_file
 from secateur.pattern import Elements, Pattern, PerRow
-from secateur.recover import BatchNorm, ColumnSweep, LeastSquares
+from secateur.recover import BatchNorm, ColumnSweep, FisherUpdate, LeastSquares
 from secateur.schedule import Exponential, OneShot, Schedule
 from secateur.score import (
     CRITERIA,
@@ -39,13 +39,14 @@ from secateur.score import (
     SynFlow,
     Wanda,
     Weighted,
+    WoodFisher,
 )
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 CALIBRATION = 1_024
 # Movement adds up gradients while a network trains, Smoothed averages over mask updates.
 NEEDS_TRAINING = {"movement", "smoothed"}
-SYNFLOW_ROUNDS = 100
+SYNFLOW_ROUNDS, FISHER_ROUNDS = 100, 4
 ELEMENTS, AT_ONCE = Elements(), OneShot()
 MAGNITUDE, SWEEP = "magnitude", "sweep + least squares"
 FAMILIES: dict[str, Allocation] = {"uniform": Uniform(), "global": Ranked()}
@@ -117,6 +118,10 @@ def methods(family: str, sparsity: float) -> dict[str, secateur.Recipe]:
     else:
         rounds = Exponential(begin=1, end=SYNFLOW_ROUNDS, unit="rounds")
         parts["synflow"] = Parts(SynFlow(), schedule=rounds)
+        few, update = Exponential(begin=0, end=FISHER_ROUNDS), (FisherUpdate(),)
+        parts["magnitude mask, fisher update"] = Parts(Magnitude(), steps=update)
+        parts["woodfisher, fisher update"] = Parts(WoodFisher(), steps=update)
+        parts["woodfisher, fisher update, rounds"] = Parts(WoodFisher(), ELEMENTS, update, few)
     return {n: p.recipe(FAMILIES[family], sparsity) for n, p in parts.items()}
 
 

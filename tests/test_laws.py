@@ -43,6 +43,7 @@ from secateur.recover import (
     BiasCorrection,
     ColumnSweep,
     ExactObs,
+    FisherUpdate,
     Integer,
     LeastSquares,
     NoRecovery,
@@ -167,6 +168,7 @@ RECOVERIES_MADE: dict[str, list[Any]] = {
     "least_squares": [LeastSquares()],
     "column_sweep": [ColumnSweep(), ColumnSweep(block=4), ColumnSweep(damp=0.0)],
     "exact_obs": [ExactObs()],
+    "fisher_update": [FisherUpdate(), FisherUpdate(block=7, damp=0.0)],
     "batchnorm": [BatchNorm()],
 }
 LEAST_SQUARES = {"least_squares", "column_sweep", "exact_obs"}

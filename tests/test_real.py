@@ -1,4 +1,4 @@
-"""A real trained language model on real text; skipped where the data folder is absent."""
+"""Real trained networks on real data; skipped where the data folder is absent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur import Data, Recipe, prune, recipes
+from bench import cifar
+from secateur import Data, Recipe, Target, prune, recipes
+from secateur.allocate import Ranked
 from secateur.pattern import NM
+from secateur.recover import FisherUpdate
+from secateur.score import Magnitude, Obd, WoodFisher
 
 WINDOW, CALIBRATION, HELD_OUT = 256, 32, 16
 
@@ -71,3 +75,36 @@ def test_two_of_four_costs_more_than_free_choice(language: Language) -> None:
     bound = language.loss(recipes.sparsegpt(pattern=NM(2, 4)))
     assert free < bound - 0.1
     assert bound < language.loss(Recipe(pattern=NM(2, 4))) - 0.2  # found: 3.10, 3.36 and 3.84
+
+
+@dataclass(frozen=True)
+class Images:
+    """A trained network for CIFAR-10, images to calibrate on, and images that it never saw."""
+
+    model: Any
+    data: Data
+    test: cifar.Split
+
+    def accuracy(self, criterion: Any, sparsity: float, *recovery: Any) -> float:
+        """Percent on the test images, ranked over all layers in one round."""
+        target = Target("sparsity", sparsity)
+        recipe = Recipe(criterion, target=target, allocation=Ranked(), recovery=recovery)
+        model = prune(self.model, recipe, self.data).model
+        return cifar.score(cifar.logits(model, self.test), self.test.labels).accuracy
+
+
+@pytest.fixture(scope="module")
+def images(data_path: Path) -> Images:
+    train, test = cifar.read()
+    chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:128]]
+    batches = [(cifar.normalise(chosen.pixels), chosen.labels)]
+    return Images(cifar.trained(20), Data(train=batches), test)
+
+
+def test_second_order_scores_of_a_resnet_rank_as_published(images: Images) -> None:
+    """Damping relative to each layer's scale gave 58 % where magnitude has 91 %."""
+    magnitude = images.accuracy(Magnitude(), 0.5)
+    assert images.accuracy(WoodFisher(), 0.5) > magnitude - 2.5
+    assert images.accuracy(Obd(), 0.5) > magnitude - 2.5
+    updated = images.accuracy(WoodFisher(), 0.7, FisherUpdate())
+    assert updated > images.accuracy(Magnitude(), 0.7) + 3

@@ -18,6 +18,7 @@ from secateur.recover import (
     BatchNorm,
     ColumnSweep,
     ExactObs,
+    FisherUpdate,
     NoRecovery,
     Recovery,
     Rounding,
@@ -272,15 +273,18 @@ def erk_magnitude(sparsity: float = 0.9) -> Recipe:
 
 
 def woodfisher(sparsity: float = 0.9, rounds: int = 4) -> Recipe:
-    """Block Fisher saliency, ranked globally, re-measured in rounds (arXiv 2004.14340)."""
-    schedule = Exponential(begin=0, end=rounds) if rounds > 1 else OneShot()
+    """Block Fisher saliency, ranked globally, in rounds, with its update (arXiv 2004.14340)."""
     return Recipe(
-        WoodFisher(), target=Target("sparsity", sparsity), allocation=Ranked(), schedule=schedule
+        WoodFisher(),
+        target=Target("sparsity", sparsity),
+        allocation=Ranked(),
+        schedule=Exponential(begin=0, end=rounds) if rounds > 1 else OneShot(),
+        recovery=(FisherUpdate(),),
     )
 
 
 def obd(sparsity: float = 0.9) -> Recipe:
-    """Diagonal Fisher saliency, ranked globally (LeCun et al. 1989)."""
+    """Damped diagonal Fisher saliency, ranked globally (LeCun et al. 1989)."""
     return Recipe(Obd(), target=Target("sparsity", sparsity), allocation=Ranked())
 
 

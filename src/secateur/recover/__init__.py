@@ -8,6 +8,7 @@ from secateur.recover.batchnorm import BatchNorm
 from secateur.recover.bias import BiasCorrection
 from secateur.recover.compensation import Compensation, Moments
 from secateur.recover.exact import ExactObs
+from secateur.recover.fisher import FisherUpdate
 from secateur.recover.least_squares import LeastSquares
 from secateur.recover.recovery import (
     Choose,
@@ -27,6 +28,7 @@ RECOVERIES: dict[str, type] = {
     "least_squares": LeastSquares,
     "column_sweep": ColumnSweep,
     "exact_obs": ExactObs,
+    "fisher_update": FisherUpdate,
     "batchnorm": BatchNorm,
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "ColumnSweep",
     "Compensation",
     "ExactObs",
+    "FisherUpdate",
     "FixedMask",
     "Grid",
     "Integer",

@@ -15,6 +15,10 @@ from secateur.stats import Gradient, SquaredGradient, Stats, WeightGradient
 class Snip:
     r"""Connection sensitivity: how much the loss changes when a weight's mask does.
 
+    Made for networks at initialisation. Where training has ended the mean gradient is close to
+    zero, and what is left of it is noise of the calibration samples; :class:`Taylor` and
+    :class:`~secateur.score.Obd` square single gradients instead, which do not cancel.
+
     **formula** :math:`s = |w\,\bar g|`
     **Shapes** that of the weight
     **Units** loss
@@ -45,11 +49,17 @@ class Snip:
 class Taylor:
     r"""First-order Taylor expansion of the loss, squared and averaged over batches.
 
+    The square is taken before the mean, so gradients of different batches do not cancel. They do
+    within a batch: ``samples=1`` prevents that too, and ranks as ``Obd(damp=0)`` does.
+
     **formula** :math:`s = \frac1m \sum_b (w\, g_b)^2`
     **Shapes** that of the weight
     **Units** loss squared
     **Needs** mean of squared gradients of batches
     **Source** Molchanov et al. 2019, arXiv 1906.10771
+
+    Args:
+        samples: Samples per gradient; by default whole batches, as in the paper.
 
     Example:
         >>> import torch
@@ -61,12 +71,14 @@ class Taylor:
         tensor([[1., 9.]])
     """
 
+    samples: int | None = None
+
     @property
     def needs(self) -> Needs:
-        return frozenset({SquaredGradient(None)})
+        return frozenset({SquaredGradient(self.samples)})
 
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
-        return (weight.value.float().square() * stats(SquaredGradient(None), weight)).float()
+        return weight.value.float().square() * stats(SquaredGradient(self.samples), weight)
 
 
 @dataclass(frozen=True)

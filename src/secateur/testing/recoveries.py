@@ -47,7 +47,11 @@ def check_recovery(
     rows = sample_rows(weight) if rows is None else rows
     stats = Stats()
     for need in {*recovery.needs, Gram(), Moments()}:
-        stats.update(need, weight, rows, rows.shape[1])
+        if need.source == "inputs":
+            stats.update(need, weight, rows, rows.shape[1])
+            continue
+        for gradient in _gradients(weight, rows):
+            stats.update(need, weight, gradient, 1)
     dense, before = weight.matrix(), weight.value.clone()
     kept = torch.ones_like(dense, dtype=torch.bool)
     whole = _run(recovery, weight, stats, kept)
@@ -74,6 +78,16 @@ def check_recovery(
         require(same(again.values, done.values), "is deterministic", recovery, "two calls differ")
         if least_squares:
             _check_error(recovery, weight, stats, done)
+
+
+def _gradients(weight: Weight, rows: Tensor) -> list[Tensor]:
+    """What each input row gives a linear layer: it times a random signal from above."""
+    generator = torch.Generator().manual_seed(len(rows))
+    signal = torch.randn(rows.shape[1], weight.out, generator=generator)
+    found = []
+    for at, upper in enumerate(signal):
+        found.append(weight.like(upper[:, None] * weight.per_row(rows[:, at].float())))
+    return found
 
 
 def _run(recovery: Recovery, weight: Weight, stats: Stats, mask: Tensor) -> Repaired:
