@@ -230,7 +230,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _cut(model: nn.Module, macs: float) -> dict[str, Any]:
-    recipe = secateur.ShrinkRecipe(target=secateur.Target("macs", macs), recovery=())
+    recipe = secateur.ShrinkRecipe(target=secateur.Target("macs", macs), recovery=(), align=1)
     facts = shrink_(model, recipe, EXAMPLE).facts
     return {"widths": {w.name: [w.groups, w.kept] for w in facts.widths}}
 

@@ -29,6 +29,7 @@ ROW: dict[str, Any] = {
     "target": "macs=50%",
     "allocation": "uniform",
     "align": 16,
+    "asked_align": 0,
     "batch": 8,
     "proof": 8e-08,
     "parameters": [1_000, 414],

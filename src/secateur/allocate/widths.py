@@ -14,6 +14,8 @@ from secateur.core.selectors import matches, require_hits
 
 #: name of a width -> groups kept -> what the whole model then costs, in the target's unit.
 Spend = Callable[[Mapping[str, int]], float]
+# A budget of which so much is spent is kept well.
+_FULL = 0.98
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,23 @@ class WidthItem:
         floor = min(self.groups, -(-max(1, self.least) // self.step) * self.step)
         return max(floor, aligned)
 
+    def blocks(self) -> list[int]:
+        """How many groups go at once, from the first time to the last.
+
+        Example:
+            >>> WidthItem("conv", torch.zeros(20), step=8).blocks()
+            [4, 8, 8]
+        """
+        odd = self.groups % self.step
+        return [odd] * bool(odd) + [self.step] * (self.groups // self.step)
+
 
 class WidthAllocation(Protocol):
     """Spreads a budget over widths. Implementations are frozen dataclasses.
 
     Laws: at least one group of every width stays; the budget is kept; one more step of groups in
-    the width that the rule would widen next does not fit.
+    the width that the rule would widen next does not fit; a cut width is a multiple of its step
+    (unless the caller gives the widths).
     """
 
     @property
@@ -143,7 +156,10 @@ class RankedWidths:
     r"""All groups of all widths in one ranking; the lowest go first.
 
     **formula** the largest number of groups, in order of :math:`s_g / \bar s_w` (the score over the
-    mean of its width), divided by what the group costs if ``per_cost``, that fits the limit
+    mean of its width), divided by what the group costs if ``per_cost``, that fits the limit; a
+    block of groups that go at once has the mean of their scores. Where blocks are several groups, or
+    more than 2 % of the limit is left, what fits after all comes back, the last that went first; if
+    2 % are left still, the width that went last stays wider, and the next in the ranking go instead
     **Shapes** a count for each width
     **Units** groups
     **Needs** scores
@@ -184,21 +200,33 @@ class RankedWidths:
         """Find the longest prefix of the ranking that must go."""
         items = with_floor(items, self.floor)
         floor_of(items, spend, limit)
-        order = self._order(items, spend)
-        low, high = 0, len(order)  # removals: too few or just enough, enough
-        while low < high:
-            middle = (low + high) // 2
-            if spend(_without(items, order, middle)) <= limit:
-                high = middle
-            else:
-                low = middle + 1
-        return _without(items, order, high)
+        order, sizes = self._order(items, spend)
+        coarse = any(item.step > 1 for item in items)
+        best: dict[str, int] = {}
+        while spend(_without(items, order, sizes)) <= limit:
+            low, high = 0, len(order)  # removals: too few or just enough, enough
+            while low < high:
+                middle = (low + high) // 2
+                if spend(_without(items, order[:middle], sizes)) <= limit:
+                    high = middle
+                else:
+                    low = middle + 1
+            kept = _without(items, order[:high], sizes)
+            if coarse or spend(kept) < _FULL * limit:
+                kept = _filled(items, order[:high], kept, lambda tried: spend(tried) <= limit)
+            best = kept if not best or spend(kept) > spend(best) else best
+            if high == 0 or spend(best) >= _FULL * limit:
+                break
+            # The block that went last was too large: this width stays, and others go instead.
+            last = (order == order[high - 1]) & (torch.arange(len(order)) >= high - 1)
+            order, sizes = order[~last], sizes[~last]
+        return best
 
-    def _order(self, items: Sequence[WidthItem], spend: Spend) -> Tensor:
-        """Width numbers, in the order in which their lowest groups go."""
+    def _order(self, items: Sequence[WidthItem], spend: Spend) -> tuple[Tensor, Tensor]:
+        """Width numbers, in the order in which their lowest blocks go, and the sizes of these."""
         dense = {item.name: item.groups for item in items}
         whole = spend(dense)
-        ranks, widths = [], []
+        ranks, widths, sizes = [], [], []
         for number, item in enumerate(items):
             scores = item.scores.double().sort().values
             if self.normalise == "mean":
@@ -206,18 +234,40 @@ class RankedWidths:
             if self.per_cost:
                 saved = whole - spend({**dense, item.name: item.groups - 1})
                 scores = scores / max(saved, 1e-12)
-            ranks.append(scores)
-            widths.append(torch.full((item.groups,), number))
-        ranking = torch.cat(ranks).argsort(stable=True)
-        return torch.cat(widths)[ranking]
+            blocks = item.blocks()
+            ranks.append(torch.stack([block.mean() for block in scores.split(blocks)]))
+            widths.append(torch.full((len(blocks),), number))
+            sizes.append(torch.tensor(blocks, dtype=torch.float64))
+        ranking = torch.cat(ranks).argsort(stable=True).cpu()
+        return torch.cat(widths)[ranking], torch.cat(sizes)[ranking]
 
 
-def _without(items: Sequence[WidthItem], order: Tensor, removed: int) -> dict[str, int]:
-    gone = torch.bincount(order[:removed], minlength=len(items)).tolist()
+def _without(items: Sequence[WidthItem], gone: Tensor, sizes: Tensor) -> dict[str, int]:
+    removed = torch.bincount(gone, sizes[: len(gone)], minlength=len(items)).tolist()
     return {
         item.name: item.allowed(item.groups - count)
-        for item, count in zip(items, gone, strict=True)
+        for item, count in zip(items, removed, strict=True)
     }
+
+
+def _filled(
+    items: Sequence[WidthItem],
+    gone: Tensor,
+    kept: dict[str, int],
+    fits: Callable[[Mapping[str, int]], bool],
+) -> dict[str, int]:
+    """What a coarse block left of the budget goes to narrower widths, or to those with fine steps."""
+    done: set[int] = set()
+    for number in reversed(gone.tolist()):
+        item = items[number]
+        wider = min(item.groups, (kept[item.name] // item.step + 1) * item.step)
+        if number not in done and fits({**kept, item.name: wider}):
+            kept = {**kept, item.name: wider}
+        else:
+            done.add(number)
+        if len(done) == len(items):
+            break
+    return kept
 
 
 @dataclass(frozen=True)

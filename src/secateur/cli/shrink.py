@@ -27,7 +27,7 @@ from secateur.frontends.example import example_inputs
 from secateur.frontends.transformers_save import save_transformers
 from secateur.report import comparison_table, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
-from secateur.report.structure import cut_table, proof_text
+from secateur.report.structure import cut_table, proof_text, steps_text
 
 _RECIPE, _TRAIN = options.RECIPE, options.TRAIN
 
@@ -73,8 +73,22 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
     ] = False,
     align: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Widths in multiples of N.", rich_help_panel=_RECIPE),
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Widths in multiples of N; 1: any width. Default: up to 16, as runtimes like it.",
+            rich_help_panel=_RECIPE,
+        ),
     ] = 0,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What measures a latency target: onnxruntime or torch. Default: ONNX Runtime "
+            "where it can.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
     rounds: Annotated[
         int,
         typer.Option(
@@ -120,6 +134,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             {
                 "uniform": uniform,
                 "align": align,
+                "engine": engine,
                 "rounds": 0 if rounds == 1 else rounds,
                 "seed": seed,
             },
@@ -194,9 +209,8 @@ def _report(
     out: Screen, pruned: Pruned, found: Comparison, exported: Exported | None, output: Path
 ) -> None:
     facts = pruned.facts
-    out.show(
-        cut_table(facts), proof_text(facts), comparison_table(found), verdict_text(found.verdict)
-    )
+    out.show(cut_table(facts), steps_text(facts), proof_text(facts))
+    out.show(comparison_table(found), verdict_text(found.verdict))
     # Pinned parts are many and say the same; inspect --structure lists them.
     notes = [note for note in facts.notes if note.topic != "pinned"]
     if notes:

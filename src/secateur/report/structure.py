@@ -119,6 +119,30 @@ def cut_table(facts: Facts) -> Table:
     return table
 
 
+def steps_text(facts: Facts) -> Text:
+    """In which multiples widths were kept, and who said so.
+
+    Example:
+        >>> target = {"unit": "macs", "align": 16}
+        >>> print(steps_text(Facts({"align": 0}, measures={"target": target})))
+        Widths come in multiples of 16, or of up to a quarter of a width below 64, as runtimes like \
+it. align=1 allows any.
+        >>> print(steps_text(Facts({"align": 8}, measures={"target": {**target, "align": 8}})))
+        Widths come in multiples of 8, as the recipe says.
+    """
+    target = facts.measures["target"]
+    step = target["align"]
+    words = f"Widths come in multiples of {step}" if step > 1 else "Widths come in any number"
+    if facts.recipe.get("align"):
+        return Text(f"{words}, as the recipe says.")
+    if target["unit"] == "latency":
+        return Text(f"{words}: the fastest here, as measured.")
+    if step == 1:
+        return Text(f"{words}.")
+    narrow = f"{words}, or of up to a quarter of a width below {4 * step}"
+    return Text(f"{narrow}, as runtimes like it. align=1 allows any.")
+
+
 def proof_text(facts: Facts) -> Text:
     """What was proved, in one sentence.
 

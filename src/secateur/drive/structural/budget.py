@@ -17,12 +17,13 @@ from secateur.core.select import keep_top
 from secateur.core.widths import Width
 from secateur.drive.money import uses
 from secateur.drive.structural.cutting import as_batch
-from secateur.drive.structural.latency_budget import LatencySearch
+from secateur.drive.structural.latency_budget import TOLERANCE, LatencySearch
 from secateur.drive.structural.latency_clock import clock_for
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.uniform import uniform_keep
 from secateur.drive.structural.width_cost import WidthCost, limit_of, width_cost
 from secateur.drive.structural.width_latency import LayerTiming, latency_cost, steps
+from secateur.drive.structural.width_steps import Stepped, WidthSteps
 from secateur.drive.training.finetune import Progress
 from secateur.frontends import discover
 from secateur.runtime.layer_times import LayerTimes
@@ -39,6 +40,7 @@ class ShrinkBudget:
         recipe: With the target and the allocation.
         facts: Told what was reached, and why if it is not the target.
         progress: Called with a stage, the work done and the whole.
+        last: The target of the last round, if this is one of several.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class ShrinkBudget:
     recipe: ShrinkRecipe
     facts: Facts
     progress: Progress
+    last: Target | None = None
 
     def keep(
         self, widths: Sequence[Width], scores: Mapping[str, Tensor], example: Any
@@ -64,7 +67,7 @@ class ShrinkBudget:
         if self.recipe.target.unit == "latency":
             counts = self._by_latency(widths, scores, batch)
         else:
-            counts = self._by_cost(_items(widths, scores, {}, self.recipe.align), scores, batch)
+            counts = self._by_cost(widths, scores, batch)
         return self._groups(scores, counts)
 
     def targets(self, example: Any) -> list[Target]:
@@ -76,11 +79,18 @@ class ShrinkBudget:
         ratio = limit_of(target, dense) / dense
         return [Target(target.unit, dense * ratio ** ((r + 1) / rounds)) for r in range(rounds)]
 
-    def _groups(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    def _groups(
+        self,
+        scores: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        steps: Mapping[str, int] | None = None,
+    ) -> dict[str, Tensor]:
         keep = {
             name: keep_top(scores[name][None].float(), count)[0] for name, count in counts.items()
         }
-        return uniform_keep(self.structure, keep, scores) if self.recipe.uniform else keep
+        if not self.recipe.uniform:
+            return keep
+        return uniform_keep(self.structure, keep, scores, steps)
 
     def _cost(self, batch: Batch) -> WidthCost:
         unit = self.recipe.target.unit
@@ -88,37 +98,46 @@ class ShrinkBudget:
         return width_cost(self.model, self.structure, unit, used)
 
     def _by_cost(
-        self, items: Sequence[WidthItem], scores: Mapping[str, Tensor], batch: Batch
+        self, widths: Sequence[Width], scores: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, int]:
         cost = self._cost(batch)
-        limit = limit_of(self.recipe.target, cost.dense)
-        asked = limit
-        while True:
-            counts = self.recipe.allocation(items, cost, asked)
-            evened = {n: int(f.sum()) for n, f in self._groups(scores, counts).items()}
-            # Widths that are made alike may cost more than what was chosen.
-            if cost(evened) <= limit or asked < limit / 2:
-                break
-            asked *= 0.98
-        self._note_cost(cost, evened, limit)
-        return evened
+        target, last = self.recipe.target, self.last or self.recipe.target
+        # Coarse steps may have taken a round beyond the next one's target already.
+        ahead = self.last is not None and cost.dense <= target.value
+        limit = cost.dense if ahead else limit_of(target, cost.dense)
+        goal = limit if last == target else last.value
+        whole = {width.name: width.groups for width in self.facts.widths}
 
-    def _note_cost(self, cost: WidthCost, counts: Mapping[str, int], limit: float) -> None:
-        spent, unit = cost(counts), self.recipe.target.unit
-        before = self.facts.measures.get("target", {}).get("dense", cost.dense)
+        def allocate(steps: Mapping[str, int]) -> dict[str, int]:
+            items = [WidthItem(w.name, scores[w.name], step=steps[w.name]) for w in widths]
+            asked = limit
+            while True:
+                counts = self.recipe.allocation(items, cost, asked)
+                groups = self._groups(scores, counts, steps)
+                evened = {name: int(flags.sum()) for name, flags in groups.items()}
+                # Widths that are made alike may cost more than what was chosen.
+                if cost(evened) <= limit or asked < limit / 2:
+                    return evened
+                asked *= 0.98
+
+        how = WidthSteps(self.recipe.align, whole)
+        chosen = how.choose(widths, allocate, cost=cost, goal=goal)
+        self._note_cost(cost, chosen, limit, between=last != target)
+        return chosen.kept
+
+    def _note_cost(self, cost: WidthCost, chosen: Stepped, limit: float, *, between: bool) -> None:
+        spent, unit = cost(chosen.kept), self.recipe.target.unit
+        before = self.facts.measures.get("target", {})
         self.facts.measures["target"] = {
             "unit": unit,
-            "dense": before,
+            "dense": before.get("dense", cost.dense),
             "limit": limit,
             "reached": spent,
+            "align": min(before.get("align", chosen.align), chosen.align),
         }
-        if unit == "macs" and not self.recipe.align:
-            text = (
-                "runtimes compute channels in blocks, often of 16: with align=16 the same "
-                "multiply-adds can run much faster, and a latency target measures it"
-            )
-            self.facts.note("hint", "", text)
-        if abs(spent - limit) > 0.02 * limit:
+        if chosen.why:
+            self.facts.note("widths", "", chosen.why)
+        if abs(spent - limit) > TOLERANCE * limit and not between:
             text = (
                 f"asked for {limit:,.4g} {unit}, reached {spent:,.4g}: groups are whole heads or "
                 "channels, and the next one would have gone beyond"
@@ -139,24 +158,17 @@ class ShrinkBudget:
             lambda done, total: self.progress("timing layers", done, total),
         )
         cost, step = latency_cost(self.model, self.structure, batch, dense=dense, how=how)
-        grain = {} if recipe.align else steps(widths, cost.uses, step)
+        aligned = WidthSteps(recipe.align).of(widths)
+        grain = aligned if recipe.align else steps(widths, cost.uses, step)
 
         def cut(counts: Mapping[str, int]) -> nn.Module:
             self.progress("measuring", len(search.attempts), 1 + len(search.attempts))
             small = copy.deepcopy(self.model)
-            apply_(small, cuts_for(small, self.structure, self._groups(scores, counts)))
+            apply_(small, cuts_for(small, self.structure, self._groups(scores, counts, grain)))
             return small
 
         search = LatencySearch(recipe.target, recipe.allocation, cut, clock, self.facts)
-        counts = search.run(_items(widths, scores, grain, recipe.align), cost)
+        items = [WidthItem(w.name, scores[w.name], step=grain[w.name]) for w in widths]
+        groups = self._groups(scores, search.run(items, cost), grain)
         self.facts.measures["target"]["align"] = step
-        return counts
-
-
-def _items(
-    widths: Sequence[Width], scores: Mapping[str, Tensor], grain: Mapping[str, int], align: int
-) -> list[WidthItem]:
-    return [
-        WidthItem(w.name, scores[w.name], step=grain.get(w.name, max(1, min(align, w.groups))))
-        for w in widths
-    ]
+        return {name: int(flags.sum()) for name, flags in groups.items()}

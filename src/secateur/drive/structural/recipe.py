@@ -34,8 +34,12 @@ class ShrinkRecipe:
         scope: Selectors of widths (by their name or by a parameter that they cut).
         uniform: Like widths in all blocks keep equally many groups, so that the configuration of a
             Transformers model can say it.
-        align: Kept groups come in multiples of this many; ``0`` measures what is fast where the
-            target is latency, and is 1 otherwise.
+        align: Kept groups come in multiples of this many; 1 allows any width. By default, ``0``, of
+            as many as runtimes like: of 16 channels or neurons, in widths below 64 of the largest
+            power of two that is at most a quarter of them (see
+            :func:`~secateur.drive.structural.width_steps.step_of`); of a half, a quarter and so on
+            where the target would be missed by more than 2 %, with a note. Where the target is
+            latency, ``0`` measures what is fast.
         rounds: Score, cut and repair in so many rounds, each a step of equal ratio towards the
             target; the scores of later rounds are those of the network as cut and repaired so far.
         seed: For everything random.

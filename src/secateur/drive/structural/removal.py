@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from secateur.core.batches import Data
 from secateur.core.errors import UsageError
 from secateur.core.facts import WidthFacts
 from secateur.core.select import keep_top
-from secateur.core.widths import Width
 from secateur.drive.structural.cutting import require_proved, telling, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.uniform import uniform_keep
 from secateur.drive.structural.width_cost import WidthCost, width_cost
+from secateur.drive.structural.width_steps import Stepped, WidthSteps
 from secateur.formats import Surgery
 from secateur.frontends.surgery import surgery_for
 from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, prove
@@ -56,23 +56,56 @@ class Removal:
         unit = self.recipe.target.unit
         return width_cost(model, structure, unit, self.uses if unit == "macs" else {})
 
-    def items(self, widths: Sequence[Width], scores: Mapping[str, Tensor]) -> list[WidthItem]:
-        """Widths as the allocation sees them, with floors of the uncut network."""
+    def choose(
+        self,
+        structure: Structure,
+        scores: Mapping[str, Tensor],
+        cost: WidthCost,
+        limits: tuple[float, float],
+    ) -> Stepped:
+        """Groups that stay, with floors and steps of the uncut network.
+
+        Args:
+            structure: Of the network as it is.
+            scores: Of the widths that take part.
+            cost: What they cost.
+            limits: What they may cost now, and at the end.
+        """
+        widths = [structure.by_name[name] for name in scores]
         floor = float(getattr(self.recipe.allocation, "floor", 0.0))
-        return [
-            WidthItem(
-                width.name,
-                scores[width.name],
-                least=max(1, round(floor * self.origin.get(width.name, 1))),
-                step=max(1, min(self.recipe.align, width.groups)),
-            )
-            for width in widths
-        ]
+        least = {w.name: max(1, round(floor * self.origin.get(w.name, 1))) for w in widths}
+
+        def allocate(steps: Mapping[str, int]) -> dict[str, int]:
+            items = [WidthItem(n, scores[n], least[n], steps[n]) for n in scores]
+            counts = self.recipe.allocation(items, cost, limits[0])
+            groups = self._groups(structure, scores, counts, steps)
+            return {name: int(flags.sum()) for name, flags in groups.items()}
+
+        how = WidthSteps(self.recipe.align, self.origin)
+        return how.choose(widths, allocate, cost=cost, goal=limits[1])
+
+    def _groups(
+        self,
+        structure: Structure,
+        scores: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        steps: Mapping[str, int] | None = None,
+    ) -> dict[str, Tensor]:
+        keep = {
+            name: keep_top(scores[name][None].float(), count)[0] for name, count in counts.items()
+        }
+        return uniform_keep(structure, keep, scores, steps) if self.recipe.uniform else keep
 
     def remove_(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, limit: float
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        limit: float,
+        last: float | None = None,
     ) -> tuple[Surgery | None, dict[str, Any]]:
         """Cut ``model`` and the state of ``optimizer`` down to a cost of ``limit``.
+
+        Where widths come in steps a removal may take a block too much, but not beyond ``last``.
 
         Returns:
             What was cut, ``None`` if it was nothing, and a record of it.
@@ -81,13 +114,9 @@ class Removal:
         widths = [w for w in widths_in(structure, self.recipe.scope) if w.groups > 1]
         scores = group_scores(model, widths, self.recipe, self.data)
         cost = self.cost(model, structure)
-        counts = self.recipe.allocation(self.items(widths, scores), cost, limit)
-        keep = {
-            width.name: keep_top(scores[width.name][None].float(), counts[width.name])[0]
-            for width in widths
-        }
-        if self.recipe.uniform:
-            keep = uniform_keep(structure, keep, scores)
+        limits = limit, limit if last is None else min(last, limit)
+        chosen = self.choose(structure, scores, cost, limits)
+        keep = self._groups(structure, scores, chosen.kept)
         keep = {name: flags for name, flags in keep.items() if not bool(flags.all())}
         removed = {name: int((~flags).sum()) for name, flags in keep.items()}
         counts = {name: int(flags.sum()) for name, flags in keep.items()}
@@ -96,6 +125,7 @@ class Removal:
             "cost": [cost.dense, cost(counts)],
             "macs": [self.macs(model)] * 2,
             "removed": removed,
+            "align": chosen.align,
         }
         if not removed:
             return None, event

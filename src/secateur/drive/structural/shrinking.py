@@ -24,6 +24,7 @@ from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.removal import Removal, require_slots_alike, width_facts
 from secateur.drive.structural.width_cost import limit_of
+from secateur.drive.structural.width_steps import BLOCK, counted
 from secateur.drive.training import ranks
 from secateur.drive.training.finetune import FineTune, Loop
 from secateur.drive.training.recorder import Checkpoints
@@ -43,8 +44,9 @@ class Shrinking:
 
     At every removal the network is traced, its groups are scored and allocated as in
     :func:`~secateur.shrink`, and parameters, buffers and the optimizer's momenta become smaller in
-    place: an epoch gets faster as training goes on. Parameters and optimizer stay the same objects,
-    so learning-rate schedules run on. Nothing is repaired; training does that.
+    place: an epoch gets faster as training goes on. Where widths come in multiples, a removal may take
+    one step more than is due, but none goes beyond the target. Parameters and optimizer stay the
+    same objects, so learning-rate schedules run on. Nothing is repaired; training does that.
 
     ``facts.history`` has one record a removal, ``facts.measures["epochs"]`` one an epoch, and
     ``facts.measures["training_macs"]`` the multiply-adds of the training against dense: those of a
@@ -71,7 +73,7 @@ class Shrinking:
     Example:
         >>> from secateur.core.budget import Target
         >>> from secateur.schedule import Linear
-        >>> net = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 2))
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         >>> recipe, pace = ShrinkRecipe(target=Target("macs", 0.5)), Pace(Linear(0, 4, 2))
         >>> shrinking = Shrinking(net, optimizer, recipe, pace=pace, example_inputs=torch.zeros(1, 8))
@@ -82,8 +84,8 @@ class Shrinking:
         ...     shrinking.step()
         >>> facts = shrinking.finalize().facts
         >>> net[0].out_features, [event["macs"] for event in facts.history]
-        (10, [[200.0, 150.0], [150.0, 100.0]])
-        >>> facts.measures["training_macs"]["share"]  # (2 * 200 + 2 * 150 + 4 * 100) / (8 * 200)
+        (16, [[320.0, 240.0], [240.0, 160.0]])
+        >>> facts.measures["training_macs"]["share"]  # (2 * 320 + 2 * 240 + 4 * 160) / (8 * 320)
         0.6875
     """
 
@@ -124,10 +126,7 @@ class Shrinking:
             found_text = f"none of {len(self._structure.widths)} widths takes part"
             why = "; ".join(list(dict.fromkeys(self._structure.pinned.values()))[:3])
             raise UsageError("Shrinking(...)", found_text, why, "see inspect --structure")
-        taking = [w for w in widths if w.name in flat]
-        recipe.allocation(
-            self._removal.items(taking, flat), cost, self._limit
-        )  # can it be reached?
+        self._removal.choose(self._structure, flat, cost, (self._limit,) * 2)  # can it be reached?
         self._dense_macs = self._macs = self._removal.macs(self.model)
         self._parameters = sum(p.numel() for p in self.model.parameters())
         self._earlier: Surgery | None = getattr(self.model, _SURGERY, None)
@@ -190,7 +189,7 @@ class Shrinking:
         begun = time.perf_counter()
         limit = self._dense - share * (self._dense - self._limit)
         with own_random(self.model, self.recipe.seed):
-            surgery, event = self._removal.remove_(self.model, self.optimizer, limit)
+            surgery, event = self._removal.remove_(self.model, self.optimizer, limit, self._limit)
         if surgery is not None:
             self._keep(surgery if self._surgery is None else self._surgery.then(surgery))
         self._share, self._macs = share, event["macs"][1]
@@ -229,8 +228,9 @@ class Shrinking:
         if self.pace.steps_per_epoch and closed < self.steps:
             self._close_epoch()
         reached = self.facts.history[-1]["cost"][1] if self.facts.history else self._dense
+        align = self._told_align()
         measures["target"] = {"unit": unit, "dense": self._dense, "limit": self._limit,
-                              "reached": reached}  # fmt: skip
+                              "reached": reached, "align": align}  # fmt: skip
         if abs(reached - self._limit) > 0.02 * self._limit:
             text = f"asked for {self._limit:,.4g} {unit}, reached {reached:,.4g}"
             self.facts.note("target", "", text + ": groups are whole filters or channels")
@@ -242,6 +242,19 @@ class Shrinking:
         measures["training_macs"] = {"dense": dense, "spent": self._spent, "share": share}
         self.facts.widths = width_facts(self._structure, self._surgery)
         return Pruned(self.model, Masks({}), self.facts, surgery=self._whole())
+
+    def _told_align(self) -> int:
+        """The finest steps of all removals; a note says why if they are finer than usual."""
+        steps = {e["step"]: e["align"] for e in self.facts.history if e["removed"] and "align" in e}
+        align = min(steps.values(), default=self.recipe.align or BLOCK)
+        if align < BLOCK and not self.recipe.align:
+            first = min(step for step, found in steps.items() if found == align)
+            text = (
+                f"{counted(align)} since step {first}, to meet the target. Runtimes are fastest "
+                f"with multiples of {BLOCK}"
+            )
+            self.facts.note("widths", "", text)
+        return align
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but tensors: position, what was cut (as JSON text), and the history."""

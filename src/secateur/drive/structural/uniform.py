@@ -16,11 +16,13 @@ def uniform_keep(
     structure: Structure,
     keep: Mapping[str, Tensor],
     scores: Mapping[str, Tensor] | None = None,
+    steps: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Change a choice of groups so that like widths of all layers keep equally many.
 
     Widths are alike if their names differ in numbers only and they have equally many groups. Each
-    keeps the mean of what they kept, rounded; groups come back, or go, by their scores.
+    keeps the mean of what they kept, rounded to a multiple of their step; groups come back, or go,
+    by their scores.
 
     Args:
         structure: The widths.
@@ -28,6 +30,7 @@ def uniform_keep(
             and count as such.
         scores: Name of a width -> ``(groups,)``, larger = keep; without them the last groups go
             and the first ones come back.
+        steps: Name of a width -> kept groups come in multiples of it, or all stay; by default 1.
 
     Returns:
         A choice for every width that is like a named one.
@@ -49,11 +52,19 @@ def uniform_keep(
         if not any(width.name in keep for width in widths):
             continue
         flags = [keep.get(w.name, torch.ones(w.groups, dtype=torch.bool)).cpu() for w in widths]
-        count = max(1, round(sum(int(f.sum()) for f in flags) / len(flags)))
+        step = max((steps or {}).get(width.name, 1) for width in widths)
+        mean = sum(int(f.sum()) for f in flags) / len(flags)
+        count = _nearest(mean, widths[0].groups, step)
         for width, own in zip(widths, flags, strict=True):
             score = None if scores is None else scores.get(width.name)
             evened[width.name] = _keeping(own, count, score)
     return evened
+
+
+def _nearest(mean: float, groups: int, step: int) -> int:
+    """A multiple of ``step``, or all."""
+    below = max(1, round(mean / step)) * step
+    return below if abs(below - mean) < groups - mean else groups
 
 
 def _keeping(flags: Tensor, count: int, score: Tensor | None) -> Tensor:
