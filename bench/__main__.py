@@ -26,6 +26,7 @@ from bench import (
     overhead,
     patterns,
     record,
+    recovered,
     sparse_training,
     speed,
     structural,
@@ -51,6 +52,7 @@ STUDIES: dict[str, Callable[..., None]] = {
     "sparse_training": sparse_training.run,
     "tickets": tickets.run,
     "filters": filters.run,
+    "recovered": recovered.run,
     "dsp": dsp.run,
 }
 
@@ -68,6 +70,9 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if given.arm in filters.ARMS:
         filters.run_arm(given.arm, filters.plan_of(given.depth, given.epochs), seed=given.seed)
+        return 0
+    if given.arm in recovered.ARMS:
+        recovered.run_arm(given.arm, recovered.PLANS[given.depth or 56], seed=given.seed)
         return 0
     if given.arm in dsp.ARMS:
         dsp.run_arm(given.arm, seed=given.seed)
@@ -125,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
                     *sparse_training.ARMS,
                     *filters.ARMS,
                     *dsp.ARMS,
+                    *recovered.ARMS,
                 )
             ),
         ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,20 @@ class BatchNorm:
         (tensor([2.]), 2.0)
     """
 
-    def reestimate_(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+    def reestimate_(
+        self, model: nn.Module, batches: Sequence[Batch], *, skip: Container[str] = ()
+    ) -> dict[str, float]:
         """Update ``model`` in place.
+
+        Args:
+            model: In evaluation mode, or not: it is measured in evaluation mode.
+            batches: Calibration data.
+            skip: Paths of layers that keep their statistics.
 
         Returns:
             For each layer the largest move of a mean, in old standard deviations.
         """
-        layers = {n: m for n, m in model.named_modules() if _tracks(m)}
+        layers = {n: m for n, m in model.named_modules() if _tracks(m) and n not in skip}
         batches = [batch for batch in batches if size_of(batch) > 1]  # one sample has no variance
         if not layers or not batches:
             return {}

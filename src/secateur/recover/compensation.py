@@ -45,6 +45,12 @@ class Moments:
         self._zz += (z.mT @ z).double()
 
     @property
+    def alike(self) -> bool:
+        """Whether both networks give this layer the very same inputs."""
+        same = self._xz.shape == self._zz.shape
+        return same and torch.equal(self._xz, self._zz) and torch.equal(self._x, self._z)
+
+    @property
     def mean_dense(self) -> Tensor:
         """``(groups, dense)``."""
         return self._x / self.count
@@ -78,13 +84,15 @@ class Compensation:
     **Needs** forward passes over calibration data
     **Source** Pruning with Compensation, arXiv 2108.13728
     **Differs** inputs are those of the network as repaired so far, which the paper's code measures
-    once; no rescaling of variances (BatchNorm re-estimation follows); without a bias and without a
-    BatchNorm behind it, a layer is fitted through the origin
+    once; no rescaling of variances; without a bias and without a BatchNorm behind it, a layer is
+    fitted through the origin; ``refit`` is ours
 
     Args:
         damping: Relative to the mean of the diagonal.
         rows: A layer is fitted on at most about so many rows (an image gives one per position); a
             sample gives at most 128 of them, drawn at random.
+        refit: At the end fit all layers, not only those that read what was cut, to what they gave in
+            the uncut network.
 
     Example:
         >>> w = torch.tensor([[1.0, 1.0]])
@@ -98,6 +106,7 @@ class Compensation:
 
     damping: float = 1e-3
     rows: int = 65536
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.damping < 0 or self.rows < 1:

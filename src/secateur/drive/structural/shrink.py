@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Data, as_data
+from secateur.core.budget import Target
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
@@ -23,6 +24,7 @@ from secateur.drive.structural.compensate import Told, compensate_
 from secateur.drive.structural.cutting import example_of, require_proved, telling, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
+from secateur.drive.structural.refit import refit_
 from secateur.drive.structural.remembered import remember_, surgery_of
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.training.finetune import Loop, Progress
@@ -121,16 +123,21 @@ class _Run:
         self._check()
         example = example_of(example, self.data)
         dense = copy.deepcopy(self.model)
+        self.kept: dict[tuple[str, int], list[int]] = {}
+        self.settled: frozenset[str] = frozenset()
         with torch.random.fork_rng(_devices(self.model)):
             torch.manual_seed(self.recipe.seed)
             self.structure = self._traced(example)
             self._note_structure()
             self._chosen()  # a scope that fits nothing is told before anything is measured
-            budget = self._budget(self.recipe)
-            for number, target in enumerate(budget.targets(example)):
+            targets = self._budget(self.recipe).targets(example)
+            for number, target in enumerate(targets):
                 if number:
                     self.structure = self._traced(example)
-                self._round_(replace(self.recipe, target=target, rounds=1), example, optimizer)
+                last = targets[-1] if len(targets) > 1 else None
+                recipe = replace(self.recipe, target=target, rounds=1)
+                self._round_(recipe, example, optimizer, last=last)
+            self._refit_(dense)
             self._train_(dense)
         facts.measures["seconds"] = time.perf_counter() - begun
         return Pruned(self.model, Masks({}), facts, surgery=surgery_of(self.model))
@@ -139,17 +146,22 @@ class _Run:
         self.progress("tracing", 0, 1)
         return couple(self.model, example)
 
-    def _budget(self, recipe: ShrinkRecipe) -> ShrinkBudget:
-        return ShrinkBudget(self.model, self.structure, recipe, self.facts, self.progress)
+    def _budget(self, recipe: ShrinkRecipe, last: Target | None = None) -> ShrinkBudget:
+        return ShrinkBudget(self.model, self.structure, recipe, self.facts, self.progress, last)
 
     def _round_(
-        self, recipe: ShrinkRecipe, example: Any, optimizer: torch.optim.Optimizer | None
+        self,
+        recipe: ShrinkRecipe,
+        example: Any,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        last: Target | None,
     ) -> None:
         """Score, choose, repair, cut and prove once."""
         widths = self._chosen()
         around = self.structure.widths
         scores = group_scores(self.model, widths, recipe, self.data, around=around)
-        keep = self._budget(recipe).keep(widths, scores, example)
+        keep = self._budget(recipe, last).keep(widths, scores, example)
         surgery = surgery_for(self.model, cuts_for(self.model, self.structure, keep))
         self._cut_(keep, example, optimizer)
         remember_(self.model, surgery)
@@ -164,12 +176,11 @@ class _Run:
                 "a cut would leave the masks behind",
                 "call detach_ first; the zeros stay",
             )
-        has_data = self.data is not None and self.data.train is not None
         needs = [f"criterion {type(self.recipe.criterion).__name__}"] * bool(
             wants_data(self.recipe.criterion.needs)
         )
         needs += ["FineTune"] * (self.recipe.finetune is not None)
-        if needs and not has_data:
+        if needs and not self._has_data:
             raise NeedsData(
                 needs[0],
                 "no data was given",
@@ -224,6 +235,10 @@ class _Run:
             self.facts.note("vacuous", "", text)
         before = sum(p.numel() for p in self.model.parameters())
         apply_(self.model, cuts, optimizer)
+        for name, axes in cuts.kept.items():
+            for axis, places in axes.items():
+                earlier = self.kept.get((name, axis))
+                self.kept[name, axis] = [earlier[i] for i in places] if earlier else places
         after = sum(p.numel() for p in self.model.parameters())
         told["parameters"] = [told.get("parameters", [before])[0], after]
         self._note_widths(keep)
@@ -241,21 +256,52 @@ class _Run:
         how = self.recipe.compensation
         if how is None:
             return
-        if self.data is None or self.data.train is None:
+        if not self._has_data:
             self.facts.note("left-out", "Compensation", "no data was given to fit on")
             return
-        batches = self.data.sample()
-        told = Told(self.facts, lambda done, total: self.progress("compensating", done, total))
-        compensate_(self.model, self.structure, keep, batches, how=how, told=told)
+        norms = compensate_(
+            self.model,
+            self.structure,
+            keep,
+            self._sample(),
+            how=how,
+            told=self._told("compensating"),
+        )
+        self.settled |= norms
 
     def _reestimate_(self) -> None:
-        for step in self.recipe.recovery:
-            if not isinstance(step, BatchNorm):
-                continue
-            if self.data is not None and self.data.train is not None:
-                step.reestimate_(self.model, self.data.sample())
-            elif any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
-                self.facts.note("left-out", "BatchNorm", "no data was given to measure on")
+        step = next((s for s in self.recipe.recovery if isinstance(s, BatchNorm)), None)
+        kind = nn.modules.batchnorm._BatchNorm
+        if step is None or not any(isinstance(m, kind) for m in self.model.modules()):
+            return
+        if self._has_data:
+            step.reestimate_(self.model, self._sample(), skip=self.settled)
+        else:
+            self.facts.note("left-out", "BatchNorm", "no data was given to measure on")
+
+    def _refit_(self, dense: nn.Module) -> None:
+        how = self.recipe.compensation
+        if how is None or not how.refit or not self._has_data:
+            return
+        told = self._told("refitting")
+        refit_(self.model, dense, self.kept, self._sample(), how=how, told=told)
+        if any(isinstance(s, BatchNorm) for s in self.recipe.recovery):
+            text = (
+                "layers were fitted to those of the uncut network with its statistics: measuring "
+                "them anew would undo a part of that"
+            )
+            self.facts.note("left-out", "BatchNorm", text)
+
+    @property
+    def _has_data(self) -> bool:
+        return self.data is not None and self.data.train is not None
+
+    def _sample(self) -> list[Any]:
+        assert self.data is not None
+        return self.data.sample()
+
+    def _told(self, stage: str) -> Told:
+        return Told(self.facts, lambda done, total: self.progress(stage, done, total))
 
     def _train_(self, dense: nn.Module) -> None:
         how = self.recipe.finetune

@@ -1,0 +1,184 @@
+"""Half the multiply-adds of a residual network, then fine-tuning, against the dense one fine-tuned.
+
+Two protocols. ``resnet56`` starts from the network of the data page, which has seen all 50,000
+training images, and is judged by the 1,000 test images. ``resnet20`` starts from the dense trunk of
+the study ``gradual``, trained on 40,000 images, and is judged by the other 11,000. In each, the
+network is cut in five rounds and compensated; then it and the dense one are fine-tuned for 15
+epochs with the same batches and learning rates. An epoch has only a part of the 40,000 images (the
+plan says which part): both networks see less than a whole fine-tuning would show them.
+
+    python -m bench --arm recovered --depth 56
+    python -m bench recovered
+
+The plan was fixed before the first run; the networks after the last epoch are the ones reported.
+The test images play no part in any choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import secateur
+from bench import cifar, compensation, gradual, record, sparse_training, training
+
+ARMS = ("recovered",)
+KINDS = ("dense", "pruned")
+DEPTHS = (20, 56)
+WORSE = 0.7  # points at most
+RECIPE = training.Recipe(epochs=15, rate=0.02, warmup=0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What both networks share.
+
+    Attributes:
+        depth: 56 is judged by the 1,000 test images, another one by 11,000.
+        recipe: How to fine-tune.
+        train_images: An epoch shows the first so many.
+        test_images: Test on the first so many.
+        rounds: Of cutting.
+    """
+
+    depth: int = 56
+    recipe: training.Recipe = RECIPE
+    train_images: int = 10_000
+    test_images: int = 1_000
+    rounds: int = 5
+
+    @property
+    def study(self) -> str:
+        """Name of the study of this depth."""
+        return f"recovered-resnet{self.depth}"
+
+
+PLANS = {56: Plan(), 20: Plan(depth=20, train_images=20_000, test_images=cifar.HELD_OUT + 1_000)}
+
+
+def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) -> None:
+    """Run both depths, or go on with them."""
+    if not quick:
+        for depth in DEPTHS:
+            run_arm("recovered", PLANS[depth], seed=seed, place=gradual.Place(folder))
+        return
+    # Shows that everything runs; its accuracies mean nothing.
+    recipe = training.Recipe(epochs=1, warmup=0.5, batch=32)
+    plan = Plan(depth=20, recipe=recipe, train_images=128, test_images=200, rounds=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = gradual.Place(folder, Path(scratch))
+        run_arm("recovered", plan, seed=seed, place=place, dense=cifar.trained(20))
+
+
+def run_arm(
+    arm: str,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    place: gradual.Place | None = None,
+    dense: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Cut and fine-tune, or go on with it, and write the result.
+
+    Args:
+        arm: ``"recovered"``, there is no other.
+        plan: What both networks share.
+        seed: Of order and augmentation.
+        place: Where to read and write.
+        dense: The network to begin with; by default that of the protocol.
+    """
+    place = place or gradual.Place()
+    if (place.results / f"{plan.study}.json").exists():
+        return record.read(plan.study, folder=place.results)
+    watch = record.Stopwatch()
+    train, test = _images(plan)
+    dense = dense or _dense(plan.depth, seed, place)
+    bundle = record.ignored(place.runs) / f"{plan.study}-cut"
+    if not bundle.exists():
+        _cut(dense, plan, seed).save(bundle)
+    pruned = secateur.load(_copy(dense, plan.depth), bundle)
+    told = pruned.facts.measures
+    before = {kind: _judged(m, test) for kind, m in (("dense", dense), ("pruned", pruned.model))}
+    batches = cifar.augmented(train, batch=plan.recipe.batch)
+    networks: dict[str, Any] = {}
+    for kind, model in (("dense", _copy(dense, plan.depth)), ("pruned", pruned.model)):
+        run = _start(model, plan.recipe)
+        file = place.runs / f"{plan.study}-{kind}.safetensors"
+        if file.exists():
+            training.load(run, file)
+        while len(run.history) < plan.recipe.epochs:
+            training.train_epoch(run, batches, seed=seed)
+            training.save(run, file)
+            print(f"{plan.study} {kind}:", *(f"{k} {v}" for k, v in run.history[-1].items()))
+        networks[kind] = {**_judged(run.model, test), "history": run.history}
+    result = {
+        "plan": asdict(plan),
+        "macs": [told["target"]["dense"], told["target"]["reached"]],
+        "parameters": told["parameters"],
+        "before": before,
+        "networks": networks,
+        "differences": [_difference(found, test) for found in (before, networks)],
+    }
+    lost = round(-result["differences"][1]["mean"], 6)
+    goals = [record.goal("points below dense after fine-tuning", lost, "at most", WORSE)]
+    record.write(plan.study, result, goals=goals, seeds=[seed], watch=watch, folder=place.results)
+    return record.read(plan.study, folder=place.results)
+
+
+def _images(plan: Plan) -> tuple[cifar.Split, cifar.Split]:
+    train, held_out = cifar.training_splits()
+    test = cifar.read()[1] if plan.depth == Plan().depth else held_out
+    return train[: plan.train_images], test[: plan.test_images]
+
+
+def _dense(depth: int, seed: int, place: gradual.Place) -> nn.Module:
+    if depth == Plan().depth:
+        return cifar.trained(depth)
+    trunk = training.start(gradual.WHOLE.trunk, seed=seed)
+    training.load(trunk, gradual.run_trunk(seed=seed, place=place))
+    return trunk.model.eval()
+
+
+def _copy(dense: nn.Module, depth: int) -> nn.Module:
+    model = cifar.ResNet(depth).to(memory_format=torch.channels_last)
+    model.load_state_dict(dense.state_dict())
+    return model.eval()
+
+
+def _cut(dense: nn.Module, plan: Plan, seed: int) -> secateur.Pruned:
+    train = cifar.training_splits()[0]
+    count = min(compensation.IMAGES, plan.train_images)
+    batches = itertools.islice(cifar.augmented(train).epoch(0, seed=seed), -(-count // 128))
+    data = secateur.Data(train=list(batches), calibration=count)
+    return secateur.shrink(dense, compensation.best(plan.rounds), None, data)
+
+
+def _start(model: nn.Module, recipe: training.Recipe) -> training.Run:
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=0.0,
+        momentum=recipe.momentum,
+        weight_decay=recipe.decay,
+        nesterov=True,
+    )
+    return training.Run(model, optimizer, recipe, [])
+
+
+def _judged(model: nn.Module, test: cifar.Split) -> dict[str, Any]:
+    found = cifar.logits(model, test)
+    score = cifar.score(found, test.labels)
+    return {
+        "test": {**asdict(score), "standard_error": round(score.standard_error, 3)},
+        "predictions": "".join(map(str, found.argmax(1).tolist())),
+    }
+
+
+def _difference(found: dict[str, Any], test: cifar.Split) -> dict[str, Any]:
+    files = {(kind, 0): found[kind] for kind in KINDS}
+    return sparse_training.difference(files, ("pruned", "dense"), test.labels)

@@ -1,0 +1,146 @@
+"""What layers read: their inputs in two networks at once, their order, and the norms behind them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
+from secateur.core.slots import Slot, device_of
+from secateur.recover import Moments
+
+_A_SAMPLE = 128
+
+
+class _Seen(Exception):
+    """The layer was reached; the rest of the forward pass is of no use."""
+
+
+def rows_of(model: nn.Module, slot: Slot, batch: Batch) -> list[Tensor]:
+    """The rows that multiply a weight, ``(groups, rows, columns)`` for every call of its module."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        assert slot.rows is not None
+        inputs = args or tuple(kwargs.values())
+        found.append(slot.rows(module, inputs, out))
+        raise _Seen
+
+    module = model.get_submodule(slot.module)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        with evaluating(model):
+            forward(model, to_device(batch, device_of(model)))
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return found
+
+
+def moments_of(
+    models: tuple[nn.Module, nn.Module],
+    slot: Slot,
+    columns: tuple[int, Tensor],
+    batches: Sequence[Batch],
+    most: int,
+) -> Moments:
+    """Sums over the inputs of one layer in the dense network and in the one as repaired so far.
+
+    Args:
+        models: The dense network, and the other one.
+        slot: The layer's weight.
+        columns: How many columns a group of it has in the dense network, and which columns of the
+            other one count.
+        batches: Calibration data.
+        most: Stop after about so many rows.
+    """
+    assert slot.axes is not None
+    dense, model = models
+    device = device_of(model)
+    wide, kept = columns[0], columns[1].to(device)
+    moments = Moments(slot.axes.groups, wide, len(kept), device)
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches:
+        pairs = zip(rows_of(dense, slot, batch), rows_of(model, slot, batch), strict=True)
+        for x, z in pairs:
+            if x.shape[1] != z.shape[1]:  # e.g. an expert that is chosen by other tokens
+                continue
+            wanted = min(x.shape[1], _A_SAMPLE * size_of(batch), most)
+            drawn = torch.randperm(x.shape[1], generator=generator)[:wanted].to(device)
+            moments.add(x.index_select(1, drawn), z.index_select(1, drawn).index_select(2, kept))
+        if moments.count >= most:
+            break
+    return moments
+
+
+def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:
+    """Layers whose output goes straight into a BatchNorm: path of the layer -> path of the norm.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+        >>> following_norms(net, torch.zeros(1, 1, 2, 2))
+        {'0': '1'}
+    """
+    produced: dict[int, str] = {}
+    alive: list[Tensor] = []
+    found: dict[str, str] = {}
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+
+            def reads(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                if args and id(args[0]) in produced:
+                    found[produced[id(args[0])]] = path
+
+            handles.append(module.register_forward_pre_hook(reads))
+        elif hasattr(module, "weight") and not list(module.children()):
+
+            def writes(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
+                if isinstance(out, Tensor):
+                    produced[id(out)] = path
+                    alive.append(out)  # an address is not used again meanwhile
+
+            handles.append(module.register_forward_hook(writes))
+    try:
+        with evaluating(model), torch.no_grad():
+            forward(model, to_device(batch, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def calls_in_order(model: nn.Module, batch: Batch) -> Counter[str]:
+    """Modules in the order in which data reaches them first, and how often it does.
+
+    Example:
+        >>> net = nn.Sequential(nn.ReLU(), nn.Identity())
+        >>> dict(calls_in_order(net, torch.zeros(1)))
+        {'': 1, '0': 1, '1': 1}
+    """
+    seen: Counter[str] = Counter()
+    handles = []
+    for path, module in model.named_modules():
+
+        def note(_: nn.Module, __: Any, path: str = path) -> None:
+            seen[path] += 1
+
+        handles.append(module.register_forward_pre_hook(note))
+    try:
+        with evaluating(model), torch.no_grad():
+            forward(model, to_device(batch, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def in_order(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> list[Slot]:
+    """Slots in the order in which data reaches them; the others are left out."""
+    rank = {path: place for place, path in enumerate(calls_in_order(model, batch))}
+    return sorted((s for s in slots if s.module in rank), key=lambda s: rank[s.module])

@@ -1,0 +1,116 @@
+"""After a cut: every layer is fitted once more to what it gave in the uncut network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import Batch
+from secateur.core.slots import Slot
+from secateur.drive.structural.compensate import Told
+from secateur.drive.structural.layer_inputs import calls_in_order, following_norms, moments_of
+from secateur.frontends import discover
+from secateur.recover import Compensation, Moments
+
+Kept = Mapping[tuple[str, int], Sequence[int]]
+
+
+@torch.no_grad()
+def refit_(
+    model: nn.Module,
+    dense: nn.Module,
+    kept: Kept,
+    batches: Sequence[Batch],
+    *,
+    how: Compensation,
+    told: Told,
+) -> None:
+    """Fit the layers of a cut network, in execution order, to the outputs of the uncut one.
+
+    Compensation sees the layers that read what was cut, and in later rounds a network that has
+    drifted already. Here all layers are fitted, and always to the uncut network. BatchNorms take its
+    statistics: what they read is to be what they read there. Layers whose inputs cannot be seen,
+    that run more than once, share their weight or have groups of channels stay as they are.
+
+    Args:
+        model: Cut; its weights are changed in place.
+        dense: Before the first cut.
+        kept: (parameter, axis) -> the positions of the uncut parameter that are left.
+        batches: Calibration data.
+        how: Settings.
+        told: Where notes and progress go.
+
+    Example:
+        >>> import copy
+        >>> from secateur.core.facts import Facts
+        >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).eval()
+        >>> spoilt, x = copy.deepcopy(net), torch.randn(50, 3)
+        >>> _ = nn.init.eye_(spoilt[0].weight), nn.init.ones_(spoilt[1].weight)
+        >>> refit_(spoilt, net, {}, [x], how=Compensation(1e-9), told=Told(Facts()))
+        >>> torch.allclose(spoilt(x), net(x), atol=1e-4)
+        True
+    """
+    calls = calls_in_order(model, batches[0])
+    norms = following_norms(dense, batches[0])
+    _take_statistics_(model, dense, kept)
+    uncut = {slot.name: slot for slot in discover(dense)}
+    rank = {path: place for place, path in enumerate(calls)}
+    chosen = [s for s in discover(model) if s.name in uncut and _fits(s, calls)]
+    chosen.sort(key=lambda slot: rank[slot.module])
+    fitted = 0
+    for done, slot in enumerate(chosen):
+        told.progress(done, len(chosen))
+        wide = uncut[slot.name].weight(dense).matrix().shape[1]
+        every = torch.arange(slot.weight(model).matrix().shape[1])
+        moments = moments_of((dense, model), slot, (wide, every), batches, how.rows)
+        if moments.count:
+            _fit_(model, dense, slot, (kept, moments), (how, norms.get(slot.module)))
+            fitted += 1
+    told.facts.measures["refitted_layers"] = fitted
+
+
+def _take_statistics_(model: nn.Module, dense: nn.Module, kept: Kept) -> None:
+    for path, norm in model.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+            for name in ("running_mean", "running_var"):
+                old: Tensor = getattr(dense.get_submodule(path), name)
+                left = kept.get((f"{path}.{name}".lstrip("."), 0), range(len(old)))
+                getattr(norm, name).copy_(old[torch.tensor(left, device=old.device)])
+
+
+def _fits(slot: Slot, calls: Counter[str]) -> bool:
+    if slot.axes is None or slot.rows is None or slot.transposed or slot.aliases:
+        return False
+    return slot.axes.groups == 1 and calls[slot.module] == 1
+
+
+def _fit_(
+    model: nn.Module,
+    dense: nn.Module,
+    slot: Slot,
+    data: tuple[Kept, Moments],
+    context: tuple[Compensation, str | None],
+) -> None:
+    (kept, moments), (how, norm) = data, context
+    assert slot.axes is not None
+    module: Any = model.get_submodule(slot.module)
+    before: Any = dense.get_submodule(slot.module)
+    target, matrix = slot.tensor(model), slot.weight(dense).matrix()
+    left = kept.get((slot.name, slot.axes.names.index("out")), range(len(matrix)))
+    rows = torch.tensor(left, device=target.device)
+    biased = getattr(module, "bias", None) is not None
+    if moments.alike:  # nothing before this layer has changed
+        new, moved = matrix[rows], torch.zeros(len(rows), device=target.device)
+    else:
+        found, shift, _ = how.solve(matrix[rows][None], moments, centred=biased or norm is not None)
+        new, moved = found[0], shift[0]
+    target.copy_(slot.weight(model).like(new.to(target.dtype)))
+    if biased:
+        module.bias.copy_((before.bias[rows] + moved).to(module.bias.dtype))
+    elif norm is not None:  # the mean of what the norm reads moves the other way
+        running: Any = model.get_submodule(norm)
+        running.running_mean.sub_(moved.to(running.running_mean.dtype))
