@@ -143,7 +143,8 @@ class Leap:
     ) -> Leap:
         """LEAP for trainings of a few hundred steps of Adam.
 
-        Scores start at magnitude. The thresholds start where 2 % are pruned and move by up to
+        Scores of single weights start at magnitude, those of rows and blocks at zero: the size of a
+        row says little about its use, and its gradients are less noisy. The thresholds start where 2 % are pruned and move by up to
         40 / ``steps`` (at most 0.2) a step, so that most is pruned in the first third of the steps. The
         penalty does not grow weak near the target: from 150 steps on it is reached within half a
         point.
@@ -160,7 +161,8 @@ class Leap:
         """
         fast = {"sigma": 4.0, "lambda_min": 3000.0, "lambda_rest": 3000.0}
         rate = min(0.2, 40 / max(steps, 1))
-        return Leap(sparsity, grain, lr=lr, threshold_lr=rate, start="magnitude", **fast)
+        start = "magnitude" if grain == "element" else "zero"
+        return Leap(sparsity, grain, lr=lr, threshold_lr=rate, start=start, **fast)
 
     @property
     def penalised(self) -> bool:
