@@ -93,6 +93,16 @@ RESULTS: dict[str, dict[str, Any]] = {
         ],
         "differences": [GAP],
     },
+    "recovered-resnet56": {
+        "plan": {**IMAGES, "depth": 56, "recipe": {"epochs": 15}},
+        "macs": [1_000.0, 499.0],
+        "parameters": [1_000, 512],
+        **{
+            stage: {kind: {"test": {"accuracy": accuracy}} for kind in ("dense", "pruned")}
+            for stage, accuracy in (("before", 92.25), ("networks", 93.5))
+        },
+        "differences": [{**GAP}, {**GAP}],
+    },
     "filters": {
         "plan": {**IMAGES, "depth": 20, "recipe": {"epochs": 8}, "align": 8},
         "networks": [
@@ -176,6 +186,9 @@ PLANTED = [
     ("compensation-resnet20", ("rows", 0, "points_lost"), 7.77, "| 7.77 ± 0.55 |"),
     ("compensation-resnet20", ("dense", "accuracy"), 12.3, "| uncut | 12.3 % |"),
     ("compensation-resnet20", ("rows", 0, "parameters", 1), 85_302, "| 10.0% |"),
+    ("recovered-resnet56", ("macs", 1), 777.0, "| pruned | 77.7% | 92.25 % | 93.50 % |"),
+    ("recovered-resnet56", ("before", "dense", "test", "accuracy"), 12.34, "| 12.34 % | 93.50 % |"),
+    ("recovered-resnet56", ("differences", 1, "mean"), -0.25, "points |  | -0.61 ± 0.17 | -0.25 ± 0.17 |"),
     ("structural", ("rows", 0, "speedup"), 1.23, "| 1.23x |"),
     ("structural", ("rows", 0, "milliseconds", "cut", "median"), 77.25, "| 77.25 |"),
     ("structural", ("rows", 0, "parameters", 1), 901, "| 90.1% |"),
