@@ -314,8 +314,7 @@ def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dic
         FileNotFoundError: No seed is finished.
     """
     plan, watch = plan or Plan(), record.Stopwatch()
-    paths = sorted(folder.glob(f"{plan.study}-seed*.json"))
-    seeds = [int(path.stem.rpartition("seed")[2]) for path in paths]
+    seeds = record.seeds_of(plan.study, folder)
     if not seeds:
         raise FileNotFoundError(f"No seed is finished in {folder}: run --arm dsp --seed 0.")
     files = {

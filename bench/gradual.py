@@ -212,8 +212,7 @@ def _mean(values: list[float]) -> float:
 
 def _seeds(folder: Path) -> list[int]:
     """Seeds for which every arm is finished."""
-    dense = sorted(folder.glob("gradual-dense-seed*.json"))
-    seeds = [int(path.stem.rpartition("seed")[2]) for path in dense]
+    seeds = record.seeds_of("gradual-dense", folder)
     names = {s: [folder / f"gradual-{arm}-seed{s}.json" for arm in ARMS] for s in seeds}
     return sorted(s for s in seeds if all(path.exists() for path in names[s]))
 

@@ -186,3 +186,13 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.machine()
+
+
+def seeds_of(name: str, folder: Path) -> list[int]:
+    """Seeds for which a result ``<name>-seed<number>.json`` is there, the least first.
+
+    Example:
+        >>> seeds_of("gradual-dense", RESULTS)
+        [0]
+    """
+    return sorted(int(p.stem.rpartition("seed")[2]) for p in folder.glob(f"{name}-seed*.json"))

@@ -292,8 +292,7 @@ def _seeds_of(arm: str, plan: Plan, folder: Path) -> list[int]:
     """Seeds for which an arm is finished that can be compared: with dense, or dense with another."""
 
     def finished(name: str) -> set[int]:
-        files = folder.glob(f"{plan.study}-{name}-seed*.json")
-        return {int(path.stem.rpartition("seed")[2]) for path in files}
+        return set(record.seeds_of(f"{plan.study}-{name}", folder))
 
     others = ["dense"] if arm != "dense" else [name for name in ARMS if name != arm]
     return sorted(finished(arm) & set().union(*map(finished, others)))
