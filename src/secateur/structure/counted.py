@@ -34,12 +34,17 @@ class Source:
 
     label: Tensor
     axis: int
-    agreed: Callable[[Tensor, int], object]
+    agreed: Callable[[Tensor, int, Any], object]
 
     @property
     def rows(self) -> Tensor:
         """The units along the axis, ``(size, others)``."""
         return rows_along(self.label, self.axis)
+
+
+def plain(x: object) -> bool:
+    """Whether a number did not come from a tensor."""
+    return isinstance(x, int) and not isinstance(x, (bool, Counted))
 
 
 class Counted(int):
@@ -67,8 +72,8 @@ class Counted(int):
         return self
 
     def __mul__(self, other: Any) -> Any:
-        if type(other) is int:
-            return Counted(int(self) * other, self.source, self.times * other, self.over)
+        if plain(other):
+            return Counted(int(self) * other, self.source, self.times * int(other), self.over)
         product = int.__mul__(self, other)
         return Counted(product, None) if isinstance(other, Counted) else product
 
@@ -76,8 +81,8 @@ class Counted(int):
 
     def __floordiv__(self, other: Any) -> Any:
         quotient = int.__floordiv__(self, other)
-        if type(other) is int and int(self) == quotient * other:
-            return Counted(quotient, self.source, self.times, self.over * other)
+        if plain(other) and int(self) == quotient * other:
+            return Counted(quotient, self.source, self.times, self.over * int(other))
         return Counted(quotient, None) if isinstance(other, int) else quotient
 
     def __add__(self, other: Any) -> Any:
@@ -92,8 +97,8 @@ class Counted(int):
 
     def __eq__(self, other: object) -> Any:
         equal = int.__eq__(self, other)
-        if equal is True and type(other) is int and self.source and self.times == self.over == 1:
-            self.source.agreed(self.source.label, self.source.axis)
+        if equal is True and plain(other) and self.source and self.times == self.over == 1:
+            self.source.agreed(self.source.label, self.source.axis, other)
         return equal
 
     def __ne__(self, other: object) -> Any:
@@ -118,10 +123,10 @@ def counting(
         sources: Tensor -> axis -> where its size is from, for the axes with units.
         stated: Told the numbers of a shape before a method that takes one runs, ``None`` after it.
     """
-    plain = torch._C.TensorBase.shape.__get__  # type: ignore[attr-defined]
+    own_shape = torch._C.TensorBase.shape.__get__  # type: ignore[attr-defined]
 
     def shape(x: Tensor) -> Any:
-        true = plain(x)
+        true = own_shape(x)
         axes = sources(x)
         if not axes:
             return true
@@ -134,10 +139,10 @@ def counting(
         return shape(x) if dim is None else shape(x)[dim]
 
     def told(method: Any, reading: Callable[..., Sizes | None]) -> Any:
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            stated(reading(x, *args, **kwargs))
+        def run(*args: Any, **kwargs: Any) -> Any:
+            stated(reading(*args, **kwargs))
             try:
-                return method(x, *args, **kwargs)
+                return method(*args, **kwargs)
             finally:
                 stated(None)
 
@@ -149,10 +154,15 @@ def counting(
         (Tensor, "unflatten", told(Tensor.unflatten, _unflattened)),
         (torch, "unflatten", told(torch.unflatten, _unflattened)),
         (torch, "reshape", told(torch.reshape, _whole)),
+        (torch, "broadcast_to", told(torch.broadcast_to, _whole)),
         (Tensor, "split", told(Tensor.split, _parts)),
         (torch, "split", told(torch.split, _parts)),
+        (Tensor, "__getitem__", told(Tensor.__getitem__, _bounds)),
     ]
-    changes += [(Tensor, name, told(getattr(Tensor, name), _whole)) for name in ("view", "reshape")]
+    makes = ("zeros", "ones", "empty", "full")
+    changes += [(torch, name, told(getattr(torch, name), _made)) for name in makes]
+    whole = ("view", "reshape", "expand", "broadcast_to", *(f"new_{name}" for name in makes))
+    changes += [(Tensor, name, told(getattr(Tensor, name), _whole)) for name in whole]
     own = [(place, name, vars(place).get(name)) for place, name, _ in changes]
     try:
         for place, name, value in changes:
@@ -163,7 +173,7 @@ def counting(
             delattr(place, name) if value is None else setattr(place, name, value)
 
 
-def _whole(x: Tensor, *args: Any, **kwargs: Any) -> Sizes | None:
+def _whole(x: Any, *args: Any, **kwargs: Any) -> Sizes | None:
     """The sizes of ``x.view(2, 3)`` or ``x.reshape((2, 3))``."""
     listed: Any = args or tuple(kwargs.values())
     if listed and isinstance(listed[0], (tuple, list)):
@@ -171,11 +181,27 @@ def _whole(x: Tensor, *args: Any, **kwargs: Any) -> Sizes | None:
     return list(listed) if all(isinstance(v, int) for v in listed) else None
 
 
-def _parts(x: Tensor, split_size: Any, dim: int = 0) -> Sizes | None:
-    """The sizes of ``x.split([2, 3], 1)`` or ``x.split(2)``."""
-    if isinstance(split_size, int):
-        return [split_size] * -(-x.shape[dim] // split_size)
-    return list(split_size)
+def _made(*args: Any, **kwargs: Any) -> Sizes | None:
+    """The sizes of ``torch.zeros(2, 3)``, which has no tensor in front."""
+    return _whole(None, *args) if args else _whole(None, kwargs.get("size", ()))
+
+
+def _parts(x: Tensor, *args: Any, **kwargs: Any) -> Sizes | None:
+    """The sizes of ``x.split([2, 3], 1)`` or ``x.split(2)``; the two differ in their keywords."""
+    dim = kwargs.pop("dim", args[1] if len(args) > 1 else 0)
+    sizes: Any = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(sizes, int):
+        return [sizes] * -(-x.shape[dim] // sizes) if sizes > 0 else None
+    return list(sizes) if isinstance(sizes, (tuple, list)) else None
+
+
+def _bounds(x: Tensor, index: Any) -> Sizes | None:
+    """The bounds of the slices of ``x[..., 2:4]``, then the positions of ``x[..., [0, 1]]``."""
+    listed = index if isinstance(index, tuple) else (index,)
+    slices = [part for part in listed if isinstance(part, slice)]
+    found = [bound for part in slices for bound in (part.start, part.stop)]
+    found += [place for part in listed if isinstance(part, list) for place in part]
+    return [bound if isinstance(bound, int) else None for bound in found]
 
 
 def _unflattened(x: Tensor, dim: Any, sizes: Any) -> Sizes | None:

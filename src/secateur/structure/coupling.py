@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.widths import Slices, Width
+from secateur.structure.named_sizes import tie_named_sizes
 from secateur.structure.opaque import pin_opaque
 from secateur.structure.trace import Trace, trace
 
@@ -77,6 +78,8 @@ def couple(model: nn.Module, example: Any) -> Structure:
     found = trace(model, example)
     pin_opaque(model, found)
     root = found.ledger.settle()
+    tie_named_sizes(found, root)
+    root = found.ledger.settle(root)
     if _tie_sizes(found, root):
         root = found.ledger.settle(root)
     reasons = found.ledger.reasons(root)
@@ -92,18 +95,17 @@ def _tie_sizes(found: Trace, root: Tensor) -> bool:
     """Tie units that one attribute counts in several places: it can hold one number only."""
     pinned = torch.zeros(len(root), dtype=torch.bool)
     pinned[torch.tensor(list(found.ledger.reasons(root)), dtype=torch.long)] = True
-    groups: dict[tuple[str, tuple[str, ...], int], list[Tensor]] = {}
+    groups: dict[tuple[str, str, int], list[Tensor]] = {}
     for use in found.sizes:
-        key = (use.site.module, use.site.attributes, use.old)
-        if use.sure:
-            groups.setdefault(key, []).append(use.units)
+        for attribute in use.site.attributes if use.sure else ():
+            groups.setdefault((use.site.module, attribute, use.old), []).append(use.units)
     tied = False
-    for (path, attributes, _), (first, *others) in groups.items():
+    for (path, attribute, _), (first, *others) in groups.items():
         for units in others:
             a, b = root[first[:, 0].clamp(min=0)], root[units[:, 0].clamp(min=0)]
             if torch.equal(a, b) or (_stays(a, pinned) and _stays(b, pinned)):
                 continue
-            reason = f"{attributes[0]} of {path or 'the model'} counts them, too"
+            reason = f"{attribute} of {path or 'the model'} counts them, too"
             if first.shape != units.shape:
                 found.ledger.join(first[:, 0], units[:, 0], reason)
             else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import evaluating
+from secateur.structure.counted import rows_along
 from secateur.structure.coupling import Structure
 from secateur.structure.labels import varying
 from secateur.structure.rules.norms import own_statistics
@@ -89,7 +90,7 @@ def _kept_units(tracer: Tracer, call: Call, alive: Tensor) -> Any:
 def _kept_along(tracer: Tracer, x: Tensor, axis: int, alive: Tensor) -> Tensor | None:
     for label in tracer.labels(x):
         if varying(label) == (axis,):
-            ids = label.movedim(axis, 0).flatten(1)[:, 0]
+            ids = rows_along(label, axis)[:, 0]
             known = (ids >= 0) & (ids < len(alive))
             flags = torch.where(known, alive[ids.clamp(0, len(alive) - 1)], True)
             if not bool(flags.all()):

@@ -46,12 +46,16 @@ class SizeUse:
         old: Its value.
         units: ``(old, others)``: an index stays while any of its units does.
         sure: False if it may also be a mere number in the code.
+        named: Whether the attribute itself was seen there, not only a number of its value.
+        given: Whether the code gave a plain number there.
     """
 
     site: Site
     old: int
     units: Tensor
     sure: bool = True
+    named: bool = False
+    given: bool = False
 
     def new(self, alive: Tensor) -> int:
         """The size when only units with ``alive[unit]`` are left."""
@@ -72,20 +76,32 @@ def find_site(model: nn.Module, stack: Sequence[str], size: int) -> Site | None:
         module = model.get_submodule(path)
         names = tuple(_holding(vars(module), size))
         if not names and (config := getattr(module, "config", None)) is not None:
-            names = tuple(f"config.{name}" for name in _holding(_public(config), size))
+            names = tuple(f"config.{name}" for name in _holding(stated_values(config), size))
         if names:
             return Site(path, names)
     return None
 
 
-def _public(config: Any) -> dict[str, Any]:
-    return {k: v for k, v in getattr(config, "__dict__", {}).items() if not k.startswith("_")}
+def stated_values(config: Any) -> dict[str, Any]:
+    """What a configuration holds, to be read and written."""
+    values: dict[str, Any] = getattr(config, "__dict__", {})
+    return values
+
+
+def counts_units(name: str) -> bool:
+    """Whether an attribute of this name may count channels, heads or features.
+
+    Example:
+        >>> counts_units("num_heads"), counts_units("kernel_size")
+        (True, False)
+    """
+    return not name.startswith("_") and not any(part in name for part in _OTHER)
 
 
 def _holding(values: dict[str, Any], size: int) -> list[str]:
     found = []
     for name, value in values.items():
-        if name.startswith("_") or any(part in name for part in _OTHER):
+        if not counts_units(name):
             continue
         if isinstance(value, int) and not isinstance(value, bool) and value == size:
             found.append(name)

@@ -10,9 +10,9 @@ Operators that only move data are executed on the labels themselves; all others 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
 from secateur.structure.counted import Counted, Sizes, Source, counting, follow, rows_along
+from secateur.structure.counted import plain as plain_number
 from secateur.structure.labels import along, fill, own_shape, varying
+from secateur.structure.named import Named, naming
+from secateur.structure.named_sizes import count_named, names_in
 from secateur.structure.running import (
     Call,
     paths,
@@ -35,6 +38,7 @@ from secateur.structure.running import (
     run_without_values,
     tensors_in,
 )
+from secateur.structure.seen import Seen, Trace
 from secateur.structure.sizes import SizeUse, find_site
 from secateur.structure.units import Ledger, Meet
 
@@ -47,51 +51,19 @@ Rule = Callable[["Tracer", "Call"], None]
 Execute = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What a run of the network showed.
-
-    Args:
-        ledger: Joins, pins and open choices.
-        axes: The units of every axis of every parameter and one-dimensional buffer.
-        sizes: Where the code states a size that shrinks with units.
-        reached: Parameters that an operator used.
-        reductions: Operators that reduce over units, so that they see only the kept ones.
-        meta: Whether it ran without arithmetic.
-        operators: How many operators ran.
-    """
-
-    ledger: Ledger
-    axes: Mapping[tuple[str, int], Tensor]
-    sizes: list[SizeUse]
-    reached: frozenset[str]
-    reductions: Mapping[str, str]
-    meta: bool
-    operators: int
-
-
-@dataclass
-class _Seen:
-    """What the tracer gathers while the network runs."""
-
-    sizes: list[SizeUse] = field(default_factory=list)
-    reached: set[str] = field(default_factory=set)
-    reductions: dict[str, str] = field(default_factory=dict)
-    operators: int = 0
-
-
 class Tracer(TorchDispatchMode):
     """Labels of all live tensors, updated at every operator."""
 
     def __init__(self, model: nn.Module, execute: Execute | None = None) -> None:
         # A dispatch mode cannot work without its parent's state.
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.ledger, self.seen = model, Ledger(), _Seen()
+        self.model, self.ledger, self.seen = model, Ledger(), Seen()
         self.axes: dict[tuple[str, int], Tensor] = {}
         self.stack: list[str] = []
         self._labels: Any = WeakTensorKeyDictionary()
         self._names: Any = WeakTensorKeyDictionary()
         self._owed: Any = WeakTensorKeyDictionary()
+        self._wider: Any = WeakTensorKeyDictionary()
         self._execute = execute or run_plainly
         self._busy = False
         self._stated: Sizes | None = None
@@ -201,10 +173,20 @@ class Tracer(TorchDispatchMode):
         sizes = self._stated
         return None if sizes is None or len(sizes) != count else sizes
 
+    def said(self, value: int) -> int:
+        """A number as the code gave it to the operator."""
+        return next((size for size in self._stated or () if size == value), value)
+
+    def picked(self, count: int) -> list[int]:
+        """The positions that the code listed in the brackets, if it listed so many."""
+        places = (self._stated or [])[-count:]
+        return [p for p in places if p is not None] if len(places) == count else []
+
     def state(self, sizes: Sizes | None) -> None:
         """Note the sizes that the operator to come was given."""
         if not self._busy:  # the rules themselves reshape labels
             self._stated = sizes
+            self.seen.names.update(*(names_in(size, self.stack) for size in sizes or ()))
 
     def counted(self, x: Tensor) -> dict[int, Source]:
         """The units along the axes of a tensor, if it is the network that asks for its sizes."""
@@ -213,10 +195,11 @@ class Tracer(TorchDispatchMode):
         labels = self.labels(x)
         return {axis: Source(v, axis, self._agreed) for v in labels for axis in varying(v)}
 
-    def _agreed(self, label: Tensor, axis: int) -> None:
+    def _agreed(self, label: Tensor, axis: int, given: int) -> None:
         if not self._busy:
             with torch.utils._python_dispatch._disable_current_modes():
-                self.size(label, axis)
+                if not isinstance(given, Named) or count_named(self, label, axis, given) is None:
+                    self.size(label, axis)
 
     def sized(self, label: Tensor, axis: int, given: int | None) -> Tensor:
         """Make the number of units along ``axis`` follow what the code says about it.
@@ -234,9 +217,13 @@ class Tracer(TorchDispatchMode):
         if isinstance(given, Counted):
             follow(self.ledger, label, axis, given)
             return label
+        if isinstance(given, Named) and (left := count_named(self, label, axis, given)) is not None:
+            return left
         # Of (batch, tokens, 3, 3, 8) one of the 3 may be the number of heads, the other a number.
-        once = sum(type(size) is int and size == given for size in self._stated or ()) < 2
-        if self.size(label, axis, sure=once) is not None:
+        once = sum(plain_number(size) and size == given for size in self._stated or ()) < 2
+        use = self.size(label, axis, sure=once)
+        if use is not None:
+            self.seen.sizes[-1] = replace(use, given=True)
             return label
         reason = f"its code gives the size {int(given)} as a number"
         left = self.ledger.whole(label, axis, reason)
@@ -251,6 +238,18 @@ class Tracer(TorchDispatchMode):
         """What :meth:`owe` noted for ``x`` comes true."""
         for label, axis, reason in self._owed.pop(x, ()):
             self.ledger.whole(label, axis, reason)
+
+    def part_of(self, x: Tensor, whole: Tensor, label: Tensor | None = None, axis: int = 0) -> None:
+        """Note that ``x`` lies in the memory of ``whole``, or is a part of its ``axis``."""
+        wider = self._wider.get(whole, ())
+        if label is not None:
+            wider = (*wider, (label, axis))
+        if wider:
+            self._wider[x] = wider
+
+    def wider(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """The axes of which ``x`` is a part."""
+        yield from self._wider.get(x, ())
 
     def reduces(self, what: str) -> None:
         """Note an operator whose value depends on how many units there are."""
@@ -347,6 +346,8 @@ def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
         seen.sizes,
         frozenset(seen.reached),
         seen.reductions,
+        seen.ratios,
+        seen.names,
         device == "meta",
         seen.operators,
     )
@@ -377,6 +378,7 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
         stack.enter_context(plain_recurrence(model))
         stack.enter_context(paths(model, tracer.stack))
         args, kwargs = positional(example)
+        stack.enter_context(naming(model))
         stack.enter_context(counting(tracer.counted, tracer.state))
         stack.enter_context(tracer)
         return torch.func.functional_call(model, state, args, kwargs, tie_weights=False)

@@ -97,6 +97,12 @@ class Ledger:
         if len(flat):
             self._pins.append((flat.unique(), reason))
 
+    def stuck(self, ids: Tensor) -> bool:
+        """Whether it is known already that all of these units stay."""
+        flat = compact(ids)[0].reshape(-1).unique()
+        pins = [pinned for pinned, _ in self._pins]
+        return bool(pins) and bool(torch.isin(flat, torch.cat(pins)).all())
+
     def whole(self, ids: Tensor, axis: int, reason: str) -> Tensor | None:
         """Keep the size of ``axis``: what lies along it is cut together or not at all.
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from secateur.structure.counted import Counted
+from secateur.structure.labels import along
+from secateur.structure.named import Named
 from secateur.structure.rules import rule
+from secateur.structure.sizes import find_site
 from secateur.structure.trace import Call, Tracer
 
 FIXED = "it meets a tensor whose size the code fixes"
@@ -68,13 +72,16 @@ def factory(tracer: Tracer, call: Call) -> None:
 
     The hidden state that an LSTM starts from is such a tensor: it shrinks with ``hidden_size``.
     """
-    from secateur.structure.labels import along
-    from secateur.structure.sizes import find_site
-
     out = call.out
     labels = []
+    given = tracer.stated(out.ndim) or [None] * out.ndim
     for axis, size in enumerate(out.shape):
-        if find_site(tracer.model, tracer.stack, size) is not None:
+        said = given[axis]
+        known = isinstance(said, Named) and said.terms
+        if size > 1 and (known or (isinstance(said, Counted) and said.source)):
+            label = along(tracer.ledger.new(size), axis, tuple(out.shape))
+            labels.append(tracer.sized(label, axis, said))
+        elif find_site(tracer.model, tracer.stack, size) is not None:
             label = along(tracer.ledger.new(size), axis, tuple(out.shape))
             tracer.size(label, axis)
             labels.append(label)

@@ -13,6 +13,7 @@ from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.trace import Call, Labels, Tracer
 
 _LOOKED_UP = "they are looked up by index"
+_LAST = "its code picks them by their distance from the end"
 
 
 @rule("aten.embedding")
@@ -44,11 +45,35 @@ def indexed(tracer: Tracer, call: Call) -> None:
     """``x[..., index, ...]``: the indexed axes keep their size."""
     x, indices = call.args[:2]
     labels = list(tracer.labels(x))
+    if (last := _from_the_end(tracer, indices)) is not None:
+        axis, places = last
+        found = [_picked_last(tracer, label, axis, places) for label in labels]
+        tracer.put(call.out, [label.expand(call.out.shape) for label in found])
+        return
     for axis in _indexed_axes(indices):
         labels = tracer.fixed(labels, axis, _LOOKED_UP)
     plain = [None if i is None else _positions(i) for i in indices]
     moved = [relaxed(torch.ops.aten.index(label, plain)) for label in labels]
     tracer.put(call.out, [label for label in moved if label.shape == call.out.shape])
+
+
+def _from_the_end(tracer: Tracer, indices: Any) -> tuple[int, list[int]] | None:
+    """The axis of ``x[:, [-2]]`` and its positions, counted from the end as the code says them."""
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].ndim != 1:
+        return None
+    axis, index = given[0]
+    places = tracer.picked(len(index))
+    return (axis, places) if places and max(places) < 0 else None
+
+
+def _picked_last(tracer: Tracer, label: Tensor, axis: int, places: list[int]) -> Tensor:
+    """They are found again after a cut as long as the last positions stay."""
+    if axis not in varying(label):
+        return first_along(label, axis)
+    size, count = label.shape[axis], -min(places)
+    tracer.ledger.pin(label.narrow(axis, size - count, count), _LAST)
+    return relaxed(label.index_select(axis, torch.tensor(places) + size))
 
 
 def _indexed_axes(indices: Any) -> list[int]:

@@ -24,6 +24,11 @@ _HEAD = "a product of two activations runs over them, so they are one head"
 
 def contract(tracer: Tracer, a: Tensor, b: Tensor) -> list[Tensor]:
     """Labels of ``a @ b`` for ``(..., n, k) @ (..., k, m)``."""
+    for x, axis in ((a, a.ndim - 1), (b, b.ndim - 2)):
+        for label in tracer.labels(x):
+            # Said before the two meet: that may take the other axes away.
+            if axis in varying(label) and len(varying(label)) > 1:
+                tracer.ledger.whole(label, axis, _HEAD)
     frame = (*a.shape, b.shape[-1])
     left = ((*a.shape, 1), tuple(label.unsqueeze(-1) for label in tracer.labels(a)))
     right_shape = (*b.shape[:-2], 1, *b.shape[-2:])

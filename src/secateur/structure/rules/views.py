@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.structure.counted import Counted, Sizes
-from secateur.structure.labels import NONE, fill, first_along, relaxed, varying
+from secateur.structure.labels import NONE, along, fill, first_along, relaxed, varying
+from secateur.structure.named import Named
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.sizes import find_site
 from secateur.structure.trace import Call, Labels, Tracer
 
+_PAIRS = "they are the two parts of a complex number"
+_SHAPED = "its code gives their number to a tensor of fixed size"
 _PICKED = "one of them is picked by its position"
 _SLICED = "they are sliced at fixed positions"
 
@@ -36,14 +39,18 @@ def moved(
         for axis in varying(new):
             if given is not None:
                 labels[-1] = tracer.sized(labels[-1], axis, given[axis])
-            elif new.shape[axis] not in label.shape:
-                tracer.size(new, axis)
+    tracer.part_of(call.out, call.args[0])
     tracer.put(call.out, _apart(tracer, labels))
 
 
 def _apart(tracer: Tracer, labels: list[Tensor]) -> list[Tensor]:
-    """Of several kinds of units that were flattened into one axis, the first (channels) go on."""
+    """Of several kinds of units that were flattened into one axis, the first (channels) go on.
+
+    Those that stay in any case stand back.
+    """
     found: list[Tensor] = []
+    if len(labels) > 1:
+        labels = sorted(labels, key=tracer.ledger.stuck)
     for label in labels:
         if any(set(varying(label)) & set(varying(other)) for other in found):
             tracer.ledger.pin(label, "they are flattened into one axis with other units")
@@ -52,15 +59,21 @@ def _apart(tracer: Tracer, labels: list[Tensor]) -> list[Tensor]:
     return found
 
 
-@rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_copy", "aten._reshape_alias")
+@rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_copy",
+      "aten._reshape_alias", always=True)  # fmt: skip
 def reshaped(tracer: Tracer, call: Call) -> None:
     """The shape of the output is what counts; the arguments may hold -1."""
     shape = tuple(call.out.shape)
-    moved(tracer, call, lambda label: label.reshape(shape), tracer.stated(len(shape)))
+    given = tracer.stated(len(shape))
+    moved(tracer, call, lambda label: label.reshape(shape), given)
+    along_units = {axis for label in tracer.labels(call.out) for axis in varying(label)}
+    for axis, size in enumerate(given or ()):
+        if isinstance(size, Counted) and size.source and axis not in along_units:
+            tracer.ledger.pin(size.source.rows, _SHAPED)
 
 
 @rule("aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.alias",
-      "aten.detach", "aten.expand", "aten.movedim", "aten.contiguous", "aten.unsqueeze_",
+      "aten.detach", "aten.movedim", "aten.contiguous", "aten.unsqueeze_",
       "aten.squeeze_", "aten.t_", "aten.transpose_", "aten.permute_copy", "aten.transpose_copy")  # fmt: skip
 def same_move(tracer: Tracer, call: Call) -> None:
     """Run the operator itself on the labels."""
@@ -68,6 +81,41 @@ def same_move(tracer: Tracer, call: Call) -> None:
     name = call.name.removeprefix("aten.").rstrip("_").removesuffix("_copy")
     packet = getattr(torch.ops.aten, name)
     moved(tracer, call, lambda label: packet(label, *call.args[1:], **call.kwargs))
+
+
+@rule("aten.expand")
+def expanded(tracer: Tracer, call: Call) -> None:
+    """Copies along axes of size 1 have units of their own where their number follows another tensor.
+
+    Of keys that all heads share there are as many copies as heads, after a cut, too.
+    """
+    x, out = call.args[0], call.out
+    labels = [label.expand(out.shape) for label in tracer.labels(x)]
+    given = tracer.stated(out.ndim) or [None] * out.ndim
+    lead = out.ndim - x.ndim
+    for axis, size in enumerate(given):
+        grown = out.shape[axis] > 1 and (axis < lead or x.shape[axis - lead] == 1)
+        if grown and (size is None or isinstance(size, Counted)):
+            ids = tracer.ledger.new(out.shape[axis])
+            labels.append(tracer.sized(along(ids, axis, tuple(out.shape)), axis, size))
+    tracer.put(out, labels)
+
+
+@rule("aten.view_as_complex")
+def complex_pairs(tracer: Tracer, call: Call) -> None:
+    """Two numbers become one. They are read in memory, so that all strides must be even."""
+    x = call.args[0]
+    for label, axis in tracer.wider(x):
+        tracer.ledger.block(label, axis, 2, _PAIRS)
+    labels = tracer.fixed(tracer.labels(x), x.ndim - 1, _PAIRS)
+    tracer.put(call.out, [label.select(-1, 0) for label in labels])
+
+
+@rule("aten.view_as_real")
+def real_pairs(tracer: Tracer, call: Call) -> None:
+    """One number becomes two."""
+    labels = tracer.labels(call.args[0])
+    tracer.put(call.out, [label.unsqueeze(-1).expand(call.out.shape) for label in labels])
 
 
 @rule("aten.clone")
@@ -136,16 +184,26 @@ def parted(tracer: Tracer, call: Call) -> None:
         pieces = list(label.split([x.shape[axis] for x in outs], axis))
         if axis in varying(label) and len(outs) > 1:
             _part(tracer, pieces, axis)
+            for out in outs:
+                tracer.part_of(out, call.args[0], label, axis)
         for labels, piece in zip(kept, pieces, strict=True):
             labels.append(piece)
     for out, labels in zip(outs, kept, strict=True):
         tracer.put(out, labels)
 
 
+def by_name(size: object) -> bool:
+    """Whether a size is a sum of products of attributes."""
+    return isinstance(size, Named) and bool(size.terms)
+
+
 def _part(tracer: Tracer, pieces: list[Tensor], axis: int) -> None:
     sizes = {piece.shape[axis] for piece in pieces}
     given = tracer.stated(len(pieces)) or [None] * len(pieces)
-    if len(sizes) == 1:
+    if any(map(by_name, given)) and all(by_name(x) or isinstance(x, Counted) for x in given):
+        for size, piece in zip(given, pieces, strict=True):
+            tracer.sized(piece, axis, size)
+    elif len(sizes) == 1:
         for piece in pieces[1:]:
             tracer.ledger.join(pieces[0], piece)
         tracer.sized(pieces[0], axis, given[0])
@@ -173,6 +231,7 @@ def sliced(tracer: Tracer, call: Call) -> None:
             continue
         piece = call.func(label, *call.args[1:], **call.kwargs)
         labels.append(_slice(tracer, call, label, piece, axis))
+        tracer.part_of(out, x, label, axis)
     tracer.put(out, labels)
 
 
@@ -182,7 +241,11 @@ def _slice(tracer: Tracer, call: Call, label: Tensor, piece: Tensor, axis: int) 
     start = call.argument(2, "start", 0) or 0
     start = start + size if start < 0 else start
     whole_parts = length and size % length == 0
-    if whole_parts and (step == 1 and start % length == 0):
+    names = [tracer.said(bound) for bound in (start, start + length) if 0 < bound < size]
+    if step == 1 and names and all(map(by_name, names)):
+        for bound in names:
+            tracer.sized(label.narrow(axis, 0, int(bound)), axis, bound)
+    elif whole_parts and (step == 1 and start % length == 0):
         parts = label.unflatten(axis, (size // length, length))
         tracer.ledger.join(parts, first_along(parts, axis))
     elif whole_parts and step == size // length:

@@ -1,0 +1,63 @@
+"""What a run of a network showed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from secateur.structure.sizes import Site, SizeUse
+from secateur.structure.units import Ledger
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """Two attributes of which the code divides one by the other.
+
+    Args:
+        above: Where the dividend is, and its value.
+        below: The divisor, likewise.
+    """
+
+    above: tuple[Site, int]
+    below: tuple[Site, int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run of the network showed.
+
+    Args:
+        ledger: Joins, pins and open choices.
+        axes: The units of every axis of every parameter and one-dimensional buffer.
+        sizes: Where the code states a size that shrinks with units.
+        reached: Parameters that an operator used.
+        reductions: Operators that reduce over units, so that they see only the kept ones.
+        ratios: Pairs of attributes whose quotient the code computes.
+        names: Modules and attributes that were seen in a statement of a size.
+        meta: Whether it ran without arithmetic.
+        operators: How many operators ran.
+    """
+
+    ledger: Ledger
+    axes: Mapping[tuple[str, int], Tensor]
+    sizes: list[SizeUse]
+    reached: frozenset[str]
+    reductions: Mapping[str, str]
+    ratios: list[Quotient]
+    names: set[tuple[str, str]]
+    meta: bool
+    operators: int
+
+
+@dataclass
+class Seen:
+    """What the tracer gathers while the network runs."""
+
+    sizes: list[SizeUse] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)
+    reductions: dict[str, str] = field(default_factory=dict)
+    ratios: list[Quotient] = field(default_factory=list)
+    names: set[tuple[str, str]] = field(default_factory=set)
+    operators: int = 0
