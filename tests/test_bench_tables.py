@@ -188,7 +188,12 @@ PLANTED = [
     ("compensation-resnet20", ("rows", 0, "parameters", 1), 85_302, "| 10.0% |"),
     ("recovered-resnet56", ("macs", 1), 777.0, "| pruned | 77.7% | 92.25 % | 93.50 % |"),
     ("recovered-resnet56", ("before", "dense", "test", "accuracy"), 12.34, "| 12.34 % | 93.50 % |"),
-    ("recovered-resnet56", ("differences", 1, "mean"), -0.25, "points |  | -0.61 ± 0.17 | -0.25 ± 0.17 |"),
+    (
+        "recovered-resnet56",
+        ("differences", 1, "mean"),
+        -0.25,
+        "points |  | -0.61 ± 0.17 | -0.25 ± 0.17 |",
+    ),
     ("structural", ("rows", 0, "speedup"), 1.23, "| 1.23x |"),
     ("structural", ("rows", 0, "milliseconds", "cut", "median"), 77.25, "| 77.25 |"),
     ("structural", ("rows", 0, "parameters", 1), 901, "| 90.1% |"),

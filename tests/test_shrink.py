@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths, WidthItem
@@ -374,7 +374,7 @@ def test_recipes_round_trip() -> None:
 
 _NET = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 def build():
     torch.manual_seed(0)
@@ -426,3 +426,65 @@ def test_inspect_structure(tmp_path: Path) -> None:
     assert [w["name"] for w in told["widths"]] == ["0", "3"]
     assert all(row["width"] or row["pinned"] for row in told["parameters"])
     assert 0.5 < told["removable"] < 1
+
+
+class Fours(nn.Module):
+    """Its code wants a number of units that no operator shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 16), nn.Linear(16, 40), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.one.out_features % 16:
+            raise ValueError("one must have sixteen units\nor more of them")
+        found: Tensor = self.three(self.two(self.one(x).relu()).relu())
+        return found
+
+
+def test_a_width_that_the_code_cannot_do_without_is_pinned_and_told() -> None:
+    torch.manual_seed(0)
+    net, x = Fours().eval(), torch.randn(4, 6)
+    recipe = secateur.ShrinkRecipe(target=secateur.Target("params", 0.5), recovery=())
+    pruned = secateur.shrink(net, recipe, x)
+    assert pruned.model.get_submodule("one").out_features == 16
+    assert (
+        pruned.facts.measures["target"]["reached"] <= 0.5 * pruned.facts.measures["target"]["dense"]
+    )
+    (note,) = [n for n in pruned.facts.notes if n.topic == "pinned" and n.where == "one"]
+    assert "of 16 the network raises ValueError: one must have sixteen units" in note.text
+    assert pruned.model(x).shape == (4, 3)
+
+
+def test_a_network_in_which_nothing_can_be_cut_says_why() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.one.out_features != 16:
+                raise ValueError("sixteen units")
+            found: Tensor = self.two(self.one(x))
+            return found
+
+    recipe = secateur.ShrinkRecipe(target=secateur.Target("params", 0.5), recovery=())
+    with pytest.raises(UsageError, match="the network raises ValueError: sixteen units"):
+        secateur.shrink(Stubborn().eval(), recipe, torch.randn(4, 6))
+
+
+def test_cuts_that_only_fail_together_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.one.out_features != 16 and self.two.out_features != 16:
+                raise ValueError("both")
+            found: Tensor = self.three(self.two(self.one(x).relu()).relu())
+            return found
+
+    recipe = secateur.ShrinkRecipe(target=secateur.Target("params", 0.3), recovery=())
+    with pytest.raises(UsageError, match="does with each cut alone"):
+        secateur.shrink(Tied().eval(), recipe, torch.randn(4, 6))

@@ -144,10 +144,10 @@ class Leap:
         """LEAP for trainings of a few hundred steps of Adam.
 
         Scores of single weights start at magnitude, those of rows and blocks at zero: the size of a
-        row says little about its use, and its gradients are less noisy. The thresholds start where 2 % are pruned and move by up to
-        40 / ``steps`` (at most 0.2) a step, so that most is pruned in the first third of the steps. The
-        penalty does not grow weak near the target: from 150 steps on it is reached within half a
-        point.
+        row says little about its use, and its gradients are less noisy. The thresholds start where
+        2 % are pruned and move by up to 40 / ``steps`` (at most 0.2) a step, so that most is pruned
+        in the first third of the steps. The penalty does not grow weak near the target: from 150
+        steps on it is reached within half a point.
 
         Args:
             sparsity: Share of the masked weights that shall be zero.

@@ -27,6 +27,7 @@ from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.refit import refit_
 from secateur.drive.structural.remembered import remember_, surgery_of
 from secateur.drive.structural.scores import group_scores
+from secateur.drive.structural.trial import unrunnable
 from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
 from secateur.frontends.surgery import surgery_for
@@ -125,6 +126,7 @@ class _Run:
         dense = copy.deepcopy(self.model)
         self.kept: dict[tuple[str, int], list[int]] = {}
         self.settled: frozenset[str] = frozenset()
+        self.stuck: set[str] = set()
         with torch.random.fork_rng(_devices(self.model)):
             torch.manual_seed(self.recipe.seed)
             self.structure = self._traced(example)
@@ -158,14 +160,24 @@ class _Run:
         last: Target | None,
     ) -> None:
         """Score, choose, repair, cut and prove once."""
-        widths = self._chosen()
-        around = self.structure.widths
-        scores = group_scores(self.model, widths, recipe, self.data, around=around)
-        keep = self._budget(recipe, last).keep(widths, scores, example)
+        keep = self._choice(recipe, example, last)
+        while stuck := unrunnable(self.model, self.structure, keep, example):
+            for name, why in stuck.items():
+                text = (
+                    f"cut to {int(keep[name].sum())} of {len(keep[name])} the network raises {why}"
+                )
+                self.facts.note("pinned", name, text)
+            self.stuck |= set(stuck)
+            keep = self._choice(recipe, example, last)
         surgery = surgery_for(self.model, cuts_for(self.model, self.structure, keep))
         self._cut_(keep, example, optimizer)
         remember_(self.model, surgery)
         self._reestimate_()
+
+    def _choice(self, recipe: ShrinkRecipe, example: Any, last: Target | None) -> dict[str, Tensor]:
+        widths, around = self._chosen(), self.structure.widths
+        scores = group_scores(self.model, widths, recipe, self.data, around=around)
+        return self._budget(recipe, last).keep(widths, scores, example)
 
     def _check(self) -> None:
         require_finite(self.model)
@@ -203,9 +215,11 @@ class _Run:
             self.facts.note("pinned", f"{name}[{axis}]", reason)
 
     def _chosen(self) -> list[Width]:
-        chosen = [w for w in widths_in(self.structure, self.recipe.scope) if w.groups > 1]
+        widths = widths_in(self.structure, self.recipe.scope)
+        chosen = [w for w in widths if w.groups > 1 and w.name not in self.stuck]
         if not chosen:
-            reasons = dict.fromkeys(self.structure.pinned.values())
+            notes = [note.text for note in self.facts.notes if note.where in self.stuck]
+            reasons = dict.fromkeys([*notes, *self.structure.pinned.values()])
             raise UsageError(
                 "structural pruning",
                 f"none of {len(self.structure.widths)} widths takes part",

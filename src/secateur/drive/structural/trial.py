@@ -1,0 +1,74 @@
+"""A trial before a cut: does the network still run with the widths that were chosen?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.batches import evaluating, forward, to_device
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.slots import device_of
+from secateur.drive.structural.cutting import as_batch
+from secateur.structure import Structure, apply_, cuts_for
+
+
+def unrunnable(
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> dict[str, str]:
+    """Widths that cannot be cut as chosen, since the network would not run: name -> its error.
+
+    The code of a network can have sizes of its own that no operator shows, such as heads in fours.
+
+    Raises:
+        UsageError: It does not run if all are cut, and does if each is cut alone.
+
+    Example:
+        >>> from secateur.structure import couple
+        >>> class Fours(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.one, self.two = nn.Linear(2, 8), nn.Linear(8, 2)
+        ...     def forward(self, x):
+        ...         assert self.one.out_features % 4 == 0, "not in fours"
+        ...         return self.two(self.one(x))
+        >>> net, x = Fours(), torch.zeros(1, 2)
+        >>> unrunnable(net, couple(net, x), {"one": torch.arange(8) < 4}, x)
+        {}
+        >>> unrunnable(net, couple(net, x), {"one": torch.arange(8) < 5}, x)
+        {'one': 'AssertionError: not in fours'}
+    """
+    whole = _failure(model, structure, keep, example)
+    if whole is None:
+        return {}
+    cut = [name for name, flags in keep.items() if not bool(flags.all())]
+    alone = {name: _failure(model, structure, {name: keep[name]}, example) for name in cut}
+    found = {name: why for name, why in alone.items() if why is not None}
+    if not found:
+        raise UsageError(
+            f"cutting {len(cut)} widths together",
+            f"the network does not run afterwards ({whole}), and does with each cut alone",
+            "its code ties sizes to one another in a way that no operator shows",
+            "leave some of them out with ignore=; inspect --structure lists them",
+        )
+    return found
+
+
+def _failure(
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> str | None:
+    """What a forward pass of the cut network raises, in a line; ``None`` if it runs."""
+    small = copy.deepcopy(model)
+    apply_(small, cuts_for(small, structure, keep))
+    try:
+        with evaluating(small), torch.no_grad():
+            forward(small, to_device(as_batch(example), device_of(small)))
+    except SecateurError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first}"
+    return None
