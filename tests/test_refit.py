@@ -113,7 +113,7 @@ def test_statistics_are_those_of_the_uncut_network_moved_by_the_fit() -> None:
     left = cut[0].positions() if cut else list(range(24))
     var: Any = pruned.model.get_submodule("inner_norm").running_var
     assert torch.equal(var, net.get_submodule("inner_norm").running_var[left])  # type: ignore[index]
-    assert [n.topic for n in pruned.facts.notes if n.where == "BatchNorm"] == ["left-out"]
+    assert [n.topic for n in pruned.facts.notes if n.where == "BatchNorm"] == ["skipped"]
 
 
 def test_an_uncut_network_stays_as_it_is() -> None:

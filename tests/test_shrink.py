@@ -195,7 +195,7 @@ def test_uniform_widths_are_alike_and_within_the_target() -> None:
 
 def test_without_data_repair_is_left_out_and_said(net: Residual) -> None:
     pruned = secateur.shrink(net, None, torch.zeros(1, 3, 8, 8))
-    left_out = {note.where for note in pruned.facts.notes if note.topic == "left-out"}
+    left_out = {note.where for note in pruned.facts.notes if note.topic == "skipped"}
     assert left_out == {"Compensation", "BatchNorm"}
 
 

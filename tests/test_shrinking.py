@@ -449,5 +449,5 @@ def test_what_cannot_be_is_refused() -> None:
 def test_what_is_not_used_of_the_recipe_is_said() -> None:
     net = network()
     pruner = shrinking(net, sgd(net), recipe=secateur.ShrinkRecipe())
-    left = {note.where for note in pruner.facts.notes if note.topic == "left-out"}
+    left = {note.where for note in pruner.facts.notes if note.topic == "skipped"}
     assert left == {"Compensation", "BatchNorm"}

@@ -27,6 +27,7 @@ _LISTED = 6
 _TOPICS = {
     "hint": "Hints",
     "left-out": "Left dense",
+    "skipped": "Steps that were skipped",
     "nearly-empty": "Nearly empty layers",
     "output-error": "Layers that suffered most",
     "repair": "Repairs that needed help",

@@ -271,7 +271,7 @@ class _Run:
         if how is None:
             return
         if not self._has_data:
-            self.facts.note("left-out", "Compensation", "no data was given to fit on")
+            self.facts.note("skipped", "Compensation", "no data was given to fit on")
             return
         norms = compensate_(
             self.model,
@@ -291,7 +291,7 @@ class _Run:
         if self._has_data:
             step.reestimate_(self.model, self._sample(), skip=self.settled)
         else:
-            self.facts.note("left-out", "BatchNorm", "no data was given to measure on")
+            self.facts.note("skipped", "BatchNorm", "no data was given to measure on")
 
     def _refit_(self, dense: nn.Module) -> None:
         how = self.recipe.compensation
@@ -304,7 +304,7 @@ class _Run:
                 "layers were fitted to those of the uncut network with its statistics: measuring "
                 "them anew would undo a part of that"
             )
-            self.facts.note("left-out", "BatchNorm", text)
+            self.facts.note("skipped", "BatchNorm", text)
 
     @property
     def _has_data(self) -> bool:

@@ -109,7 +109,7 @@ class Shrinking:
         )
         for part in recipe.recovery:
             text = "training goes on and repairs what a cut breaks"
-            self.facts.note("left-out", type(part).__name__, text)
+            self.facts.note("skipped", type(part).__name__, text)
         with own_random(self.model, recipe.seed):
             example = example_of(example_inputs, found)
             self._structure = couple(self.model, example)
