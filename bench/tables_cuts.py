@@ -104,11 +104,9 @@ def _compensation(folder: Path) -> str:
     if not parts:
         return ""
     text = (
-        "Trained networks for CIFAR-10 cut to half of their multiply-adds. Compensated: all layers are "
-        "fitted to the outputs of the uncut network by least squares, and BatchNorms keep its "
-        "statistics. Readers only: the layers that read what was cut are fitted, and BatchNorm is "
-        "estimated anew, as in the rows without compensation. Points lost are counted image by image "
-        "against the uncut network; the standard error is that of the images."
+        "Trained networks for CIFAR-10 cut to half of their multiply-adds. BatchNorm is estimated anew "
+        "in every row; the compensated ones also have the layers after a cut repaired by least squares. Points lost are counted image by image against the uncut "
+        "network; the standard error is that of the images."
     )
     return section("Half the multiply-adds without training", [prose(text), *parts])
 
