@@ -31,6 +31,13 @@ class Told:
     progress: Callable[[int, int], None] = _silent
 
 
+def note_damping(facts: Facts, slot: Slot, how: Compensation, used: float) -> None:
+    """Tell if more damping was needed than was asked for."""
+    if used > how.damping:
+        text = f"its covariance is singular; damped by {used:.0e} instead of {how.damping:.0e}"
+        facts.note("damped", slot.name, text)
+
+
 @torch.no_grad()
 def compensate_(
     model: nn.Module,
@@ -130,9 +137,7 @@ def _refit_(
     matrix = weight.matrix()
     grouped = matrix.reshape(slot.axes.groups, -1, matrix.shape[1])
     new, shift, damping = how.solve(grouped, moments, centred=biased or norm is not None)
-    if damping > how.damping:
-        text = f"its covariance is singular; damped by {damping:.0e} instead of {how.damping:.0e}"
-        facts.note("damped", slot.name, text)
+    note_damping(facts, slot, how, damping)
     full = torch.zeros_like(matrix, dtype=torch.float64)
     full[:, columns.to(matrix.device)] = new.flatten(0, 1)
     target = slot.tensor(model)

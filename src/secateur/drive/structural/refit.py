@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,18 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch
 from secateur.core.slots import Slot
-from secateur.drive.structural.compensate import Told
+from secateur.drive.structural.compensate import Told, note_damping
 from secateur.drive.structural.layer_inputs import calls_in_order, following_norms, moments_of
+from secateur.formats import Surgery
 from secateur.frontends import discover
 from secateur.recover import Compensation, Moments
-
-Kept = Mapping[tuple[str, int], Sequence[int]]
 
 
 @torch.no_grad()
 def refit_(
     model: nn.Module,
     dense: nn.Module,
-    kept: Kept,
+    surgery: Surgery | None,
     batches: Sequence[Batch],
     *,
     how: Compensation,
@@ -39,7 +38,7 @@ def refit_(
     Args:
         model: Cut; its weights are changed in place.
         dense: Before the first cut.
-        kept: (parameter, axis) -> the positions of the uncut parameter that are left.
+        surgery: What was cut from ``dense`` since; ``None`` for nothing.
         batches: Calibration data.
         how: Settings.
         told: Where notes and progress go.
@@ -50,35 +49,49 @@ def refit_(
         >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).eval()
         >>> spoilt, x = copy.deepcopy(net), torch.randn(50, 3)
         >>> _ = nn.init.eye_(spoilt[0].weight), nn.init.ones_(spoilt[1].weight)
-        >>> refit_(spoilt, net, {}, [x], how=Compensation(1e-9), told=Told(Facts()))
+        >>> refit_(spoilt, net, None, [x], how=Compensation(1e-9), told=Told(Facts()))
         >>> torch.allclose(spoilt(x), net(x), atol=1e-4)
         True
     """
     calls = calls_in_order(model, batches[0])
     norms = following_norms(dense, batches[0])
-    _take_statistics_(model, dense, kept)
+    _take_statistics_(model, dense, surgery)
     uncut = {slot.name: slot for slot in discover(dense)}
     rank = {path: place for place, path in enumerate(calls)}
-    chosen = [s for s in discover(model) if s.name in uncut and _fits(s, calls)]
-    chosen.sort(key=lambda slot: rank[slot.module])
-    fitted = 0
+    seen = [s for s in discover(model) if s.name in uncut and s.module in rank and s.rows]
+    chosen = sorted((s for s in seen if _fits(s, calls)), key=lambda slot: rank[slot.module])
+    fitted = set()
     for done, slot in enumerate(chosen):
         told.progress(done, len(chosen))
         wide = uncut[slot.name].weight(dense).matrix().shape[1]
         every = torch.arange(slot.weight(model).matrix().shape[1])
         moments = moments_of((dense, model), slot, (wide, every), batches, how.rows)
         if moments.count:
-            _fit_(model, dense, slot, (kept, moments), (how, norms.get(slot.module)))
-            fitted += 1
-    told.facts.measures["refitted_layers"] = fitted
+            used = _fit_(model, dense, slot, (surgery, moments), (how, norms.get(slot.module)))
+            note_damping(told.facts, slot, how, used)
+            fitted.add(slot.name)
+    told.facts.measures["refitted_layers"] = len(fitted)
+    left = [slot.name for slot in seen if slot.name not in fitted]
+    if left:
+        text = (
+            f"{len(left)} layers were not fitted to the uncut network, since they have groups of "
+            f"channels, share their weight, run more than once or read other rows: {', '.join(left)}"
+        )
+        told.facts.note("uncompensated", "", text)
 
 
-def _take_statistics_(model: nn.Module, dense: nn.Module, kept: Kept) -> None:
+def _left(surgery: Surgery | None, name: str, axis: int, size: int) -> Sequence[int]:
+    """Positions of an axis of the uncut network that are left."""
+    selection = surgery.cuts.get(name, {}).get(axis) if surgery else None
+    return range(size) if selection is None else selection.positions()
+
+
+def _take_statistics_(model: nn.Module, dense: nn.Module, surgery: Surgery | None) -> None:
     for path, norm in model.named_modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
             for name in ("running_mean", "running_var"):
                 old: Tensor = getattr(dense.get_submodule(path), name)
-                left = kept.get((f"{path}.{name}".lstrip("."), 0), range(len(old)))
+                left = _left(surgery, f"{path}.{name}".lstrip("."), 0, len(old))
                 getattr(norm, name).copy_(old[torch.tensor(left, device=old.device)])
 
 
@@ -92,21 +105,24 @@ def _fit_(
     model: nn.Module,
     dense: nn.Module,
     slot: Slot,
-    data: tuple[Kept, Moments],
+    data: tuple[Surgery | None, Moments],
     context: tuple[Compensation, str | None],
-) -> None:
-    (kept, moments), (how, norm) = data, context
+) -> float:
+    """Fit one layer; the damping that was used."""
+    (surgery, moments), (how, norm) = data, context
     assert slot.axes is not None
     module: Any = model.get_submodule(slot.module)
     before: Any = dense.get_submodule(slot.module)
     target, matrix = slot.tensor(model), slot.weight(dense).matrix()
-    left = kept.get((slot.name, slot.axes.names.index("out")), range(len(matrix)))
+    left = _left(surgery, slot.name, slot.axes.names.index("out"), len(matrix))
     rows = torch.tensor(left, device=target.device)
     biased = getattr(module, "bias", None) is not None
     if moments.alike:  # nothing before this layer has changed
-        new, moved = matrix[rows], torch.zeros(len(rows), device=target.device)
+        new, moved, damping = matrix[rows], torch.zeros(len(rows), device=target.device), 0.0
     else:
-        found, shift, _ = how.solve(matrix[rows][None], moments, centred=biased or norm is not None)
+        found, shift, damping = how.solve(
+            matrix[rows][None], moments, centred=biased or norm is not None
+        )
         new, moved = found[0], shift[0]
     target.copy_(slot.weight(model).like(new.to(target.dtype)))
     if biased:
@@ -114,3 +130,4 @@ def _fit_(
     elif norm is not None:  # the mean of what the norm reads moves the other way
         running: Any = model.get_submodule(norm)
         running.running_mean.sub_(moved.to(running.running_mean.dtype))
+    return damping

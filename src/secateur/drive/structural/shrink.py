@@ -30,6 +30,7 @@ from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.trial import unrunnable
 from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
+from secateur.formats import Surgery
 from secateur.frontends.surgery import surgery_for
 from secateur.recover import BatchNorm
 from secateur.stats.groups import wants_data
@@ -124,7 +125,7 @@ class _Run:
         self._check()
         example = example_of(example, self.data)
         dense = copy.deepcopy(self.model)
-        self.kept: dict[tuple[str, int], list[int]] = {}
+        self.surgery: Surgery | None = None  # of this run alone
         self.settled: frozenset[str] = frozenset()
         self.stuck: set[str] = set()
         with torch.random.fork_rng(_devices(self.model)):
@@ -172,6 +173,7 @@ class _Run:
         surgery = surgery_for(self.model, cuts_for(self.model, self.structure, keep))
         self._cut_(keep, example, optimizer)
         remember_(self.model, surgery)
+        self.surgery = self.surgery.then(surgery) if self.surgery else surgery
         self._reestimate_()
 
     def _choice(self, recipe: ShrinkRecipe, example: Any, last: Target | None) -> dict[str, Tensor]:
@@ -249,10 +251,6 @@ class _Run:
             self.facts.note("vacuous", "", text)
         before = sum(p.numel() for p in self.model.parameters())
         apply_(self.model, cuts, optimizer)
-        for name, axes in cuts.kept.items():
-            for axis, places in axes.items():
-                earlier = self.kept.get((name, axis))
-                self.kept[name, axis] = [earlier[i] for i in places] if earlier else places
         after = sum(p.numel() for p in self.model.parameters())
         told["parameters"] = [told.get("parameters", [before])[0], after]
         self._note_widths(keep)
@@ -298,7 +296,7 @@ class _Run:
         if how is None or not how.refit or not self._has_data:
             return
         told = self._told("refitting")
-        refit_(self.model, dense, self.kept, self._sample(), how=how, told=told)
+        refit_(self.model, dense, self.surgery, self._sample(), how=how, told=told)
         if any(isinstance(s, BatchNorm) for s in self.recipe.recovery):
             text = (
                 "layers were fitted to those of the uncut network with its statistics: measuring "
