@@ -190,7 +190,8 @@ def run_arm(
         else:
             facts = {}
         macs = _macs(run.model, masks, used)
-        second = _second(run.model, plan)
+        # Stage 2 begins with a new optimizer for every network.
+        second = training.go_on(run.model, plan.second)
         attach_(run.model, masks)
         held = Held(run.model, second.optimizer)
         _Stage(f"{name}-{kind}-second", second, images, seed, place.runs).train(held.hold_)
@@ -272,19 +273,6 @@ def _times(models: dict[str, nn.Module], rounds: int = 9) -> dict[str, float]:
                 model.eval()(x)
                 taken[name].append(1000 * (time.perf_counter() - begun))
     return {name: round(statistics.median(each[1:]), 3) for name, each in taken.items()}
-
-
-def _second(model: nn.Module, plan: Plan) -> training.Run:
-    """Stage 2 begins with a new optimizer, without momenta, for every network."""
-    recipe = plan.second
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=0.0,
-        momentum=recipe.momentum,
-        weight_decay=recipe.decay,
-        nesterov=True,
-    )
-    return training.Run(model, optimizer, recipe, [])
 
 
 def _macs(model: nn.Module, masks: Masks, used: dict[str, float]) -> float:

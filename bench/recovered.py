@@ -108,7 +108,7 @@ def run_arm(
     batches = cifar.augmented(train, batch=plan.recipe.batch)
     networks: dict[str, Any] = {}
     for kind, model in (("dense", _copy(dense, plan.depth)), ("pruned", pruned.model)):
-        run = _start(model, plan.recipe)
+        run = training.go_on(model, plan.recipe)
         file = place.runs / f"{plan.study}-{kind}.safetensors"
         if file.exists():
             training.load(run, file)
@@ -157,17 +157,6 @@ def _cut(dense: nn.Module, plan: Plan, seed: int) -> secateur.Pruned:
     batches = itertools.islice(cifar.augmented(train).epoch(0, seed=seed), -(-count // 128))
     data = secateur.Data(train=list(batches), calibration=count)
     return secateur.shrink(dense, compensation.best(plan.rounds), None, data)
-
-
-def _start(model: nn.Module, recipe: training.Recipe) -> training.Run:
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=0.0,
-        momentum=recipe.momentum,
-        weight_decay=recipe.decay,
-        nesterov=True,
-    )
-    return training.Run(model, optimizer, recipe, [])
 
 
 def _judged(model: nn.Module, test: cifar.Split) -> dict[str, Any]:

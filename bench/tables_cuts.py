@@ -105,8 +105,9 @@ def _compensation(folder: Path) -> str:
         return ""
     text = (
         "Trained networks for CIFAR-10 cut to half of their multiply-adds. BatchNorm is estimated anew "
-        "in every row; the compensated ones also have the layers after a cut repaired by least squares. Points lost are counted image by image against the uncut "
-        "network; the standard error is that of the images."
+        "in every row; the compensated ones also have the layers after a cut repaired by least squares. "
+        "Points lost are counted image by image against the uncut network; the standard error is that "
+        "of the images."
     )
     return section("Half the multiply-adds without training", [prose(text), *parts])
 

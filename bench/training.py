@@ -76,7 +76,11 @@ class Run:
 def start(recipe: Recipe, *, seed: int, depth: int = 20) -> Run:
     """Make an untrained network and its optimizer; the seed decides its first weights."""
     torch.manual_seed(seed)
-    model = cifar.ResNet(depth).to(memory_format=torch.channels_last)
+    return go_on(cifar.ResNet(depth).to(memory_format=torch.channels_last), recipe)
+
+
+def go_on(model: nn.Module, recipe: Recipe) -> Run:
+    """Train a network that is there, with a new optimizer without momenta."""
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=0.0,

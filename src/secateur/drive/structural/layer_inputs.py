@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
 from secateur.core.slots import Slot, device_of
@@ -106,13 +107,18 @@ def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:
                     alive.append(out)  # an address is not used again meanwhile
 
             handles.append(module.register_forward_hook(writes))
+    _run_once(model, batch, handles)
+    return found
+
+
+def _run_once(model: nn.Module, batch: Batch, hooks: Sequence[RemovableHandle]) -> None:
+    """One forward pass, after which the hooks are off."""
     try:
         with evaluating(model), torch.no_grad():
             forward(model, to_device(batch, device_of(model)))
     finally:
-        for handle in handles:
-            handle.remove()
-    return found
+        for hook in hooks:
+            hook.remove()
 
 
 def calls_in_order(model: nn.Module, batch: Batch) -> Counter[str]:
@@ -131,12 +137,7 @@ def calls_in_order(model: nn.Module, batch: Batch) -> Counter[str]:
             seen[path] += 1
 
         handles.append(module.register_forward_pre_hook(note))
-    try:
-        with evaluating(model), torch.no_grad():
-            forward(model, to_device(batch, device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_once(model, batch, handles)
     return seen
 
 
