@@ -113,6 +113,13 @@ def run_trunk(plan: Plan = WHOLE, *, seed: int = 0, place: Place = Place()) -> P
     return path
 
 
+def trained_trunk(plan: Plan = WHOLE, *, seed: int = 0, place: Place = Place()) -> training.Run:
+    """The dense network that all arms start from, trained if it is not yet."""
+    trunk = training.start(plan.trunk, seed=seed)
+    training.load(trunk, run_trunk(plan, seed=seed, place=place))
+    return trunk
+
+
 def run_arm(
     arm: str, plan: Plan = WHOLE, *, seed: int = 0, place: Place = Place()
 ) -> dict[str, Any]:
@@ -127,8 +134,7 @@ def run_arm(
     name = f"gradual-{arm}-seed{seed}"
     if (place.results / f"{name}.json").exists():
         return record.read(name, folder=place.results)
-    trunk = training.start(plan.trunk, seed=seed)
-    training.load(trunk, run_trunk(plan, seed=seed, place=place))
+    trunk = trained_trunk(plan, seed=seed, place=place)
     watch = record.Stopwatch()
     train, test = cifar.training_splits()
     train, test = train[: plan.train_images], test[: plan.test_images]

@@ -4,14 +4,14 @@ Two protocols. ``resnet56`` starts from the network of the data page, which has 
 training images, and is judged by the 1,000 test images. ``resnet20`` starts from the dense trunk of
 the study ``gradual``, trained on 40,000 images, and is judged by the other 11,000. In each, the
 network is cut in five rounds and compensated; then it and the dense one are fine-tuned for 15
-epochs with the same batches and learning rates. An epoch has only a part of the 40,000 images (the
-plan says which part): both networks see less than a whole fine-tuning would show them.
+epochs on the 40,000 images with the same batches and learning rates.
 
     python -m bench --arm recovered --depth 56
     python -m bench recovered
 
-The plan was fixed before the first run; the networks after the last epoch are the ones reported.
-The test images play no part in any choice.
+The networks after the last epoch are the ones reported. A first run had 10,000 images an epoch, for
+want of time, and lost 1.3 +- 0.7 points with ResNet-56; nothing but the number of images was changed
+after it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Plan:
 
     depth: int = 56
     recipe: training.Recipe = RECIPE
-    train_images: int = 10_000
+    train_images: int = cifar.TRAIN
     test_images: int = 1_000
     rounds: int = 5
 
@@ -59,7 +59,7 @@ class Plan:
         return f"recovered-resnet{self.depth}"
 
 
-PLANS = {56: Plan(), 20: Plan(depth=20, train_images=20_000, test_images=cifar.HELD_OUT + 1_000)}
+PLANS = {56: Plan(), 20: Plan(depth=20, test_images=cifar.HELD_OUT + 1_000)}
 
 
 def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) -> None:
@@ -140,9 +140,7 @@ def _images(plan: Plan) -> tuple[cifar.Split, cifar.Split]:
 def _dense(depth: int, seed: int, place: gradual.Place) -> nn.Module:
     if depth == Plan().depth:
         return cifar.trained(depth)
-    trunk = training.start(gradual.WHOLE.trunk, seed=seed)
-    training.load(trunk, gradual.run_trunk(seed=seed, place=place))
-    return trunk.model.eval()
+    return gradual.trained_trunk(seed=seed, place=place).model.eval()
 
 
 def _copy(dense: nn.Module, depth: int) -> nn.Module:
