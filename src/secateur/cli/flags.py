@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from secateur.core.errors import UsageError
 from secateur.drive.recipe import Recipe, window
 from secateur.drive.recipe_file import from_plain, read_recipe, to_plain
+from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.training.finetune import FineTune
 from secateur.schedule import OneShot
 
+_R = TypeVar("_R", Recipe, ShrinkRecipe)
 _SHORT_PATTERN = re.compile(r"\d+[:x]\d+")
 
 
@@ -133,28 +135,39 @@ def _plain(flags: Flags) -> dict[str, Any]:
 
 
 def _trained(recipe: Recipe, flags: Flags) -> Recipe:
-    """Add the fine-tuning that the flags ask for."""
-    asked = {
-        key: value
-        for key in ("epochs", "lr", "distill")
-        if (value := getattr(flags, key)) is not None
-    }
-    if not asked:
+    """Add the fine-tuning that the flags ask for, and prune gradually while it trains."""
+    asked = {"epochs": flags.epochs, "lr": flags.lr, "distill": flags.distill}
+    tuned = with_training(recipe, asked)
+    how = tuned.finetune
+    gradual = flags.schedule is None and flags.epochs is not None and _may_be_gradual(recipe)
+    return replace(tuned, schedule=window(how.epochs)) if how is not None and gradual else tuned
+
+
+def with_training(recipe: _R, asked: Mapping[str, float | None]) -> _R:
+    """Add fine-tuning to a recipe, or change what it has.
+
+    Args:
+        recipe: Of pruning or of shrinking.
+        asked: Settings of :class:`~secateur.drive.training.finetune.FineTune`; None leaves one as
+            it is.
+
+    Raises:
+        UsageError: Settings are given, but neither the recipe nor they say for how long to train.
+    """
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if not given:
         return recipe
     own = recipe.finetune
-    if own is None and "epochs" not in asked:
+    if own is None and "epochs" not in given:
         raise UsageError(
-            " ".join(f"--{key} {value:g}" for key, value in asked.items()),
+            " ".join(f"--{key} {value:g}" for key, value in given.items()),
             "the run does not train",
             "these are settings of fine-tuning",
             "add --epochs N",
         )
-    how = replace(own, **asked) if own is not None else FineTune(**asked)
-    rest = tuple(step for step in recipe.recovery if not isinstance(step, FineTune))
-    schedule = recipe.schedule
-    if flags.schedule is None and "epochs" in asked and _may_be_gradual(recipe):
-        schedule = window(how.epochs)
-    return replace(recipe, schedule=schedule, recovery=(*rest, how))
+    how = replace(own, **given) if own is not None else FineTune(**given)
+    rest: list[Any] = [step for step in recipe.recovery if not isinstance(step, FineTune)]
+    return replace(recipe, recovery=(*rest, how))
 
 
 def _may_be_gradual(recipe: Recipe) -> bool:

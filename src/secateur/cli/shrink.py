@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.flags import part
+from secateur.cli.flags import part, with_training
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
 from secateur.core.errors import UsageError
@@ -18,7 +18,6 @@ from secateur.drive.pruned import Pruned
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import from_plain, read_shrink_recipe
 from secateur.drive.structural.shrink import shrink as run
-from secateur.drive.training.finetune import FineTune
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
@@ -139,7 +138,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 "seed": seed,
             },
         )
-        wanted = _trained(wanted, {"epochs": epochs, "lr": lr, "distill": distill})
+        wanted = with_training(wanted, {"epochs": epochs, "lr": lr, "distill": distill})
         require_places(output, onnx, data, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
         batches = None if data is None else load_data(data)
@@ -186,23 +185,6 @@ def _recipe(path: str | None, parts: dict[str, Any], settings: dict[str, Any]) -
     if "recovery" in given:
         given["recovery"] = [part("recovery", text) for text in given["recovery"]]
     return from_plain({**given, **({"scope": scope} if scope else {})})
-
-
-def _trained(recipe: ShrinkRecipe, asked: dict[str, float | None]) -> ShrinkRecipe:
-    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    if not given:
-        return recipe
-    own = recipe.finetune
-    if own is None and "epochs" not in given:
-        raise UsageError(
-            " ".join(f"--{key} {value:g}" for key, value in given.items()),
-            "the run does not train",
-            "these are settings of fine-tuning",
-            "add --epochs N",
-        )
-    how = dataclasses.replace(own, **given) if own is not None else FineTune(**given)
-    rest = tuple(step for step in recipe.recovery if not isinstance(step, FineTune))
-    return dataclasses.replace(recipe, recovery=(*rest, how))
 
 
 def _report(

@@ -13,14 +13,13 @@ from secateur.allocate.widths import WidthItem
 from secateur.core.batches import Batch
 from secateur.core.budget import Target
 from secateur.core.facts import Facts
-from secateur.core.select import keep_top
 from secateur.core.widths import Width
 from secateur.drive.money import uses
 from secateur.drive.structural.cutting import as_batch
 from secateur.drive.structural.latency_budget import TOLERANCE, LatencySearch
 from secateur.drive.structural.latency_clock import clock_for
 from secateur.drive.structural.recipe import ShrinkRecipe
-from secateur.drive.structural.uniform import uniform_keep
+from secateur.drive.structural.uniform import best_groups
 from secateur.drive.structural.width_cost import WidthCost, limit_of, width_cost
 from secateur.drive.structural.width_latency import LayerTiming, latency_cost, steps
 from secateur.drive.structural.width_steps import Stepped, WidthSteps
@@ -85,12 +84,8 @@ class ShrinkBudget:
         counts: Mapping[str, int],
         steps: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
-        keep = {
-            name: keep_top(scores[name][None].float(), count)[0] for name, count in counts.items()
-        }
-        if not self.recipe.uniform:
-            return keep
-        return uniform_keep(self.structure, keep, scores, steps)
+        uniform = self.recipe.uniform
+        return best_groups(self.structure, scores, counts, uniform=uniform, steps=steps)
 
     def _cost(self, batch: Batch) -> WidthCost:
         unit = self.recipe.target.unit

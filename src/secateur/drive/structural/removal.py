@@ -14,11 +14,10 @@ from secateur.allocate.widths import WidthItem
 from secateur.core.batches import Data
 from secateur.core.errors import UsageError
 from secateur.core.facts import WidthFacts
-from secateur.core.select import keep_top
 from secateur.drive.structural.cutting import require_proved, telling, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.scores import group_scores
-from secateur.drive.structural.uniform import uniform_keep
+from secateur.drive.structural.uniform import best_groups
 from secateur.drive.structural.width_cost import WidthCost, width_cost
 from secateur.drive.structural.width_steps import Stepped, WidthSteps
 from secateur.formats import Surgery
@@ -72,29 +71,18 @@ class Removal:
             limits: What they may cost now, and at the end.
         """
         widths = [structure.by_name[name] for name in scores]
+        uniform = self.recipe.uniform
         floor = float(getattr(self.recipe.allocation, "floor", 0.0))
         least = {w.name: max(1, round(floor * self.origin.get(w.name, 1))) for w in widths}
 
         def allocate(steps: Mapping[str, int]) -> dict[str, int]:
             items = [WidthItem(n, scores[n], least[n], steps[n]) for n in scores]
             counts = self.recipe.allocation(items, cost, limits[0])
-            groups = self._groups(structure, scores, counts, steps)
+            groups = best_groups(structure, scores, counts, uniform=uniform, steps=steps)
             return {name: int(flags.sum()) for name, flags in groups.items()}
 
         how = WidthSteps(self.recipe.align, self.origin)
         return how.choose(widths, allocate, cost=cost, goal=limits[1])
-
-    def _groups(
-        self,
-        structure: Structure,
-        scores: Mapping[str, Tensor],
-        counts: Mapping[str, int],
-        steps: Mapping[str, int] | None = None,
-    ) -> dict[str, Tensor]:
-        keep = {
-            name: keep_top(scores[name][None].float(), count)[0] for name, count in counts.items()
-        }
-        return uniform_keep(structure, keep, scores, steps) if self.recipe.uniform else keep
 
     def remove_(
         self,
@@ -116,7 +104,7 @@ class Removal:
         cost = self.cost(model, structure)
         limits = limit, limit if last is None else min(last, limit)
         chosen = self.choose(structure, scores, cost, limits)
-        keep = self._groups(structure, scores, chosen.kept)
+        keep = best_groups(structure, scores, chosen.kept, uniform=self.recipe.uniform)
         keep = {name: flags for name, flags in keep.items() if not bool(flags.all())}
         removed = {name: int((~flags).sum()) for name, flags in keep.items()}
         counts = {name: int(flags.sum()) for name, flags in keep.items()}

@@ -1,4 +1,4 @@
-"""Equal widths in all layers, so that a plain configuration can describe the cut network."""
+"""Which groups stay, with equal widths in all layers where a plain configuration shall describe them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,40 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from secateur.core.select import keep_top
 from secateur.core.widths import Width
 from secateur.structure import Structure
+
+
+def best_groups(
+    structure: Structure,
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    *,
+    uniform: bool = False,
+    steps: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """The groups with the largest scores.
+
+    Args:
+        structure: The widths.
+        scores: Name of a width -> ``(groups,)``, larger = keep.
+        counts: Name of a width -> how many groups stay.
+        uniform: Make like widths alike, see :func:`uniform_keep`.
+        steps: What kept groups come in multiples of then.
+
+    Returns:
+        Name of a width -> ``(groups,)``, True = kept.
+
+    Example:
+        >>> from torch import nn
+        >>> from secateur.structure import couple
+        >>> structure = couple(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2))
+        >>> best_groups(structure, {"0": torch.tensor([0.1, 0.3, 0.2])}, {"0": 2})
+        {'0': tensor([False,  True,  True])}
+    """
+    keep = {name: keep_top(scores[name][None].float(), count)[0] for name, count in counts.items()}
+    return uniform_keep(structure, keep, scores, steps) if uniform else keep
 
 
 def uniform_keep(
