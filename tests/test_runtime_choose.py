@@ -9,20 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx_cases import (
-    FUSED,
-    PAD,
-    SAME,
-    WL,
-    X2,
-    dense,
-    model,
-    native,
-    onnx,
-    run,
-    sparse,
-    write,
-)
+from onnx_cases import FUSED, PAD, SAME, WL, X2, dense, model, native, onnx, run, sparse, write
 
 from secateur.runtime.compiler import compile as compiling
 from secateur.runtime.compiler import whole

@@ -7,28 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx_cases import (
-    PAD,
-    SAME,
-    W1,
-    W3,
-    WL,
-    X2,
-    X4,
-    model,
-    native,
-    numpy_helper,
-    onnx,
-    write,
-)
+from onnx_cases import PAD, SAME, W1, W3, WL, X2, X4, model, native, numpy_helper, onnx, write
 
-from secateur.core.errors import (
-    DataError,
-    FileError,
-    FormatError,
-    UnknownName,
-    UsageError,
-)
+from secateur.core.errors import DataError, FileError, FormatError, UnknownName, UsageError
 from secateur.runtime import available
 from secateur.runtime.compiler import compile as compiling
 from secateur.runtime.compiler import whole

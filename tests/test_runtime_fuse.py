@@ -25,9 +25,7 @@ from onnx_cases import (
     write,
 )
 
-from secateur.core.errors import (
-    FormatError,
-)
+from secateur.core.errors import FormatError
 from secateur.runtime.compiler.activations import GELU, recognise
 from secateur.runtime.compiler.compile import compile_onnx
 from secateur.runtime.compiler.fuse import sites
