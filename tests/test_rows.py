@@ -18,6 +18,7 @@ from secateur.stats import (
     InputNorm,
     Moments,
     Positions,
+    Replay,
     Sketch,
     SquaredGradient,
     Stats,
@@ -378,7 +379,7 @@ def test_inputs_passed_by_name_are_seen() -> None:
     torch.testing.assert_close(seen, x.square().mean(0).sqrt())
 
 
-def test_stop_early_ends_the_pass_after_the_last_watched_layer() -> None:
+def test_sequential_collection_ends_the_pass_after_the_last_watched_layer() -> None:
     calls: list[str] = []
 
     class Spy(nn.Module):
@@ -389,7 +390,7 @@ def test_stop_early_ends_the_pass_after_the_last_watched_layer() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), Spy())
     batches = [torch.randn(4, 3) for _ in range(5)]
     slots = [slot_of(net, "0.weight")]
-    early = collect(net, slots, [Gram()], batches, stop_early=True)
+    early = collect(net, slots, [Gram()], batches, replay=Replay(net, slots, batches))
     assert len(calls) <= 1  # the first pass may run to its end to learn how often layers are called
     whole = collect(net, slots, [Gram()], batches)
     weight = slots[0].weight(net)
@@ -407,8 +408,8 @@ def test_a_shared_module_is_seen_at_every_call() -> None:
 
     net, x = Twice(), torch.randn(4, 3)
     slot = slot_of(net, "a.weight")
-    for early in (False, True):
-        stats: Stats = collect(net, [slot], [Positions()], [x, x], stop_early=early)
+    for replay in (None, Replay(net, [slot], [x])):
+        stats: Stats = collect(net, [slot], [Positions()], [x, x], replay=replay)
         assert float(stats(Positions(), slot.weight(net))) == 2.0
 
 

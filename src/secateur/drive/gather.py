@@ -12,7 +12,7 @@ from secateur.core.batches import Batch, Loss, inputs_of, to_device
 from secateur.core.groups import groups_of
 from secateur.core.slots import Slot, device_of
 from secateur.frontends import discover
-from secateur.stats import Stats, collect
+from secateur.stats import Replay, Stats, collect
 from secateur.stats.groups import collect_groups
 from secateur.structure import couple
 
@@ -24,7 +24,7 @@ def gather(
     batches: Sequence[Batch],
     *,
     loss: Loss | None = None,
-    stop_early: bool = False,
+    replay: Replay | None = None,
 ) -> Stats:
     """:func:`~secateur.stats.collect`, and measurements over the network's widths.
 
@@ -35,7 +35,7 @@ def gather(
             is traced on the first batch.
         batches: Calibration batches.
         loss: For gradients.
-        stop_early: End each forward pass once all slots were seen.
+        replay: For sequential collection, see :func:`~secateur.stats.collect`.
 
     Example:
         >>> from secateur.stats.neighbours import Neighbours
@@ -48,7 +48,7 @@ def gather(
     wanted = list(needs)
     over_widths = [need for need in wanted if hasattr(need, "measure_groups")]
     rest = [need for need in wanted if need not in over_widths]
-    stats = collect(model, slots, rest, batches, loss=loss, stop_early=stop_early)
+    stats = collect(model, slots, rest, batches, loss=loss, replay=replay)
     if not over_widths:
         return stats
     positional, named = inputs_of(to_device(batches[0], device_of(model)))

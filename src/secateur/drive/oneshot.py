@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.drive.training.recorder import Checkpoints, as_checkpoints
 from secateur.recover import BatchNorm
 from secateur.schedule import events, share_at
-from secateur.stats import Positions, Sketch, Stats, collect
+from secateur.stats import Positions, Replay, Sketch, Stats, collect
 
 
 def prune(
@@ -125,6 +127,7 @@ class _Run:
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
         self._batches: list[Batch] | None = None
+        self._few: list[Batch] | None = None
         self._step = (0, 1)
 
     @property
@@ -138,7 +141,9 @@ class _Run:
     @property
     def few(self) -> list[Batch]:
         """At most ``_FEW`` samples, enough to say where the damage is."""
-        return Data(train=self.batches, calibration=_FEW).sample()
+        if self._few is None:
+            self._few = Data(train=self.batches, calibration=_FEW).sample()
+        return self._few
 
     def run(self) -> Pruned:
         """Check everything first, then prune, then train."""
@@ -225,11 +230,13 @@ class _Run:
         levels = self._levels(slots, groups, moment, last)
         layers: dict[str, LayerFacts] = {}
         masks: dict[str, torch.Tensor] = {}
+        replay = self._replay(slots) if recipe.sequential else None
         for slot in self._order(slots) if recipe.sequential else slots:
             self.progress("pruning", self._step[0] + len(masks) / len(slots), self._step[1])
             weight, local = slot.weight(self.model), stats
-            if recipe.sequential:
-                local = self._collect([slot], repair_needs | set(recipe.criterion.needs), stop=True)
+            if replay is not None:
+                needs = repair_needs | set(recipe.criterion.needs)
+                local = replay.trying(partial(self._collect, [slot], needs, replay))
                 local.memory, local.seed = memory.memory, memory.seed
                 groups[slot.name] = self._ranks(weight, local, prior)
             picked = MaskChoice(
@@ -239,6 +246,8 @@ class _Run:
                 self.model, slot, picked, recipe=recipe, stats=local, facts=self.facts
             )
             local.drop(slot.name)
+            if replay is not None:
+                replay.finish(slot)
         self.facts.layers = [layers[slot.name] for slot in slots]
         done = Masks({slot.name: masks[slot.name] for slot in slots})
         if not last:
@@ -299,16 +308,26 @@ class _Run:
         needs: set[Any] = set().union(*(step.needs for step in self.recipe.repairs))
         return needs | ({Sketch()} if last else set())
 
-    def _collect(self, slots: Sequence[Slot], needs: set[Any], *, stop: bool = False) -> Stats:
+    def _replay(self, slots: Sequence[Slot]) -> Replay:
+        """What a sequential run need not compute twice; without data it runs nothing at all."""
+        if self.data is None or self.data.train is None:
+            return Replay(self.model, slots, ())
+        return Replay(self.model, slots, (*self.few, *self.batches))
+
+    def _collect(
+        self, slots: Sequence[Slot], needs: set[Any], replay: Replay | None = None
+    ) -> Stats:
         """Gather statistics; what only serves the diagnosis is read from a few samples."""
         loss = self.data.loss if self.data is not None else None
         diagnosis = needs & {Sketch()}
+        if diagnosis and all(a is b for a, b in zip_longest(self.few, self.batches)):
+            diagnosis = set()  # the few are all: one pass
         stats = Stats()
         if needs - diagnosis:
             wanted = needs - diagnosis
-            stats = gather(self.model, slots, wanted, self.batches, loss=loss, stop_early=stop)
+            stats = gather(self.model, slots, wanted, self.batches, loss=loss, replay=replay)
         if diagnosis:
-            few = collect(self.model, slots, diagnosis, self.few, stop_early=stop)
+            few = collect(self.model, slots, diagnosis, self.few, replay=replay)
             stats = few.merge(stats).keep_values(stats)
         return stats
 

@@ -9,6 +9,7 @@ from secateur.stats.gradients import BlockFisher, Gradient, SquaredGradient, Wei
 from secateur.stats.groups import GroupProbe, collect_groups, wants_data
 from secateur.stats.neighbours import Neighbours
 from secateur.stats.probes import GradientFlow, SynapticFlow
+from secateur.stats.replay import Replay
 from secateur.stats.size import InputSize
 from secateur.stats.stat import Probe, Stat, State
 
@@ -26,6 +27,7 @@ __all__ = [
     "Neighbours",
     "Positions",
     "Probe",
+    "Replay",
     "RoutedOutput",
     "Sketch",
     "SquaredGradient",

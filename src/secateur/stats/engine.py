@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from secateur.core.batches import (
 from secateur.core.errors import NeedsData, NonFinite
 from secateur.core.slots import Slot, device_of
 from secateur.core.weight import Weight
+from secateur.stats.replay import Replay
 from secateur.stats.stat import Probe, Stat, State, merge
 
 # Rows of a convolution are unfolded copies of its input; this many numbers at a time.
@@ -141,7 +142,7 @@ def collect(
     batches: Sequence[Batch],
     *,
     loss: Loss | None = None,
-    stop_early: bool = False,
+    replay: Replay | None = None,
 ) -> Stats:
     """Run ``batches`` through ``model`` and gather every statistic in ``needs`` for every slot.
 
@@ -153,7 +154,8 @@ def collect(
         needs: Statistics and probes.
         batches: Calibration batches.
         loss: For gradient statistics; by default :func:`~secateur.core.batches.default_loss`.
-        stop_early: End each forward pass once all slots were seen (sequential collection).
+        replay: For sequential collection: what is finished is not computed again to see inputs, and
+            a forward pass ends once all slots were seen.
 
     Raises:
         NonFinite: An activation or gradient is NaN or infinite; the weight is named.
@@ -166,7 +168,7 @@ def collect(
     device = device_of(model)
     with evaluating(model):
         if inputs:
-            _Watch(model, slots, inputs, stats).run(batches, stop_early=stop_early)
+            _Watch(model, slots, inputs, stats).run(batches, replay)
         for samples in {s.samples for s in gradients}:
             same = [s for s in gradients if s.samples == samples]
             pieces = (to_device(b, device) for b in micro_batches(batches, samples))
@@ -198,18 +200,21 @@ class _Watch:
         self._expected: Counter[str] | None = None
         self._samples = 0
 
-    def run(self, batches: Sequence[Batch], *, stop_early: bool) -> None:
+    def run(self, batches: Sequence[Batch], replay: Replay | None) -> None:
         device = device_of(self._model)
+        if replay is not None:
+            self._expected = replay.calls(self._slots)
         handles = [self._hook(path) for path in self._slots]
         try:
             with torch.no_grad():
                 for batch in batches:
                     self._calls.clear()
                     self._samples = size_of(batch)
-                    with suppress(_Enough):
+                    known = replay.serving(batch) if replay is not None else nullcontext()
+                    with suppress(_Enough), known:
                         forward(self._model, to_device(batch, device))
                     # A shared module may be called several times a pass; the first pass counts.
-                    if stop_early and self._expected is None:
+                    if replay is not None and self._expected is None:
                         self._expected = Counter(self._calls)
         finally:
             for handle in handles:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.core.batches import Batch
 from secateur.core.facts import Facts
 from secateur.core.slots import Slot
-from secateur.drive.structural.layer_inputs import following_norms, in_order, moments_of
+from secateur.drive.structural.layer_inputs import Both, following_norms, in_order
 from secateur.frontends import discover
 from secateur.recover import Compensation, Moments
 from secateur.structure import Structure, mask_
@@ -78,17 +78,18 @@ def compensate_(
     consumers = _consumers(dense, structure, alive, facts)
     mask_(model, structure, keep)
     order = in_order(dense, consumers, batches[0])
-    fitted = set()
+    fitted, both = set(), Both(dense, model, order, batches)
     for done, slot in enumerate(order):
         told.progress(done, len(order))
         columns = _columns(slot, structure, alive)
         sizes = (len(columns), columns.nonzero()[:, 0])
-        moments = moments_of((dense, model), slot, sizes, batches, how.rows)
+        moments = both.moments(slot, sizes, how.rows)
         if moments.count:
             _refit_(model, dense, slot, columns, moments, (how, norms, facts))
             fitted.add(slot.module)
         else:
             facts.note("uncompensated", slot.name, "no calibration data reaches it in both")
+        both.finish(slot)
     mask_(model, structure, keep)  # rows of a consumer that go themselves
     return frozenset(norm for layer, norm in norms.items() if layer in fitted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
 from secateur.core.slots import Slot, device_of
 from secateur.recover import Moments
+from secateur.stats import Replay
+from secateur.stats.engine import finite
 
 _A_SAMPLE = 128
 
@@ -21,62 +24,78 @@ class _Seen(Exception):
     """The layer was reached; the rest of the forward pass is of no use."""
 
 
-def rows_of(model: nn.Module, slot: Slot, batch: Batch) -> list[Tensor]:
+class Both:
+    """The dense network and the one as repaired so far, run on the same batches.
+
+    Args:
+        dense: The dense network.
+        model: The other one, whose weights may change in place.
+        slots: The layers that will be fitted, in execution order.
+        batches: Calibration data.
+    """
+
+    def __init__(
+        self, dense: nn.Module, model: nn.Module, slots: Sequence[Slot], batches: Sequence[Batch]
+    ) -> None:
+        self._runs = tuple((m, Replay(m, slots, batches)) for m in (dense, model))
+        self._batches = batches
+        self._device = device_of(model)
+
+    def moments(self, slot: Slot, columns: tuple[int, Tensor], most: int) -> Moments:
+        """Sums over the inputs of one layer in both networks.
+
+        Args:
+            slot: The layer's weight.
+            columns: How many columns a group of it has in the dense network, and which columns of
+                the other one count.
+            most: Stop after about so many rows.
+        """
+        assert slot.axes is not None
+        wide, kept = columns[0], columns[1].to(self._device)
+        moments = Moments(slot.axes.groups, wide, len(kept), self._device)
+        generator = torch.Generator().manual_seed(0)
+        for batch in self._batches:
+            found = [
+                replay.trying(partial(_rows, m, slot, batch, replay)) for m, replay in self._runs
+            ]
+            for x, z in zip(*found, strict=True):
+                if x.shape[1] != z.shape[1]:  # e.g. an expert that is chosen by other tokens
+                    continue
+                wanted = min(x.shape[1], _A_SAMPLE * size_of(batch), most)
+                drawn = torch.randperm(x.shape[1], generator=generator)[:wanted].to(self._device)
+                moments.add(
+                    x.index_select(1, drawn), z.index_select(1, drawn).index_select(2, kept)
+                )
+            if moments.count >= most:
+                break
+        return moments
+
+    def finish(self, slot: Slot) -> None:
+        """The weights of a layer will not change any more."""
+        for _, replay in self._runs:
+            replay.finish(slot)
+
+
+def _rows(model: nn.Module, slot: Slot, batch: Batch, replay: Replay) -> list[Tensor]:
     """The rows that multiply a weight, ``(groups, rows, columns)`` for every call of its module."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         assert slot.rows is not None
         inputs = args or tuple(kwargs.values())
-        found.append(slot.rows(module, inputs, out))
+        found.append(finite(slot.rows(module, inputs, out), slot.name, "an input"))
         raise _Seen
 
     module = model.get_submodule(slot.module)
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
-        with evaluating(model):
+        with evaluating(model), replay.serving(batch):
             forward(model, to_device(batch, device_of(model)))
     except _Seen:
         pass
     finally:
         handle.remove()
     return found
-
-
-def moments_of(
-    models: tuple[nn.Module, nn.Module],
-    slot: Slot,
-    columns: tuple[int, Tensor],
-    batches: Sequence[Batch],
-    most: int,
-) -> Moments:
-    """Sums over the inputs of one layer in the dense network and in the one as repaired so far.
-
-    Args:
-        models: The dense network, and the other one.
-        slot: The layer's weight.
-        columns: How many columns a group of it has in the dense network, and which columns of the
-            other one count.
-        batches: Calibration data.
-        most: Stop after about so many rows.
-    """
-    assert slot.axes is not None
-    dense, model = models
-    device = device_of(model)
-    wide, kept = columns[0], columns[1].to(device)
-    moments = Moments(slot.axes.groups, wide, len(kept), device)
-    generator = torch.Generator().manual_seed(0)
-    for batch in batches:
-        pairs = zip(rows_of(dense, slot, batch), rows_of(model, slot, batch), strict=True)
-        for x, z in pairs:
-            if x.shape[1] != z.shape[1]:  # e.g. an expert that is chosen by other tokens
-                continue
-            wanted = min(x.shape[1], _A_SAMPLE * size_of(batch), most)
-            drawn = torch.randperm(x.shape[1], generator=generator)[:wanted].to(device)
-            moments.add(x.index_select(1, drawn), z.index_select(1, drawn).index_select(2, kept))
-        if moments.count >= most:
-            break
-    return moments
 
 
 def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:

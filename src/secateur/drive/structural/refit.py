@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.core.batches import Batch
 from secateur.core.slots import Slot
 from secateur.drive.structural.compensate import Told, note_damping
-from secateur.drive.structural.layer_inputs import calls_in_order, following_norms, moments_of
+from secateur.drive.structural.layer_inputs import Both, calls_in_order, following_norms
 from secateur.formats import Surgery
 from secateur.frontends import discover
 from secateur.recover import Compensation, Moments
@@ -60,16 +60,17 @@ def refit_(
     rank = {path: place for place, path in enumerate(calls)}
     seen = [s for s in discover(model) if s.name in uncut and s.module in rank and s.rows]
     chosen = sorted((s for s in seen if _fits(s, calls)), key=lambda slot: rank[slot.module])
-    fitted = set()
+    fitted, both = set(), Both(dense, model, chosen, batches)
     for done, slot in enumerate(chosen):
         told.progress(done, len(chosen))
         wide = uncut[slot.name].weight(dense).matrix().shape[1]
         every = torch.arange(slot.weight(model).matrix().shape[1])
-        moments = moments_of((dense, model), slot, (wide, every), batches, how.rows)
+        moments = both.moments(slot, (wide, every), how.rows)
         if moments.count:
             used = _fit_(model, dense, slot, (surgery, moments), (how, norms.get(slot.module)))
             note_damping(told.facts, slot, how, used)
             fitted.add(slot.name)
+        both.finish(slot)
     told.facts.measures["refitted_layers"] = len(fitted)
     left = [slot.name for slot in seen if slot.name not in fitted]
     if left:
