@@ -14,7 +14,9 @@ from secateur import Data, ShrinkRecipe, Target
 from secateur.allocate.widths import UniformWidths
 from secateur.core.facts import Facts
 from secateur.drive.structural.compensate import Told
+from secateur.drive.structural.layer_inputs import Both
 from secateur.drive.structural.refit import refit_
+from secateur.frontends import discover
 from secateur.recover import BatchNorm, Compensation
 from secateur.score import Grouped, Magnitude
 
@@ -187,3 +189,22 @@ def test_rows_that_differ_between_the_networks_are_left_out() -> None:
     kept = spoilt.expert.weight.clone()
     refit_(spoilt, net, None, [x], how=Compensation(), told=Told(Facts()))
     assert torch.equal(spoilt.expert.weight, kept)
+
+
+class Chosen(nn.Module):
+    """Reaches its expert only if it is told to, and then with some of the rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.expert, self.rows = nn.Linear(3, 2), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expert(x[: self.rows]) if self.rows else x
+
+
+@pytest.mark.parametrize(("dense", "cut", "count"), [(4, 4, 4), (4, 3, 0), (4, 0, 0), (0, 4, 0)])
+def test_only_rows_of_the_same_samples_are_compared(dense: int, cut: int, count: int) -> None:
+    nets, x = (Chosen(dense), Chosen(cut)), torch.randn(5, 3)
+    slot = discover(nets[0])[0]
+    moments = Both(*nets, [slot], [x]).moments(slot, (3, torch.arange(3)), 1000)
+    assert moments.count == count

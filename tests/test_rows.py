@@ -57,6 +57,21 @@ CONVOLUTIONS: list[tuple[str, nn.Module, tuple[int, ...]]] = [
 ]
 
 
+def require_draw(slot: Slot, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Rows that are drawn are those of all rows."""
+    assert slot.rows is not None
+    whole = slot.rows(module, inputs, output)
+    picked = torch.randperm(whole.shape[1])[: 1 + whole.shape[1] // 2]
+    counts = []
+
+    def draw(count: int) -> Tensor:
+        counts.append(count)
+        return picked
+
+    assert torch.equal(slot.rows(module, inputs, output, draw), whole[:, picked])
+    assert counts == [whole.shape[1]]
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize(
     ("module", "shape"), [c[1:] for c in CONVOLUTIONS], ids=[c[0] for c in CONVOLUTIONS]
@@ -68,6 +83,7 @@ def test_convolution(module: Any, shape: tuple[int, ...]) -> None:
     assert slot.rows is not None
     weight = slot.weight(module)
     rows = slot.rows(module, (x,), y)
+    require_draw(slot, module, (x,), y)
     groups = module.groups
     assert rows.shape[0] == groups
     assert rows.shape[2] == weight.fan_in
@@ -85,6 +101,7 @@ def test_linear(shape: tuple[int, ...]) -> None:
     slot = slot_of(module, "weight")
     assert slot.rows is not None
     rows = slot.rows(module, (x,), None)
+    require_draw(slot, module, (x,), None)
     product = rows[0] @ slot.weight(module).matrix().T + module.bias
     torch.testing.assert_close(product.reshape(*shape[:-1], 4), module(x))
 
@@ -150,6 +167,7 @@ def test_recurrent(mode: str, bidirectional: bool, batch_first: bool, state: boo
                 slot = slot_of(module, f"weight_{which}_{suffix}")
                 assert slot.rows is not None
                 rows = slot.rows(module, args, module(*args))[0]
+                require_draw(slot, module, args, None)
                 bias = getattr(module, f"bias_{which}_{suffix}")
                 gates = rows @ slot.weight(module).matrix().T + bias
                 pre.append(gates.reshape(time, batch, -1).detach())

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.weight import Axes, Weight
 
-#: (module, positional inputs, output) -> rows that multiply the weight, ``(groups, rows, fan_in)``.
-InputRows = Callable[[nn.Module, tuple[object, ...], object], Tensor]
+#: How many rows there are -> positions of those that are wanted.
+Draw = Callable[[int], Tensor]
+
+
+class InputRows(Protocol):
+    """Rows that multiply a weight, ``(groups, rows, fan_in)``, from one call of its module."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        inputs: tuple[object, ...],
+        output: object,
+        draw: Draw | None = None,
+        /,
+    ) -> Tensor:
+        """All rows, or those that are drawn; the others are never copied."""
+        ...
 
 
 @dataclass(frozen=True)

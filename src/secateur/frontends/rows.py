@@ -1,27 +1,35 @@
 """How a layer's inputs look as rows that multiply its weight matrix.
 
-Each function has the signature ``(module, inputs, output) -> (groups, rows, fan_in)`` with columns
-in the order of :meth:`secateur.core.weight.Weight.matrix`, so that for every layer kind
-``rows @ matrix.T`` (plus bias) is the layer's output, which is how the tests check them.
+Each function has the signature ``(module, inputs, output, draw) -> (groups, rows, fan_in)``; ``draw``
+picks rows out of as many as there are, or is None. Columns are in the order of
+:meth:`secateur.core.weight.Weight.matrix`, so that for every layer kind ``rows @ matrix.T`` (plus
+bias) is the layer's output, which is how the tests check them.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.core.slots import Draw
 
-def linear(module: nn.Module, inputs: tuple[object, ...], output: object) -> Tensor:
+
+def linear(
+    module: nn.Module, inputs: tuple[object, ...], output: object, draw: Draw | None = None
+) -> Tensor:
     """Linear layers and GPT-2's ``Conv1D``: one row per token."""
     x = inputs[0]
     assert isinstance(x, Tensor)
-    return x.detach().reshape(1, -1, x.shape[-1])
+    return _drawn(x.detach().reshape(1, -1, x.shape[-1]), draw)
 
 
-def convolution(module: Any, inputs: tuple[object, ...], output: object) -> Tensor:
+def convolution(
+    module: Any, inputs: tuple[object, ...], output: object, draw: Draw | None = None
+) -> Tensor:
     """Convolutions in any dimension, with stride, dilation, padding modes and groups."""
     x = inputs[0]
     assert isinstance(x, Tensor)
@@ -32,10 +40,12 @@ def convolution(module: Any, inputs: tuple[object, ...], output: object) -> Tens
         x = F.pad(x, _zero_padding(module))
     else:
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-    return _windows(x, module.kernel_size, module.stride, module.dilation, module.groups)
+    return _windows(_moving(module, x), module.groups, draw)
 
 
-def transposed_convolution(module: Any, inputs: tuple[object, ...], output: object) -> Tensor:
+def transposed_convolution(
+    module: Any, inputs: tuple[object, ...], output: object, draw: Draw | None = None
+) -> Tensor:
     """Transposed convolutions: an ordinary one with flipped taps on a zero-stuffed input."""
     x = inputs[0]
     assert isinstance(x, Tensor)
@@ -55,8 +65,8 @@ def transposed_convolution(module: Any, inputs: tuple[object, ...], output: obje
         left = reach - module.padding[axis]
         right = output.shape[2 + axis] + reach - left - stuffed.shape[2 + axis]
         pads += [left, right]
-    x = F.pad(stuffed, pads)
-    return _windows(x, module.kernel_size, (1,) * dims, module.dilation, module.groups, flip=True)
+    windows = _moving(module, F.pad(stuffed, pads), (1,) * dims)
+    return _windows(windows.flip(tuple(range(2 + dims, 2 + 2 * dims))), module.groups, draw)
 
 
 def _zero_padding(module: Any) -> list[int]:
@@ -65,27 +75,29 @@ def _zero_padding(module: Any) -> list[int]:
     return [p for size in reversed(module.padding) for p in (size, size)]
 
 
-def _windows(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    *,
-    flip: bool = False,
-) -> Tensor:
-    """All windows of ``x (N, C, *spatial)`` as ``(groups, N * positions, C / groups * taps)``."""
-    dims = len(kernel)
-    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+def _moving(module: Any, x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
+    """All windows of ``x (N, C, *spatial)``, as a view ``(N, C, *positions, *taps)``."""
+    sizes = zip(module.kernel_size, stride or module.stride, module.dilation, strict=True)
+    for axis, (k, s, d) in enumerate(sizes):
         x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
-    # x is now (N, C, positions, taps), with as many axes each as there are dimensions.
-    if flip:
-        x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
+    return x
+
+
+def _windows(x: Tensor, groups: int, draw: Draw | None) -> Tensor:
+    """Windows as rows, ``(groups, N * positions, C / groups * taps)``."""
+    dims = x.ndim // 2 - 1
     # Reordered as a view first, so that the overlapping windows are copied once.
     x = x.unflatten(1, (groups, -1))  # (N, groups, C / groups, positions, taps)
-    positions = range(3, 3 + dims)
-    x = x.permute(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims))
+    x = x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    if draw is not None:
+        places = x.shape[1 : 2 + dims]
+        picked: tuple[Any, ...] = torch.unravel_index(draw(math.prod(places)), places)
+        return x[:, *picked].flatten(2)
     return x.flatten(2 + dims).flatten(1, -2)
+
+
+def _drawn(rows: Tensor, draw: Draw | None) -> Tensor:
+    return rows if draw is None else rows.index_select(1, draw(rows.shape[1]))
 
 
 _CELLS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
@@ -103,7 +115,9 @@ class Recurrent:
     def __init__(self, layer: int, reverse: bool, hidden: bool) -> None:
         self.layer, self.reverse, self.hidden = layer, reverse, hidden
 
-    def __call__(self, module: Any, inputs: tuple[object, ...], output: object) -> Tensor:
+    def __call__(
+        self, module: Any, inputs: tuple[object, ...], output: object, draw: Draw | None = None
+    ) -> Tensor:
         x = inputs[0]
         assert isinstance(x, Tensor)
         state = inputs[1] if len(inputs) > 1 else None
@@ -117,11 +131,11 @@ class Recurrent:
                 ways = range(2 if module.bidirectional else 1)
                 x = torch.cat([self._run(module, layer, bool(w), x, state)[1:] for w in ways], -1)
             if not self.hidden:
-                return x.reshape(1, -1, x.shape[-1])
+                return _drawn(x.reshape(1, -1, x.shape[-1]), draw)
             states = self._run(module, self.layer, self.reverse, x, state)
         # Going backwards, the state before step t is the output at t + 1 (the start state at the end).
         previous = torch.cat([states[2:], states[:1]]) if self.reverse else states[:-1]
-        return previous.reshape(1, -1, previous.shape[-1])
+        return _drawn(previous.reshape(1, -1, previous.shape[-1]), draw)
 
     def _run(self, module: Any, layer: int, reverse: bool, x: Tensor, state: Any) -> Tensor:
         """Start state and outputs of one layer and direction: ``(1 + time, N, hidden)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -55,17 +56,11 @@ class Both:
         moments = Moments(slot.axes.groups, wide, len(kept), self._device)
         generator = torch.Generator().manual_seed(0)
         for batch in self._batches:
-            found = [
-                replay.trying(partial(_rows, m, slot, batch, replay)) for m, replay in self._runs
-            ]
-            for x, z in zip(*found, strict=True):
-                if x.shape[1] != z.shape[1]:  # e.g. an expert that is chosen by other tokens
-                    continue
-                wanted = min(x.shape[1], _A_SAMPLE * size_of(batch), most)
-                drawn = torch.randperm(x.shape[1], generator=generator)[:wanted].to(self._device)
-                moments.add(
-                    x.index_select(1, drawn), z.index_select(1, drawn).index_select(2, kept)
-                )
+            draw = _Draw(min(_A_SAMPLE * size_of(batch), most), generator, self._device)
+            x, z = (r.trying(partial(_rows, m, slot, batch, r, draw)) for m, r in self._runs)
+            # An expert may be reached in one of them only, or by other tokens.
+            if x is not None and z is not None and draw.alike:
+                moments.add(x, z.index_select(2, kept))
             if moments.count >= most:
                 break
         return moments
@@ -76,26 +71,45 @@ class Both:
             replay.finish(slot)
 
 
-def _rows(model: nn.Module, slot: Slot, batch: Batch, replay: Replay) -> list[Tensor]:
-    """The rows that multiply a weight, ``(groups, rows, columns)`` for every call of its module."""
+class _Draw:
+    """Picks the same rows in both networks, as long as they have equally many."""
+
+    def __init__(self, most: int, generator: torch.Generator, device: torch.device) -> None:
+        self._most, self._generator, self._device = most, generator, device
+        self._counts: set[int] = set()
+        self._picked = torch.empty(0)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all that were drawn from had equally many rows."""
+        return len(self._counts) == 1
+
+    def __call__(self, count: int) -> Tensor:
+        if not self._counts:
+            drawn = torch.randperm(count, generator=self._generator)[: self._most]
+            self._picked = drawn.to(self._device)
+        self._counts.add(count)
+        return self._picked if self.alike else self._picked[:0]
+
+
+def _rows(model: nn.Module, slot: Slot, batch: Batch, replay: Replay, draw: _Draw) -> Tensor | None:
+    """Some of the rows that multiply a weight at the first call of its module, if it is called."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         assert slot.rows is not None
-        inputs = args or tuple(kwargs.values())
-        found.append(finite(slot.rows(module, inputs, out), slot.name, "an input"))
+        rows = slot.rows(module, args or tuple(kwargs.values()), out, draw)
+        found.append(finite(rows, slot.name, "an input"))
         raise _Seen
 
     module = model.get_submodule(slot.module)
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
-        with evaluating(model), replay.serving(batch):
+        with evaluating(model), replay.serving(batch), suppress(_Seen):
             forward(model, to_device(batch, device_of(model)))
-    except _Seen:
-        pass
     finally:
         handle.remove()
-    return found
+    return found[0] if found else None
 
 
 def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:
