@@ -124,7 +124,26 @@ def test_causal_labels_are_shifted_and_others_are_not() -> None:
     causal = measure(Tagger(), [{"input_ids": ids, "labels": ids}], latency=False)
     assert (causal.accuracy, causal.loss) == (1.0, 0.25)
     tags = (ids + 1) % 5
-    assert measure(Tagger(), [{"input_ids": ids, "labels": tags}], latency=False).accuracy == 1.0
+    tagged = measure(Tagger(), [{"input_ids": ids, "labels": tags}], latency=False)
+    assert (tagged.accuracy, tagged.perplexity) == (1.0, None)
+
+
+def test_perplexity_counts_every_token_alike() -> None:
+    """Batches of different lengths, and tokens that do not count."""
+    short, long = torch.tensor([[0, 1]]), torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
+    ignored = torch.tensor([[0, 1, -100, -100, -100, -100, -100]])
+    losses = iter([1.0, 2.0, 4.0])
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return torch.tensor(next(losses))
+
+    batches = [
+        {"input_ids": short, "labels": short},
+        {"input_ids": long, "labels": long},
+        {"input_ids": long, "labels": ignored},
+    ]
+    found = measure(Tagger(), Data(test=batches, loss=loss), latency=False)
+    assert found.perplexity == pytest.approx(math.exp((1 * 1.0 + 6 * 2.0 + 1 * 4.0) / 8))
 
 
 def test_own_metric_and_its_name() -> None:

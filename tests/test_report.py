@@ -158,7 +158,7 @@ def test_document_is_json_with_stable_keys() -> None:
     }
     assert set(found["comparison"]["a"]) == {
         *("accuracy", "metric", "loss", "samples", "split", "latency", "parameters", "nonzeros"),
-        *("sparsity", "pruned_sparsity", "macs_dense", "macs", "bytes", "uncounted"),
+        *("sparsity", "pruned_sparsity", "macs_dense", "macs", "bytes", "uncounted", "perplexity"),
     }
     assert found["comparison"]["speed"]["verdict"] == "same"
 

@@ -28,6 +28,7 @@ class Answers:
         right: ``(units,)`` whether the unit is right, or ``None`` without integer targets.
         loss: Mean loss, or ``None`` if there is none.
         samples: Samples in the batch.
+        language: Whether the units are tokens, each predicted from those before it.
     """
 
     logits: Tensor | None
@@ -35,6 +36,7 @@ class Answers:
     right: Tensor | None
     loss: float | None
     samples: int
+    language: bool = False
 
 
 @torch.no_grad()
@@ -63,7 +65,8 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
         if found is None:
             found = float(F.mse_loss(logits, target.float()))
         return Answers(None, torch.arange(samples), None, found, samples)
-    if target is not None and _shifts(model, batch, target):
+    language = target is not None and _shifts(model, batch, target)
+    if target is not None and language:
         logits, target = logits[:, :-1], target[:, 1:]
     rows, labels = _units(logits, target)
     which = torch.arange(samples).repeat_interleave(max(1, len(rows) // max(1, samples)))
@@ -76,7 +79,7 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
     rows, labels, which = rows[counted], labels[counted], which[counted.cpu()]
     if found is None and len(rows):
         found = float(_loss(rows, labels))
-    return Answers(rows, which, choices(rows) == labels, found, samples)
+    return Answers(rows, which, choices(rows) == labels, found, samples, language)
 
 
 def targets_of(batch: Batch) -> Tensor | None:

@@ -104,7 +104,16 @@ def compare(
         value, metric = quality(network, data, tally)
         cost = cost_of(network, own, example)
         found.append(
-            Measurement(cost, value, metric, tally.loss, tally.samples, split, latency=taken)
+            Measurement(
+                cost,
+                value,
+                metric,
+                tally.loss,
+                tally.samples,
+                split,
+                latency=taken,
+                perplexity=tally.perplexity,
+            )
         )
     values = found[0].accuracy, found[1].accuracy
     difference = None if values[0] is None or values[1] is None else values[1] - values[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from secateur.evaluate.accuracy import Answers, answer
 from secateur.evaluate.cost import Cost, cost_of
 from secateur.evaluate.latency import Latency, latency_of
 
+_LARGE = 700.0  # e to the power of more is infinite in double precision
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -33,6 +36,7 @@ class Measurement:
         samples: How many samples were seen.
         split: Where they came from: ``"test"``, ``"train"``, or ``""`` without data.
         latency: Of one batch, or ``None`` if it was not asked for.
+        perplexity: Of a causal language model: e to the mean loss of a token; else ``None``.
     """
 
     cost: Cost
@@ -42,6 +46,7 @@ class Measurement:
     samples: int = 0
     split: str = ""
     latency: Latency | None = None
+    perplexity: float | None = None
 
 
 def measure(
@@ -93,6 +98,7 @@ def measure(
         samples=tally.samples,
         split=split,
         latency=latency_of(network, example) if latency and example is not None else None,
+        perplexity=tally.perplexity,
     )
 
 
@@ -105,6 +111,8 @@ class Tally:
     units: int = 0
     losses: float = 0.0
     weighed: int = 0
+    nats: float = 0.0
+    tokens: int = 0
     example: Batch | None = None
     judged: bool = field(default=False)
 
@@ -120,6 +128,9 @@ class Tally:
         if answers.loss is not None:
             self.losses += answers.loss * answers.samples
             self.weighed += answers.samples
+            if answers.language and answers.right is not None:
+                self.nats += answers.loss * len(answers.right)
+                self.tokens += len(answers.right)
 
     @property
     def accuracy(self) -> float | None:
@@ -130,6 +141,11 @@ class Tally:
     def loss(self) -> float | None:
         """Mean loss over samples."""
         return self.losses / self.weighed if self.weighed else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of a causal language model."""
+        return math.exp(min(self.nats / self.tokens, _LARGE)) if self.tokens else None
 
     def require_samples(self) -> None:
         """Raise if nothing was seen."""

@@ -7,9 +7,10 @@ Every document has ``secateur`` (version of the package), ``schema`` (1), ``comm
   ``null``.
 * ``ok`` false: ``error`` with ``type``, ``asked``, ``found``, ``why``, ``do`` and ``exit_code``.
 
-``measurement`` has ``accuracy``, ``metric``, ``loss``, ``samples``, ``split``, ``parameters``,
-``nonzeros``, ``sparsity``, ``pruned_sparsity``, ``macs_dense``, ``macs``, ``bytes``, ``uncounted``
-and ``latency`` (``median``, ``p10``, ``p90``, ``batch``, ``threads``, ``repetitions``).
+``measurement`` has ``accuracy``, ``metric``, ``loss``, ``perplexity`` (of causal language models),
+``samples``, ``split``, ``parameters``, ``nonzeros``, ``sparsity``, ``pruned_sparsity``,
+``macs_dense``, ``macs``, ``bytes``, ``uncounted`` and ``latency`` (``median``, ``p10``, ``p90``,
+``batch``, ``threads``, ``repetitions``).
 
 ``comparison`` has ``a``, ``b`` (measurements), ``identical``, ``difference``, ``difference_error``,
 ``agreement``, ``kl``, ``size_ratio``, ``speed`` (``ratio``, ``low``, ``high``, ``verdict``) and

@@ -133,6 +133,8 @@ def _rows(found: Measurement) -> list[tuple[str, str]]:
         rows.append((found.metric + where, value))
     if found.loss is not None:
         rows.append(("loss", f"{found.loss:.4f}"))
+    if found.perplexity is not None:
+        rows.append(("perplexity", f"{found.perplexity:.4g}"))
     if found.samples:
         rows.append(("samples", f"{found.samples:,}"))
     rows += [
@@ -175,6 +177,8 @@ def _changes(found: Comparison) -> dict[str, str]:
         changes[a.metric + where] = change
     if a.loss is not None and b.loss is not None:
         changes["loss"] = f"{b.loss - a.loss:+.4f}"
+    if a.perplexity is not None and b.perplexity is not None:
+        changes["perplexity"] = f"{b.perplexity - a.perplexity:+.3g}"
     if a.latency is not None and found.speed is not None:
         same = found.speed.verdict == "same"
         word = "same within noise" if same else times(found.speed.ratio, "faster", "slower")
