@@ -104,8 +104,10 @@ def _compensation(folder: Path) -> str:
     if not parts:
         return ""
     text = (
-        "Trained networks for CIFAR-10 cut to half of their multiply-adds. BatchNorm is estimated anew "
-        "in every row; the compensated ones also have the layers after a cut repaired by least squares. "
+        "Trained networks for CIFAR-10 cut to half of their multiply-adds. Rows that are compensated: all "
+        "layers are fitted by least squares to the outputs of the uncut network, and BatchNorms keep its "
+        "statistics. Readers only: just the layers that read what was cut are fitted, and BatchNorm is "
+        "estimated anew, as it is in the rows without compensation. "
         "Points lost are counted image by image against the uncut network; the standard error is that "
         "of the images."
     )
@@ -230,22 +232,21 @@ def _dsp(folder: Path) -> str:
         kept = statistics.mean(b["parameters"][1] / b["parameters"][0] for b in result["branches"])
         error = max(b["error"] for b in result["branches"])
         told = (
-            f"ResNet-{plan['depth']} on CIFAR-10: {plan['train_images']:,} training and "
+            f"ResNet-20 on CIFAR-10: {plan['train_images']:,} training and "
             f"{plan['test_images']:,} test images, {plan['groups']} groups a convolution, asked to lose "
             f"{plan['target']:.0%} of the multiply-adds of the convolutions, {plan['first']['epochs']} "
             f"and {plan['second']['epochs']} epochs; {seeds(study)}. As branches, the network with "
             f"groups has {kept:.1%} of its parameters and differs by at most {error:.0e}."
         )
-        head = [f"ResNet-{plan['depth']}", "accuracy, %", "multiply-adds left, %"]
-        head.append("100 images, ms")
+        head = ["ResNet-20", "accuracy, %", "multiply-adds left, %", "100 images, ms"]
         parts += [prose(told), where(study), table(head, rows), differences(result["differences"])]
         parts.append(goals(study))
     if not parts:
         return ""
     text = (
         "Input channels go from learned groups of filters, against whole filters down to the same "
-        "multiply-adds and against no pruning, with the same first weights, batches and epochs. One "
-        "number a seed; the standard error is that of the images."
+        "multiply-adds and against no pruning. All three go on from one trained network, with the same "
+        "batches and epochs. One number a seed; the standard error is that of the images."
     )
     return section("Dynamic structure pruning", [prose(text), *parts])
 

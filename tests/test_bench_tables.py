@@ -121,7 +121,6 @@ RESULTS: dict[str, dict[str, Any]] = {
     "dsp": {
         "plan": {
             **IMAGES,
-            "depth": 20,
             "first": {"epochs": 6},
             "second": {"epochs": 4},
             "groups": 2,

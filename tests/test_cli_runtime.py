@@ -28,7 +28,7 @@ from secateur.report.runtime import (  # noqa: E402
     notes_lines,
 )
 from secateur.runtime import available  # noqa: E402
-from secateur.runtime.bench import Bench, LayerSpeed, Median  # noqa: E402
+from secateur.runtime.bench import Bench, LayerSpeed, Median, bench  # noqa: E402
 from secateur.runtime.compiler.compile import Compiled, CompiledLayer  # noqa: E402
 from secateur.runtime.compiler.masked import prune_onnx  # noqa: E402
 from secateur.runtime.native import Variant  # noqa: E402
@@ -150,6 +150,16 @@ def test_bench_of_a_dense_file_compiles_it_first(network: Path) -> None:
         assert layer["gflops"] == pytest.approx(work / layer["sparse_ms"] / 1e6, rel=0.02)
         assert layer["peak_share"] == pytest.approx(layer["gflops"] / found["peak_gflops"])
     assert sorted(network.parent.iterdir()) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_layer_is_faster_than_the_peak(network: Path) -> None:
+    """A matrix multiplication that was disturbed says too little."""
+    found = bench(network, threads=1, peak=1e-3)
+    shares = [layer.peak_share for layer in found.layers]
+    assert max(share for share in shares if share is not None) == 1.0
+    assert found.peak_gflops == max(layer.gflops or 0 for layer in found.layers)
+    assert bench(compiled(network), threads=1).peak_gflops is None
 
 
 @pytest.mark.usefixtures("quick")

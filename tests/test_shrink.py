@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths, WidthItem
 from secateur.core.errors import BudgetError, DataError, NeedsData, SelectorError, UsageError
 from secateur.core.groups import Groups
-from secateur.drive.structural import shrink as shrinking
+from secateur.drive.structural import cutting
 from secateur.drive.structural.recipe_file import from_plain, to_plain
 from secateur.drive.structural.width_cost import width_cost
 from secateur.recover import BatchNorm, Compensation
 from secateur.score import GeometricMedian, Grouped, GroupTaylor, Magnitude
-from secateur.structure import couple, cuts_for
+from secateur.structure import apply_, couple, cuts_for
 from secateur.structure.masked import Proof
 
 
@@ -260,12 +261,31 @@ def test_a_silent_network_is_not_called_proved(net: Residual) -> None:
 
 
 def test_a_failed_proof_returns_nothing(net: Residual, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shrinking, "prove", lambda *_: Proof(0.5, 10))
+    monkeypatch.setattr(cutting, "prove", lambda *_: Proof(0.5, 10))
     before = copy.deepcopy(net.state_dict())
     recipe = secateur.ShrinkRecipe(recovery=())
     with pytest.raises(DataError, match=r"differs from the masked one by 0\.5"):
         secateur.shrink_(net, recipe, torch.zeros(1, 3, 8, 8))
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_error_does_not_hide_behind_half_precision(
+    net: Residual, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 1 % would, if the proof ran in the type of the weights."""
+    example, recipe = torch.randn(2, 3, 8, 8).to(dtype), secateur.ShrinkRecipe(recovery=())
+    pruned = secateur.shrink(net.to(dtype), recipe, example)
+    assert pruned.facts.measures["proof"] < 1e-5
+    assert {p.dtype for p in pruned.model.parameters()} == {dtype}
+
+    def spoilt(model: nn.Module, cuts: Any) -> None:
+        apply_(model, cuts)
+        model.get_submodule("head").weight.data.mul_(1.01)
+
+    monkeypatch.setattr(cutting, "apply_", spoilt)
+    with pytest.raises(DataError, match=r"differs from the masked one by 0\.0"):
+        secateur.shrink(net, recipe, example)
 
 
 def test_errors(net: Residual) -> None:

@@ -16,7 +16,7 @@ import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError
 from secateur.core.groups import Groups
-from secateur.drive.structural import removal
+from secateur.drive.structural import cutting
 from secateur.drive.structural.pace import Pace
 from secateur.drive.structural.shrinking import Shrinking, train_and_shrink
 from secateur.drive.training.finetune import FineTune
@@ -401,7 +401,7 @@ def test_each_cut_is_proved_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     train(net, optimizer, pruner, range(1))
     assert pruner.facts.history[0]["proof"] < 1e-5
     shapes = [p.shape for p in net.parameters()]
-    monkeypatch.setattr(removal, "prove", lambda *_: Proof(0.5, 1))
+    monkeypatch.setattr(cutting, "prove", lambda *_: Proof(0.5, 1))
     with pytest.raises(DataError, match="as before this cut"):
         train(net, optimizer, pruner, range(1, 2))
     assert shapes == [p.shape for p in net.parameters()]

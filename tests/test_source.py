@@ -187,6 +187,36 @@ def test_export_is_checked_quiet_and_takes_any_batch(
     assert output.err == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_written_in_float32_and_said(tmp_path: Path, dtype: torch.dtype) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    net = convolutional().eval().to(dtype)
+    batch = torch.randn(5, 1, 8, 8).to(dtype), torch.zeros(5, dtype=torch.long)
+    done = export_onnx(net, batch, tmp_path / "net.onnx")
+    assert str(dtype).removeprefix("torch.") in done.notes[0]
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    got = session.run(None, {done.inputs[0]: batch[0].float().numpy()})[0]
+    with torch.no_grad():
+        expected = net.float()(batch[0].float())
+    assert torch.allclose(torch.from_numpy(got), expected, atol=1e-5)
+
+
+def test_a_file_that_onnx_runtime_cannot_load_is_an_error_of_four_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Could not find an implementation for Mul(14)")
+
+    monkeypatch.setattr(runtime, "InferenceSession", refuse)
+    with pytest.raises(UsageError, match=r"Mul\(14\)") as caught:
+        export_onnx(nn.Linear(4, 2), torch.randn(3, 4), tmp_path / "net.onnx")
+    assert all(caught.value.parts().values())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_that_computes_something_else_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

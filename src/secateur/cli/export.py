@@ -57,6 +57,8 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
             f"Written to {done.path}: {size(done.bytes)}, opset {done.opset}; ONNX Runtime differs "
             f"from PyTorch by {done.error:.1g} of the largest output."
         )
+        for note in done.notes:
+            out.say(f"Note: {note}.")
         if loaded.masks:
             text = "ONNX stores and multiplies the zeros like any other number."
             out.say(f"{text} To skip them: secateur compile {output}")

@@ -26,7 +26,7 @@ from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
 from secateur.frontends import Exported, Loaded, export_onnx, load_data, load_model
-from secateur.report import comparison_table, layer_table, notes_text, verdict_text
+from secateur.report import comparison_table, exported_text, layer_table, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.units import count, percent
 
@@ -199,8 +199,7 @@ def _report(
         out.show(notes_text(facts.notes))
     out.show(Text(f"Written to {output} in {facts.measures['seconds']:.1f} s of pruning."))
     if exported is not None:
-        text = f"ONNX: {exported.path}, differs from PyTorch by {exported.error:.1g} (relative)."
-        out.say(text)
+        out.text.print(exported_text(exported))
     layers = [{**dataclasses.asdict(x), "sparsity": x.sparsity} for x in facts.layers]
     out.finish(
         {

@@ -24,7 +24,7 @@ from secateur.evaluate.measure import batches_of
 from secateur.frontends import Exported, export_onnx, load_data, load_model
 from secateur.frontends.example import example_inputs
 from secateur.frontends.transformers_save import save_transformers
-from secateur.report import comparison_table, notes_text, verdict_text
+from secateur.report import comparison_table, exported_text, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.structure import cut_table, proof_text, steps_text
 
@@ -202,8 +202,7 @@ def _report(
         out.say(f"{pinned} axes of parameters stay as they are: see inspect --structure.")
     out.show(Text(f"Written to {output} after {facts.measures['seconds']:.1f} s."))
     if exported is not None:
-        text = f"ONNX: {exported.path}, differs from PyTorch by {exported.error:.1g} (relative)."
-        out.say(text)
+        out.text.print(exported_text(exported))
     out.finish(
         {
             "output": str(output),

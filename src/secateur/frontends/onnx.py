@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur.core.atomic import new_file
 from secateur.core.batches import (
@@ -30,6 +32,7 @@ from secateur.core.slots import device_of
 
 #: Largest allowed difference, relative to the largest output.
 TOLERANCE = 1e-4
+_HALF = (torch.bfloat16, torch.float16)
 # Keyword inputs that belong to training.
 _NOT_INPUTS = ("labels",)
 
@@ -45,6 +48,7 @@ class Exported:
         error: Largest difference between ONNX Runtime and PyTorch on the example, relative to the
             largest output.
         inputs: Names of the inputs.
+        notes: What else a user should know.
     """
 
     path: str
@@ -52,13 +56,15 @@ class Exported:
     opset: int
     error: float
     inputs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     """Write ``model`` as one ONNX file, and run it to check that it computes the same.
 
     The batch axis of every input is dynamic. Zeros are stored as ordinary numbers: the file is as
-    large as that of the dense network.
+    large as that of the dense network. A network in half precision is written in float32, with a
+    note: ONNX Runtime lacks most operators of these types on processors.
 
     Args:
         model: Run in evaluation mode; left as it was.
@@ -68,7 +74,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
 
     Raises:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
-        UsageError: PyTorch cannot export the model.
+        UsageError: PyTorch cannot export the model, or ONNX Runtime cannot run it.
         DataError: The file computes something else; it is not kept.
 
     Example:
@@ -82,6 +88,15 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     path = Path(path)
     asked = f"exporting a {type(model).__name__} to {path.name!r}"
     args, kwargs = _inputs(model, example)
+    halves = sorted({str(p.dtype) for p in model.parameters() if p.dtype in _HALF})
+    notes: tuple[str, ...] = ()
+    if halves:
+        model = copy.deepcopy(model).float()
+        args, kwargs = tree_map_only(Tensor, _single, (args, kwargs))
+        kinds = " and ".join(halves).replace("torch.", "")
+        notes = (
+            f"weights are {kinds}; the file has float32, which ONNX Runtime computes everywhere",
+        )
     with (
         evaluating(model),
         new_file(path) as temporary,
@@ -91,7 +106,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         _write(model, args, kwargs, file=file, asked=asked)
         onnx.checker.check_model(str(file))
         opset = max(o.version for o in onnx.load(str(file)).opset_import if not o.domain)
-        session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        session = _session(runtime, file, asked)
         error = _difference(session, model, args, kwargs)
         if not error <= TOLERANCE:
             raise DataError(
@@ -102,7 +117,23 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
             )
         temporary.write_bytes(file.read_bytes())
         names = tuple(i.name for i in session.get_inputs())
-    return Exported(str(path), path.stat().st_size, int(opset), error, names)
+    return Exported(str(path), path.stat().st_size, int(opset), error, names, notes)
+
+
+def _session(runtime: Any, file: Path, asked: str) -> Any:
+    try:
+        return runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no common one of their own
+        raise UsageError(
+            asked,
+            f"ONNX Runtime does not load the file ({str(error).splitlines()[0][:300]})",
+            "it lacks an operator that the exporter wrote, for this type of numbers",
+            "report it to ONNX Runtime; the file was not kept",
+        ) from error
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _HALF else x
 
 
 def _packages() -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from secateur.report.jsonreport import document, error_document
 from secateur.report.text import (
     comparison_table,
+    exported_text,
     layer_table,
     measurement_table,
     notes_text,
@@ -13,6 +14,7 @@ __all__ = [
     "comparison_table",
     "document",
     "error_document",
+    "exported_text",
     "layer_table",
     "measurement_table",
     "notes_text",

@@ -12,6 +12,7 @@ from rich.text import Text
 from secateur.core.facts import Facts, Note
 from secateur.evaluate import Comparison, Latency, Measurement
 from secateur.evaluate.verdict import Gain
+from secateur.frontends import Exported
 from secateur.report.units import (
     count,
     fewer,
@@ -99,6 +100,17 @@ def verdict_text(gains: Iterable[Gain]) -> RenderableType:
         mark = Text("+", "bold green") if gain.real else Text("-", "bold red")
         table.add_row(mark, Text(gain.text))
     return table
+
+
+def exported_text(done: Exported) -> Text:
+    """One line on an ONNX file, and its notes.
+
+    Example:
+        >>> print(exported_text(Exported("net.onnx", 2048, 20, 1e-7, ("x",))))
+        ONNX: net.onnx, 2.05 kB, differs from PyTorch by 1e-07 (relative).
+    """
+    line = f"ONNX: {done.path}, {size(done.bytes)}, differs from PyTorch by {done.error:.1g} (relative)."
+    return Text("\n".join((line, *(f"  {note}" for note in done.notes))))
 
 
 def notes_text(notes: Iterable[Note]) -> RenderableType:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,10 +16,12 @@ from secateur.core.errors import DataError, UsageError
 from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
 from secateur.drive.recipe import Scope
-from secateur.structure import Proof, Structure
+from secateur.structure import Cuts, Proof, Structure, apply_, prove
 
 # The largest error of a proof, by the type of the weights. Sums are taken in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+_HALF = (torch.bfloat16, torch.float16)
+_MANY = 1_000_000_000
 
 
 def example_of(given: Any, data: Data | None) -> Any:
@@ -96,6 +101,56 @@ def telling(example: Any) -> Any:
         return torch.randn(x.shape, generator=generator).to(x)
 
     return tree_map_only(Tensor, lively, example)
+
+
+def proved(
+    model: nn.Module, cuts: Cuts, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> Proof:
+    """Cut a copy of a network, and compare it with the masked network.
+
+    A network in half precision is compared in single precision, where an error of a cut cannot pass
+    for rounding; unless it has over a billion parameters, or does not run so.
+
+    Args:
+        model: Left as it is.
+        cuts: From :func:`~secateur.structure.cuts_for`.
+        structure: From :func:`~secateur.structure.couple`.
+        keep: The choice of groups.
+        example: What the network was traced with.
+
+    Raises:
+        DataError: The cut network computes something else.
+
+    Example:
+        >>> from secateur.structure import couple, cuts_for
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).bfloat16()
+        >>> structure = couple(net, torch.zeros(1, 4).bfloat16())
+        >>> keep = {"0": torch.tensor([True, False, True])}
+        >>> x = torch.randn(5, 4).bfloat16()
+        >>> proved(net, cuts_for(net, structure, keep), structure, keep, x).error < 1e-5
+        True
+    """
+    lively = telling(example)
+    if _is_half(model) and sum(p.numel() for p in model.parameters()) <= _MANY:
+        single = tree_map_only(Tensor, lambda x: x.float() if x.dtype in _HALF else x, lively)
+        # Some networks fix types in their code, and do not run in others.
+        with suppress(RuntimeError, TypeError):
+            return _proved(copy.deepcopy(model).float(), cuts, structure, keep, single)
+    return _proved(model, cuts, structure, keep, lively)
+
+
+def _proved(
+    model: nn.Module, cuts: Cuts, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> Proof:
+    small = copy.deepcopy(model)
+    apply_(small, cuts)
+    proof = prove(model, small, structure, keep, example)
+    require_proved(proof, model)
+    return proof
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(p.dtype in _HALF for p in model.parameters())
 
 
 def require_proved(proof: Proof, model: nn.Module) -> None:

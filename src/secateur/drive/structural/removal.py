@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from secateur.allocate.widths import WidthItem
 from secateur.core.batches import Data
 from secateur.core.errors import UsageError
 from secateur.core.facts import WidthFacts
-from secateur.drive.structural.cutting import require_proved, telling, widths_in
+from secateur.drive.structural.cutting import proved, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.uniform import best_groups
@@ -22,7 +21,7 @@ from secateur.drive.structural.width_cost import WidthCost, width_cost
 from secateur.drive.structural.width_steps import Stepped, WidthSteps
 from secateur.formats import Surgery
 from secateur.frontends.surgery import surgery_for
-from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, prove
+from secateur.structure import Structure, apply_, couple, cuts_for
 
 
 @dataclass(frozen=True)
@@ -121,19 +120,10 @@ class Removal:
         require_slots_alike(model, optimizer, cuts.kept)
         surgery = surgery_for(model, cuts, weights=False)  # what it was made from is trained on
         if self.prove_each:
-            event["proof"] = self._proved(model, cuts, structure, keep)
+            event["proof"] = proved(model, cuts, structure, keep, self.example).error
         apply_(model, cuts, optimizer)
         event["macs"][1] = self.macs(model)
         return surgery, event
-
-    def _proved(
-        self, model: nn.Module, cuts: Cuts, structure: Structure, keep: Mapping[str, Tensor]
-    ) -> float:
-        small = copy.deepcopy(model)
-        apply_(small, cuts)
-        proof = prove(model, small, structure, keep, telling(self.example))
-        require_proved(proof, model)
-        return proof.error
 
 
 def require_slots_alike(

@@ -21,7 +21,7 @@ from secateur.drive.plan import require_finite
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.budget import ShrinkBudget
 from secateur.drive.structural.compensate import Told, compensate_
-from secateur.drive.structural.cutting import example_of, require_proved, telling, widths_in
+from secateur.drive.structural.cutting import example_of, proved, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.refit import refit_
@@ -34,7 +34,7 @@ from secateur.formats import Surgery
 from secateur.frontends.surgery import surgery_for
 from secateur.recover import BatchNorm
 from secateur.stats.groups import wants_data
-from secateur.structure import Structure, apply_, couple, cuts_for, prove
+from secateur.structure import Structure, apply_, couple, cuts_for
 
 
 def shrink(
@@ -238,14 +238,11 @@ class _Run:
         self._repair_(keep)
         cuts = cuts_for(self.model, self.structure, keep)
         begun = time.perf_counter()
-        small = copy.deepcopy(self.model)
-        apply_(small, cuts)
         self.progress("proving", 0, 1)
-        proof = prove(self.model, small, self.structure, keep, telling(example))
+        proof = proved(self.model, cuts, self.structure, keep, example)
         told = self.facts.measures
         told["proof"] = max(proof.error, told.get("proof", 0.0))
         told["proof_seconds"] = time.perf_counter() - begun + told.get("proof_seconds", 0.0)
-        require_proved(proof, self.model)
         if not proof.scale:
             text = "all outputs are 0 on the example, so the proof says nothing about this cut"
             self.facts.note("vacuous", "", text)
