@@ -41,9 +41,14 @@ def require_new_file(path: Path, *, overwrite: bool = False) -> None:
 
 
 def require_places(
-    output: Path, onnx: Path | None, data: str | None, *, overwrite: bool = False
+    output: Path,
+    onnx: Path | None,
+    data: str | None,
+    *,
+    pretrained: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Fail now where writing a bundle, and an ONNX file beside it, would fail at the end.
+    """Fail now where writing a bundle, and what was asked for beside it, would fail at the end.
 
     Raises:
         OutputExists: One of them is there and ``overwrite`` is false.
@@ -59,3 +64,5 @@ def require_places(
                 f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
             )
         require_new_file(onnx, overwrite=overwrite)
+    if pretrained is not None:
+        require_new(pretrained, None, overwrite=overwrite)

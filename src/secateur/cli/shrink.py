@@ -23,7 +23,7 @@ from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
 from secateur.frontends import Exported, export_onnx, load_data, load_model
 from secateur.frontends.example import example_inputs
-from secateur.frontends.transformers_save import save_transformers
+from secateur.frontends.transformers_save import SavedModel, require_transformers, save_transformers
 from secateur.report import comparison_table, exported_text, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.structure import cut_table, proof_text, steps_text
@@ -139,8 +139,10 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             },
         )
         wanted = with_training(wanted, {"epochs": epochs, "lr": lr, "distill": distill})
-        require_places(output, onnx, data, overwrite=overwrite)
+        require_places(output, onnx, data, pretrained=pretrained, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
+        if pretrained is not None:
+            require_transformers(loaded.model)
         batches = None if data is None else load_data(data)
         if batches is not None and calibration is not None:
             batches = dataclasses.replace(batches, calibration=calibration)
@@ -158,12 +160,11 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             assert batches is not None
             exported = export_onnx(pruned.model, next(iter(batches_of(batches)[1])), onnx)
         pruned.save(output, overwrite=overwrite)
-        _report(out, pruned, found, exported, output)
+        saved = None
         if pretrained is not None:
             assert pruned.surgery is not None
             saved = save_transformers(pruned.model, pretrained, pruned.surgery, overwrite=overwrite)
-            how = "from_pretrained" if saved.uniform else "secateur.frontends.load_transformers"
-            out.say(f"Written to {saved.folder}; load it with {how}.")
+        _report(out, pruned, found, (exported, saved), output)
 
 
 def _recipe(path: str | None, parts: dict[str, Any], settings: dict[str, Any]) -> ShrinkRecipe:
@@ -187,10 +188,18 @@ def _recipe(path: str | None, parts: dict[str, Any], settings: dict[str, Any]) -
     return from_plain({**given, **({"scope": scope} if scope else {})})
 
 
+def _saved(saved: SavedModel) -> dict[str, Any]:
+    return {**dataclasses.asdict(saved), "folder": str(saved.folder)}
+
+
 def _report(
-    out: Screen, pruned: Pruned, found: Comparison, exported: Exported | None, output: Path
+    out: Screen,
+    pruned: Pruned,
+    found: Comparison,
+    beside: tuple[Exported | None, SavedModel | None],
+    output: Path,
 ) -> None:
-    facts = pruned.facts
+    facts, (exported, saved) = pruned.facts, beside
     out.show(cut_table(facts), steps_text(facts), proof_text(facts))
     out.show(comparison_table(found), verdict_text(found.verdict))
     # Pinned parts are many and say the same; inspect --structure lists them.
@@ -203,6 +212,9 @@ def _report(
     out.show(Text(f"Written to {output} after {facts.measures['seconds']:.1f} s."))
     if exported is not None:
         out.text.print(exported_text(exported))
+    if saved is not None:
+        how = "from_pretrained" if saved.uniform else "secateur.frontends.load_transformers"
+        out.say(f"Written to {saved.folder}; load it with {how}.")
     out.finish(
         {
             "output": str(output),
@@ -218,5 +230,6 @@ def _report(
             "seconds": facts.measures["seconds"],
             "environment": facts.environment,
             "onnx": None if exported is None else dataclasses.asdict(exported),
+            "pretrained": None if saved is None else _saved(saved),
         }
     )

@@ -74,12 +74,12 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def require_new(path: str | Path, entries: set[str], *, overwrite: bool = False) -> None:
+def require_new(path: str | Path, entries: set[str] | None, *, overwrite: bool = False) -> None:
     """Fail early, before hours of work, where :func:`new_folder` would fail at the end.
 
     Args:
         path: The folder that will be written.
-        entries: Names of the files that it will hold.
+        entries: Names of the files that it will hold; None if they are not known yet.
         overwrite: As for :func:`new_folder`.
     """
     path = Path(path)

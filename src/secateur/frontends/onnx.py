@@ -176,7 +176,7 @@ def _write(
         return {0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else None
 
     try:
-        with _silent():
+        with _silent(), _without_caches(model):
             torch.onnx.export(
                 model,
                 args,
@@ -188,10 +188,13 @@ def _write(
                 verbose=False,
             )
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        deepest: BaseException = error
+        while deepest.__cause__ is not None:  # the outer ones only say at which step it failed
+            deepest = deepest.__cause__
+        first = next((line for line in str(deepest).splitlines() if line.strip()), "no message")
         raise UsageError(
             asked,
-            f"PyTorch's exporter failed ({type(error).__name__}: {first[:300]})",
+            f"PyTorch's exporter failed ({type(deepest).__name__}: {first[:300]})",
             "it traces the model with torch.export, which cannot follow everything",
             "see docs.pytorch.org/docs/stable/onnx_export.html for what it can follow",
         ) from error
@@ -220,6 +223,20 @@ def _difference(
 
 def _repeated(x: Any, times: int) -> Any:
     return torch.cat([x] * times) if isinstance(x, Tensor) and x.ndim else x
+
+
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Language models of Transformers return keys and values too, in objects that are no tensors."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def save_transformers(
         >>> transformers.BertModel.from_pretrained(saved.folder).config.intermediate_size
         3
     """
-    _require_transformers(model)
+    require_transformers(model)
     host: Any = model
     original = _original_config(host, surgery)
     example = example_for(host, example)
@@ -342,7 +342,19 @@ def _original_config(model: Any, surgery: Surgery) -> Any:
     return config
 
 
-def _require_transformers(model: nn.Module) -> None:
+def require_transformers(model: nn.Module) -> None:
+    """Refuse what has no configuration of Transformers.
+
+    Raises:
+        MissingExtra: Transformers is not installed.
+        UsageError: It is no model of Transformers.
+
+    Example:
+        >>> require_transformers(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        secateur.core.errors.UsageError: saving a Linear for Transformers: it is no PreTrainedModel...
+    """
     asked = f"saving a {type(model).__name__} for Transformers"
     try:
         import transformers

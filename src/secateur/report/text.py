@@ -37,6 +37,14 @@ _TOPICS = {
     "beyond-knee": "Pruned beyond the knee of their error curve",
     "bias": "Biases",
     "target": "Target",
+    "widths": "Widths",
+    "reduces": "Normalisations over kept units",
+    "uncompensated": "Layers that were not fitted",
+    "damped": "Fits that needed more damping",
+    "traced-path": "One path of several",
+    "removed-block": "Removed blocks",
+    "rolled-back": "Rolled back",
+    "vacuous": "A proof that says nothing",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.batches import Data, as_data
 from secateur.core.budget import Target
@@ -294,7 +295,8 @@ class _Run:
             return
         told = self._told("refitting")
         refit_(self.model, dense, self.surgery, self._sample(), how=how, told=told)
-        if any(isinstance(s, BatchNorm) for s in self.recipe.recovery):
+        measured = any(isinstance(s, BatchNorm) for s in self.recipe.recovery)
+        if measured and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
             text = (
                 "layers were fitted to those of the uncut network with its statistics: measuring "
                 "them anew would undo a part of that"

@@ -1,0 +1,87 @@
+"""The command line on a folder of Transformers: a small language model in half precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import secateur
+from secateur.cli.main import app
+
+transformers = pytest.importorskip("transformers")
+
+DATA = """
+import torch
+
+def load():
+    torch.manual_seed(0)
+    texts = [torch.randint(0, 64, (4, 12)) for _ in range(4)]
+    batches = [{"input_ids": x, "labels": x} for x in texts]
+    return {"train": batches[:3], "test": batches[3:]}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained("model")
+    (tmp_path / "data.py").write_text(DATA)
+    return tmp_path
+
+
+def secateur_(*words: str, code: int = 0) -> Any:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_a_shrunk_model_is_loaded_with_plain_from_pretrained(place: Path) -> None:
+    words = ("shrink", "model", "--data", "data.py:load", "--target", "params=70%", "--uniform")
+    done = secateur_(*words, "-o", "small", "--pretrained", "hf", "--json")
+    found = json.loads(done.stdout)
+    assert found["pretrained"]["uniform"]
+    assert found["proof"] < 1e-5  # in single precision, whatever the weights are in
+    assert found["comparison"]["a"]["perplexity"] > 1
+    topics = {(note["topic"], note["where"]) for note in found["notes"]}
+    assert ("skipped", "BatchNorm") not in topics  # there is none
+    plain = transformers.LlamaForCausalLM.from_pretrained("hf")
+    assert plain.dtype == torch.bfloat16
+    assert plain.config.intermediate_size < 96
+    original = transformers.LlamaForCausalLM.from_pretrained("model")
+    ours = secateur.load(original, "small").model
+    ids = torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(ids).logits, ours.eval()(ids).logits)
+
+
+def test_folders_are_checked_before_the_work(place: Path) -> None:
+    (place / "hf").mkdir()
+    words = ("shrink", "model", "--data", "data.py:load", "-o", "small", "--pretrained", "hf")
+    done = secateur_(*words, code=4)
+    assert "already exists" in done.stderr
+    assert not (place / "small").exists()
+
+
+def test_a_model_of_another_kind_has_no_configuration(place: Path) -> None:
+    (place / "net.py").write_text("from torch import nn\ndef build(): return nn.Linear(4, 2)\n")
+    words = ("shrink", "net.py:build", "--input", "1x4", "-o", "small", "--pretrained", "hf")
+    done = secateur_(*words, code=2)
+    assert "no PreTrainedModel" in done.stderr
+    assert not (place / "small").exists()
+
+
+def test_half_precision_becomes_a_file_in_float32(place: Path) -> None:
+    pytest.importorskip("onnxscript")
+    words = ("export", "model", "--data", "data.py:load", "-o", "model.onnx")
+    done = secateur_(*words)
+    assert "weights are bfloat16" in " ".join(done.output.split())
+    assert (place / "model.onnx").exists()
