@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,14 +218,61 @@ def test_a_file_that_onnx_runtime_cannot_load_is_an_error_of_four_parts(
     assert list(tmp_path.iterdir()) == []
 
 
+class Fussy(nn.Module):
+    """Like a model of Transformers: the exporter follows it in its plain form only."""
+
+    def __init__(self, plain: str = "eager") -> None:
+        super().__init__()
+        self.inner, self.plain = nn.Linear(4, 2), plain
+        self.config = SimpleNamespace(
+            use_cache=True,
+            _attn_implementation_internal="sdpa",
+            _experts_implementation_internal=None,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        mine = self.config
+        if torch.compiler.is_exporting():
+            if mine.use_cache:
+                raise ValueError("a cache is no tensor")
+            if mine._attn_implementation_internal != self.plain:
+                raise ValueError("cannot view")
+        return self.inner(x)
+
+
+def test_what_the_exporter_cannot_follow_is_tried_in_its_plain_form(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = Fussy()
+    before = dict(vars(net.config))
+    done = export_onnx(net, torch.randn(3, 4), tmp_path / "net.onnx")
+    assert "plain form" in done.notes[0]
+    assert vars(net.config) == before
+    assert export_onnx(Fussy("sdpa"), torch.randn(3, 4), tmp_path / "b.onnx").notes == ()
+    with pytest.raises(UsageError, match="cannot view"):
+        export_onnx(Fussy("none"), torch.randn(3, 4), tmp_path / "c.onnx")
+
+
+def test_a_file_that_fails_on_another_batch_is_not_kept(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = 6 if torch.compiler.is_exporting() else 4 * len(x)
+            return x.new_ones(rows, 1)[: 2 * len(x)].reshape(-1, 2) + x.repeat(1, 1)
+
+    with pytest.raises(DataError, match="fails on the file"):
+        export_onnx(Fixed(), torch.randn(2, 2), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_that_computes_something_else_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
     write = onnx._write
 
-    def planted(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        write(nn.Sequential(model, Scaled()), *args, **kwargs)
+    def planted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return write(nn.Sequential(model, Scaled()), *args, **kwargs)
 
     class Scaled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

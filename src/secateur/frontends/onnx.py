@@ -33,6 +33,13 @@ from secateur.core.slots import device_of
 #: Largest allowed difference, relative to the largest output.
 TOLERANCE = 1e-4
 _HALF = (torch.bfloat16, torch.float16)
+# Language models return their keys and values too, in objects that are no tensors.
+_LEAN = {"use_cache": False}
+# Forms that the exporter can follow where it fails on the faster ones; the numbers are the same.
+_PLAIN = {
+    "_attn_implementation_internal": "eager",
+    "_experts_implementation_internal": "batched_mm",
+}
 # Keyword inputs that belong to training.
 _NOT_INPUTS = ("labels",)
 
@@ -103,11 +110,11 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         tempfile.TemporaryDirectory(prefix=".secateur-", dir=path.parent) as place,
     ):
         file = Path(place) / "model.onnx"
-        _write(model, args, kwargs, file=file, asked=asked)
+        notes += _write(model, args, kwargs, file=file, asked=asked)
         onnx.checker.check_model(str(file))
         opset = max(o.version for o in onnx.load(str(file)).opset_import if not o.domain)
         session = _session(runtime, file, asked)
-        error = _difference(session, model, args, kwargs)
+        error = _difference(session, model, args, kwargs, asked)
         if not error <= TOLERANCE:
             raise DataError(
                 asked,
@@ -168,26 +175,17 @@ def _doubled(batch: Batch) -> Batch:
 
 def _write(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, file: Path, asked: str
-) -> None:
-    size = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape[0]
-    batch = torch.export.Dim.AUTO
-
-    def axes(x: Any) -> Any:
-        return {0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else None
-
+) -> tuple[str, ...]:
+    """Export; notes on what was done for it."""
     try:
-        with _silent(), _without_caches(model):
-            torch.onnx.export(
-                model,
-                args,
-                str(file),
-                kwargs=kwargs or None,
-                dynamo=True,
-                external_data=False,
-                dynamic_shapes=(*map(axes, args), *map(axes, kwargs.values())),
-                verbose=False,
-            )
+        with _configured(model, _LEAN):
+            _export(model, args, kwargs, file)
+        return ()
     except Exception as error:
+        with _configured(model, _LEAN | _PLAIN) as changed, contextlib.suppress(Exception):
+            if changed & _PLAIN.keys():
+                _export(model, args, kwargs, file)
+                return ("attention and experts are written in their plain form",)
         deepest: BaseException = error
         while deepest.__cause__ is not None:  # the outer ones only say at which step it failed
             deepest = deepest.__cause__
@@ -200,9 +198,29 @@ def _write(
         ) from error
 
 
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path) -> None:
+    size = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape[0]
+    batch = torch.export.Dim.AUTO
+
+    def axes(x: Any) -> Any:
+        return {0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else None
+
+    with _silent():
+        torch.onnx.export(
+            model,
+            args,
+            str(file),
+            kwargs=kwargs or None,
+            dynamo=True,
+            external_data=False,
+            dynamic_shapes=(*map(axes, args), *map(axes, kwargs.values())),
+            verbose=False,
+        )
+
+
 @torch.no_grad()
 def _difference(
-    session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asked: str
 ) -> float:
     """Largest relative difference over the example and a batch of another size."""
     names = [i.name for i in session.get_inputs()]
@@ -213,7 +231,15 @@ def _difference(
         expected = logits_of(model(*many, **named)).float().cpu()
         tensors = [x for x in (*many, *named.values()) if isinstance(x, Tensor)]
         feed = {n: x.cpu().numpy() for n, x in zip(names, tensors, strict=True)}
-        got = torch.from_numpy(session.run(None, feed)[0]).float()
+        try:
+            got = torch.from_numpy(session.run(None, feed)[0]).float()
+        except Exception as error:  # its classes have no common one of their own
+            raise DataError(
+                asked,
+                f"ONNX Runtime fails on the file ({str(error).splitlines()[0][:300]})",
+                "the exporter took something that follows from the input for a constant",
+                "report the model to PyTorch; the file was not kept",
+            ) from error
         if got.shape != expected.shape:
             return float("inf")
         scale = float(expected.abs().max()) or 1.0
@@ -226,17 +252,21 @@ def _repeated(x: Any, times: int) -> Any:
 
 
 @contextlib.contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Language models of Transformers return keys and values too, in objects that are no tensors."""
+def _configured(model: nn.Module, values: Mapping[str, Any]) -> Iterator[set[str]]:
+    """Other settings in all configurations of Transformers, where they are set; what was changed."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
-    for config in caching:
-        config.use_cache = False
+    changed: list[tuple[Any, str, Any]] = []
     try:
-        yield
+        for config in configs.values():
+            for name, value in values.items():
+                before = getattr(config, name, None)
+                if before is not None and before != value:
+                    setattr(config, name, value)
+                    changed.append((config, name, before))
+        yield {name for _, name, _ in changed}
     finally:
-        for config in caching:
-            config.use_cache = True
+        for config, name, before in changed:
+            setattr(config, name, before)
 
 
 @contextlib.contextmanager
