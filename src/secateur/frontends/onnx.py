@@ -119,8 +119,8 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
             raise DataError(
                 asked,
                 f"ONNX Runtime differs from PyTorch by {error:.2g} of the largest output",
-                f"at most {TOLERANCE:g} is rounding; the exporter changed the model",
-                "report the model to PyTorch; the file was not kept",
+                f"at most {TOLERANCE:g} is rounding; the exporter or ONNX Runtime changed the model",
+                "report the model to them; the file was not kept",
             )
         temporary.write_bytes(file.read_bytes())
         names = tuple(i.name for i in session.get_inputs())
@@ -238,7 +238,7 @@ def _difference(
                 asked,
                 f"ONNX Runtime fails on the file ({str(error).splitlines()[0][:300]})",
                 "the exporter took something that follows from the input for a constant",
-                "report the model to PyTorch; the file was not kept",
+                "report the model to them; the file was not kept",
             ) from error
         if got.shape != expected.shape:
             return float("inf")
