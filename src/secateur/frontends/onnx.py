@@ -238,7 +238,7 @@ def _difference(
                 asked,
                 f"ONNX Runtime fails on the file ({str(error).splitlines()[0][:300]})",
                 "the exporter took something that follows from the input for a constant",
-                "report the model to them; the file was not kept",
+                "report the model to PyTorch; the file was not kept",
             ) from error
         if got.shape != expected.shape:
             return float("inf")
