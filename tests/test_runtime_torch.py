@@ -7,6 +7,7 @@ import gc
 import io
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 from secateur.core.errors import UsageError
 from secateur.formats.layouts import same_bits
 from secateur.runtime import library, torch_operators
+from secateur.runtime.native import Variant
 from secateur.runtime.race import Raced
 from secateur.runtime.torch_layers import SparseLayer, accelerate, consider, restore
 
@@ -157,13 +159,17 @@ def test_many_threads_call_one_module() -> None:
     assert max(worst) < 1e-5
 
 
+def _refused(*_: object) -> None:
+    raise RuntimeError("called")
+
+
 @pytest.mark.parametrize("padding", [1, "same"])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_the_fastest_runs_dense_included(
     padding: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = {
-        "linear": (prune_(nn.Linear(40, 12), 0.5), torch.randn(3, 40)),
+        "linear": (prune_(nn.Linear(600, 500), 0.5), torch.randn(3, 600)),
         "conv": (prune_(nn.Conv2d(4, 6, (4, 3), padding=padding), 0.5), torch.randn(2, 4, 9, 8)),
     }
     for layer, x in layers.values():
@@ -177,6 +183,14 @@ def test_the_fastest_runs_dense_included(
             with torch.inference_mode():
                 assert relative(ours(x), layer(x)) < 1e-5
                 assert relative(ours(x), layer(x)) < 1e-5
+                if isinstance(layer, nn.Linear):  # where dense won, no operator is called again
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(torch_operators.Packed, "run", _refused)
+                        if winner == 0:
+                            assert torch.equal(ours(x), layer(x))
+                        else:
+                            with pytest.raises(RuntimeError, match="called"):
+                                ours(x)
             form = list(torch_operators._PACKED.values())[-1]
             assert (form.chosen.popitem()[1] is None) == (winner == 0)
             assert len(form.ways) == 1
@@ -253,6 +267,67 @@ def test_a_layer_that_stands_twice_stays_one() -> None:
 def test_wrong_arguments(ask: Callable[[], object], word: str) -> None:
     with pytest.raises(UsageError, match=word):
         ask()
+
+
+def test_a_kernel_must_win_by_more_than_its_call_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = prune_(nn.Linear(600, 500), 0.5), torch.randn(3, 600)
+    for lead, dense in ((0.5, True), (2.0, False)):
+        times = (1.0, 1.0 - lead * torch_operators._CALL)
+        made = Raced(tuple((each,) for each in times))
+        monkeypatch.setattr(torch_operators, "race", lambda runs, made=made, **_: made)
+        monkeypatch.setattr(torch_operators, "_kernels", lambda *_: [Variant("gemv", 1, 1)])
+        ours = accelerate(copy.deepcopy(layer), minimum_sparsity=0.0)
+        assert isinstance(ours, SparseLayer)
+        with torch.inference_mode():
+            ours(x)
+        stored = (ours.values, ours.index, ours.bias.detach() if ours.bias is not None else None)
+        assert torch_operators.stays_dense(*stored, ours.shape, 3) is dense
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("choose", ["first", "measured"])
+def test_half_precision_is_rounded_once(dtype: torch.dtype, choose: Any) -> None:
+    linear, conv = nn.Linear(700, 600), nn.Conv2d(24, 32, 3, padding=1)
+    for layer, shape in ((linear, (1, 700)), (linear, (40, 700)), (conv, (2, 24, 9, 9))):
+        half = prune_(copy.deepcopy(layer)).to(dtype)
+        x = torch.randn(shape).to(dtype)
+        exact = copy.deepcopy(half).double()(x.double()).detach()
+        ours = accelerate(copy.deepcopy(half), choose=choose)
+        assert isinstance(ours, SparseLayer)
+        with torch.inference_mode():
+            found = ours(x)
+        assert found.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 2
+        gap = (found.double() - exact).abs()
+        assert bool((gap <= rounding * exact.abs() + 1e-5 * exact.abs().max()).all())
+        back = restore(ours)
+        assert torch.equal(back.get_parameter("weight"), half.weight)
+
+
+def test_a_type_that_no_kernel_knows_stays_dense() -> None:
+    (found,) = consider(prune_(nn.Linear(9, 9)).double())
+    assert "float64" in found.reason
+
+
+def test_where_a_call_costs_more_than_the_work_the_layer_is_dense() -> None:
+    layer = prune_(nn.Linear(64, 32))
+    ours = accelerate(copy.deepcopy(layer))
+    assert isinstance(ours, SparseLayer)
+    calls: list[Any] = []
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_operators.Packed, "run", lambda *a: calls.append(a) or a[2])
+        few, many = torch.randn(3, 64), torch.randn(500, 64)
+        assert torch.equal(ours(few), layer(few))
+        assert not calls
+        ours(many)
+        assert len(calls) == 1
+    # A weight that is loaded later counts.
+    other = prune_(nn.Linear(64, 32))
+    ours.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(ours(few), other(few))
+        ours.values.mul_(2)
+        assert torch.equal(ours(few), functional.linear(few, 2 * other.weight, other.bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
@@ -360,7 +435,7 @@ def test_packed_forms_go_with_their_modules() -> None:
     before = len(torch_operators._PACKED)
     ours = accelerate(prune_(net()))
     with torch.inference_mode():
-        ours(torch.randn(1, 3, 16, 16))
+        ours(torch.randn(20, 3, 16, 16))
     assert len(torch_operators._PACKED) == before + 3
     del ours
     gc.collect()

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from secateur.core.errors import UsageError
 from secateur.core.masks import pack_bits, unpack_bits
 from secateur.formats.layouts import LAYOUTS
 from secateur.runtime import torch_operators
 from secateur.runtime.library import load
+from secateur.runtime.stored import DTYPES
 
 Choose = Literal["measured", "first"]
 Dense = nn.Linear | nn.Conv2d
 _BITMASK = LAYOUTS["bitmask"]
 _INFERENCE = "the kernels have no backward pass"
+# Multiply-adds that PyTorch does in about the ten microseconds that a call of an operator takes.
+_LITTLE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,21 @@ class Considered:
     name: str
     sparsity: float
     reason: str
+
+
+@dataclass
+class _Known:
+    """What a linear layer has learned of its weight.
+
+    Args:
+        key: Changes with the weight.
+        dense: By size of the input, whether it is fastest dense.
+        weight: The dense weight, once that is needed.
+    """
+
+    key: object
+    dense: dict[int, bool] = field(default_factory=dict)
+    weight: Tensor | None = None
 
 
 class SparseLayer(nn.Module):
@@ -65,6 +84,7 @@ class SparseLayer(nn.Module):
         shell._parameters, shell._buffers, shell._modules = {}, {}, {}
         self._shell: tuple[Dense] = (shell,)
         self._trainable = dense.weight.requires_grad
+        self._known: _Known | None = None
         self.shape, self._order = tuple(dense.weight.shape), dense.weight.stride()
         for name in ("values", "index", "negative"):
             self.register_buffer(name, None, persistent=False)
@@ -89,12 +109,43 @@ class SparseLayer(nn.Module):
         stored = (self.values, self.index, bias)
         how = (self.threads, self.measure)
         if self.geometry is None:
+            plain = self._plain(x, bias)
+            if plain is not None:
+                return functional.linear(x, plain, bias)
             flat: Tensor = torch.ops.secateur.sparse_linear(x, *stored, *self.shape, *how)
             return flat
         image = x.dim() == 3
         batch = x.unsqueeze(0) if image else x
         y: Tensor = torch.ops.secateur.sparse_conv(batch, *stored, self.shape, *self.geometry, *how)
         return y.squeeze(0) if image else y
+
+    def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The dense weight, if the layer is fastest dense for so many tokens; else None.
+
+        The operator would come to the same, but calling it takes as long as a small layer.
+        """
+        outputs, inputs = self.shape
+        fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs and x.numel()
+        if not fits or not self.measure or torch.compiler.is_compiling():
+            return None
+        key = torch_operators.identity(self.values)
+        if self._known is None or self._known.key != key:
+            self._known = _Known(key)
+        tokens = x.numel() // inputs
+        size = tokens.bit_length()
+        if size not in self._known.dense:
+            dense: bool | None = x.numel() * outputs < _LITTLE
+            if not dense:
+                stored = (self.values, self.index, bias)
+                dense = torch_operators.stays_dense(*stored, self.shape, tokens)
+            if dense is None:
+                return None
+            self._known.dense[size] = dense
+        if not self._known.dense[size]:
+            return None
+        if self._known.weight is None:
+            self._known.weight = self.weight.contiguous()
+        return self._known.weight
 
     def dense(self) -> Dense:
         """The layer as it was before, with the same bits in its weight."""
@@ -171,7 +222,9 @@ def accelerate(
     """Swap sparse Linear and Conv2d layers for ones that skip their zeros.
 
     The module is changed in place, as ``module.to()`` does; the layers in it are new objects.
-    Which layers, and why others stay dense: :func:`consider`.
+    Which layers, and why others stay dense: :func:`consider`. Weights in bfloat16 and float16 are
+    read as they are, which is what makes single tokens of a language model fast; sums are taken in
+    float32.
 
     Args:
         module: On the CPU, in evaluation mode.
@@ -288,8 +341,8 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, Dense]]:
 def _obstacle(layer: Dense) -> str:
     """Why the kernels cannot do what a layer does; empty if they can."""
     weight = layer.weight
-    if weight.dtype != torch.float32:
-        return f"its weight is {weight.dtype}, and the kernels compute in float32"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}, and the kernels know float32, bfloat16 and float16"
     if weight.device.type != "cpu" or weight.layout != torch.strided:
         return f"its weight is {weight.layout} on {weight.device}, not dense in main memory"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:

@@ -26,11 +26,16 @@ from secateur.core.errors import UsageError
 from secateur.formats.layouts import LAYOUTS
 from secateur.runtime.native import Layer, Pool, Spec, Variant, candidates
 from secateur.runtime.race import race
+from secateur.runtime.stored import DTYPES
 
 # Bit masks multiply by their zeros. With more tokens than this, that costs more than reading the
 # weights does, and lists are the better guess.
 _FEW_TOKENS = 2
 _MOST_THREADS = 256
+# Seconds that choosing a kernel takes for one size of input, or five runs of each.
+_CHOOSING = 0.01
+# Milliseconds that a call of an operator takes, and one of torch.nn.functional does not.
+_CALL = 0.015
 _WEIGHT = "Tensor values, Tensor index, Tensor? bias"
 
 _SCHEMAS = {
@@ -54,7 +59,7 @@ def sparse_linear(  # noqa: PLR0913, PLR0917 - the operator's schema
     """``x @ weight.T + bias`` for a weight stored under a bit mask.
 
     Args:
-        x: Float32, ``(..., inputs)``.
+        x: Of the type of the weight (float32, bfloat16 or float16), ``(..., inputs)``.
         values: The kept weights, flat, row after row.
         index: One bit an entry, lowest first, as bytes.
         bias: ``(outputs,)`` or None.
@@ -68,7 +73,7 @@ def sparse_linear(  # noqa: PLR0913, PLR0917 - the operator's schema
         >>> torch.ops.secateur.sparse_linear(torch.ones(1, 2), values, index, None, 2, 2)
         tensor([[2., 3.]])
     """
-    x = _ready("sparse_linear", x)
+    x = _ready("sparse_linear", x, values)
     if x.dim() < 1 or x.shape[-1] != inputs:
         raise UsageError(
             f"sparse_linear on an input of shape {tuple(x.shape)}",
@@ -97,7 +102,7 @@ def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
     """A two-dimensional convolution with a weight stored under a bit mask.
 
     Args:
-        x: Float32, ``(n, channels, height, width)``.
+        x: Of the type of the weight (float32, bfloat16 or float16), ``(n, channels, height, width)``.
         values: The kept weights, flat, row after row.
         index: One bit an entry, lowest first, as bytes.
         bias: ``(outputs,)`` or None.
@@ -109,7 +114,7 @@ def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
         threads: 0 for as many as ``torch.get_num_threads()`` says.
         measure: Time the kernels once for each size of input; else take the first guess.
     """
-    x = _ready("sparse_conv", x)
+    x = _ready("sparse_conv", x, values)
     shape = _conv_shape(x, weight, stride, pads, dilation)
     if x.shape[1] != weight[1] * groups:
         raise UsageError(
@@ -180,14 +185,15 @@ def _conv_shape(
     return x.shape[0], weight[0], height, width
 
 
-def _ready(name: str, x: Tensor) -> Tensor:
+def _ready(name: str, x: Tensor, values: Tensor) -> Tensor:
     """The input as the kernels read it; in another order in memory it is copied."""
-    if x.dtype != torch.float32:
+    if x.dtype != values.dtype or x.dtype not in DTYPES:
         raise UsageError(
             f"secateur::{name}",
-            f"the input is {x.dtype}",
-            "the kernels compute in float32, and rounding or widening is left to the caller",
-            "call .float() on the input, leave autocast out, or use secateur.runtime.restore",
+            f"the input is {x.dtype}, and the weight {values.dtype}",
+            "both are float32, or both bfloat16 or float16: rounding and widening are left to the "
+            "caller",
+            "convert the input, leave autocast out, or use secateur.runtime.restore",
         )
     return x.contiguous()
 
@@ -274,8 +280,12 @@ class Packed:
     ) -> None:
         best = next(iter(entrants))
         if len(entrants) > 1:
-            raced = race([_once(run, x, pool) for run in entrants.values()], seconds=0.0)
-            best = list(entrants)[min(range(len(entrants)), key=raced.median)]
+            raced = race([_once(run, x, pool) for run in entrants.values()], seconds=_CHOOSING)
+            costs = {
+                kernel: raced.undisturbed(i) + (_CALL if kernel else 0.0)
+                for i, kernel in enumerate(entrants)
+            }
+            best = min(costs, key=lambda kernel: costs[kernel])
         self.ways[best] = entrants[best]
         self.chosen[size] = best
 
@@ -284,8 +294,10 @@ def _way_of(stored: Stored, kernel: Variant | None) -> Run:
     bias = None if stored.bias is None else stored.bias.detach()
     if kernel is None:
         return _dense(stored.spec, stored.dense(), bias)
-    layer = Layer.from_dense(stored.dense(), stored.spec, kernel, bias, layout="bitmask")
-    return lambda x, pool: layer.run(x, pool=pool)
+    wide = None if bias is None else bias.float()
+    layer = Layer.from_dense(stored.dense(), stored.spec, kernel, wide, layout="bitmask")
+    # Activations and sums are float32; in half precision the output is rounded once, at the end.
+    return lambda x, pool: layer.run(x.float(), pool=pool).to(x.dtype)
 
 
 def _dense(spec: Spec, matrix: Tensor, bias: Tensor | None) -> Run:
@@ -326,7 +338,7 @@ _CHANGING = threading.Lock()
 def packed(stored: Stored) -> Packed:
     """The packed form of a weight; made once for as long as its memory lives and is unchanged."""
     tensors = stored.tensors()
-    key = (stored.spec, *map(_identity, tensors))
+    key = (stored.spec, *map(identity, tensors))
     found = _PACKED.get(key)
     # A dead form is one whose memory another tensor may have got since.
     if found is None or not found.alive:
@@ -337,13 +349,23 @@ def packed(stored: Stored) -> Packed:
     return found
 
 
+def stays_dense(
+    values: Tensor, index: Tensor, bias: Tensor | None, shape: tuple[int, ...], tokens: int
+) -> bool | None:
+    """Whether a linear layer was fastest dense for so many tokens; None if that is not known yet."""
+    stored = Stored(Spec("linear", shape[0], shape[1]), values, index, bias)
+    chosen = packed(stored).chosen
+    size = tokens.bit_length()
+    return chosen[size] is None if size in chosen else None
+
+
 def forget() -> None:
     """Drop the packed forms of weights that are gone; every new weight does this, too."""
     for key in [k for k, form in _PACKED.items() if not form.alive]:
         _PACKED.pop(key, None)
 
 
-def _identity(x: Tensor) -> tuple[object, ...]:
+def identity(x: Tensor) -> tuple[object, ...]:
     """What changes when a tensor's memory or contents do, but not between its aliases."""
     # Tensors of inference mode count no versions: they cannot be written outside of it.
     version = -1 if x.is_inference() else x._version
