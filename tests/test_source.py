@@ -252,6 +252,34 @@ def test_what_the_exporter_cannot_follow_is_tried_in_its_plain_form(tmp_path: Pa
         export_onnx(Fussy("none"), torch.randn(3, 4), tmp_path / "c.onnx")
 
 
+class Reader(nn.Module):
+    """Reads tokens, of one length only if its positions are for that length."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.places = nn.Parameter(torch.randn(positions, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head((self.words(ids) + self.places).mean(1))
+
+
+@pytest.mark.parametrize(("positions", "free"), [(1, True), (12, False)])
+def test_tokens_may_be_of_any_length_if_the_model_takes_them(
+    tmp_path: Path, positions: int, free: bool
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    net = Reader(positions).eval()
+    done = export_onnx(net, torch.randint(0, 20, (2, 12)), tmp_path / "net.onnx")
+    assert done.lengths is free
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    for batch, length in ((5, 12), (3, 7)) if free else ((5, 12),):
+        ids = torch.randint(0, 20, (batch, length))
+        got = session.run(None, {done.inputs[0]: ids.numpy()})[0]
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(got), net(ids), atol=1e-5)
+
+
 def test_a_file_that_fails_on_another_batch_is_not_kept(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
 

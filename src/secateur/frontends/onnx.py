@@ -9,7 +9,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Exported:
             largest output.
         inputs: Names of the inputs.
         notes: What else a user should know.
+        lengths: Whether tokens may be of any length.
     """
 
     path: str
@@ -64,14 +65,16 @@ class Exported:
     error: float
     inputs: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    lengths: bool = False
 
 
 def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     """Write ``model`` as one ONNX file, and run it to check that it computes the same.
 
-    The batch axis of every input is dynamic. Zeros are stored as ordinary numbers: the file is as
-    large as that of the dense network. A network in half precision is written in float32, with a
-    note: ONNX Runtime lacks most operators of these types on processors.
+    The batch axis of every input is dynamic, and so is the length of tokens: the second axis of
+    integer inputs that have two, where the model can be exported so. Zeros are stored as ordinary
+    numbers: the file is as large as that of the dense network. A network in half precision is
+    written in float32, with a note: ONNX Runtime lacks most operators of these types on processors.
 
     Args:
         model: Run in evaluation mode; left as it was.
@@ -91,7 +94,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         >>> done.error < 1e-4, Path(out).stat().st_size == done.bytes
         (True, True)
     """
-    onnx, runtime = _packages()
+    _packages()  # before the work
     path = Path(path)
     asked = f"exporting a {type(model).__name__} to {path.name!r}"
     args, kwargs = _inputs(model, example)
@@ -110,21 +113,48 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         tempfile.TemporaryDirectory(prefix=".secateur-", dir=path.parent) as place,
     ):
         file = Path(place) / "model.onnx"
-        notes += _write(model, args, kwargs, file=file, asked=asked)
-        onnx.checker.check_model(str(file))
-        opset = max(o.version for o in onnx.load(str(file)).opset_import if not o.domain)
-        session = _session(runtime, file, asked)
-        error = _difference(session, model, args, kwargs, asked)
-        if not error <= TOLERANCE:
-            raise DataError(
-                asked,
-                f"ONNX Runtime differs from PyTorch by {error:.2g} of the largest output",
-                f"at most {TOLERANCE:g} is rounding; the exporter or ONNX Runtime changed the model",
-                "report the model to them; the file was not kept",
-            )
+        lengths = any(map(_is_tokens, (*args, *kwargs.values())))
+        try:
+            made = _written(model, args, kwargs, file, asked, lengths=lengths)
+        except (UsageError, DataError):
+            if not lengths:
+                raise
+            lengths = False  # e.g. since a table of positions has the length of the example
+            made = _written(model, args, kwargs, file, asked, lengths=False)
         temporary.write_bytes(file.read_bytes())
-        names = tuple(i.name for i in session.get_inputs())
-    return Exported(str(path), path.stat().st_size, int(opset), error, names, notes)
+    notes += made.notes
+    return replace(made, path=str(path), bytes=path.stat().st_size, notes=notes, lengths=lengths)
+
+
+def _written(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    file: Path,
+    asked: str,
+    *,
+    lengths: bool,
+) -> Exported:
+    """Write a file, and check it."""
+    onnx, runtime = _packages()
+    notes = _write(model, args, kwargs, file=file, asked=asked, lengths=lengths)
+    onnx.checker.check_model(str(file))
+    opset = max(o.version for o in onnx.load(str(file)).opset_import if not o.domain)
+    session = _session(runtime, file, asked)
+    error = _difference(session, model, args, kwargs, asked, lengths=lengths)
+    if not error <= TOLERANCE:
+        raise DataError(
+            asked,
+            f"ONNX Runtime differs from PyTorch by {error:.2g} of the largest output",
+            f"at most {TOLERANCE:g} is rounding: the exporter or ONNX Runtime changed the model",
+            "report the model to them; the file was not kept",
+        )
+    names = tuple(i.name for i in session.get_inputs())
+    return Exported("", 0, int(opset), error, names, notes)
+
+
+def _is_tokens(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() and x.shape[1] > 1
 
 
 def _session(runtime: Any, file: Path, asked: str) -> Any:
@@ -174,17 +204,23 @@ def _doubled(batch: Batch) -> Batch:
 
 
 def _write(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, file: Path, asked: str
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    file: Path,
+    asked: str,
+    lengths: bool,
 ) -> tuple[str, ...]:
     """Export; notes on what was done for it."""
     try:
         with _configured(model, _LEAN):
-            _export(model, args, kwargs, file)
+            _export(model, args, kwargs, file, lengths=lengths)
         return ()
     except Exception as error:
         with _configured(model, _LEAN | _PLAIN) as changed, contextlib.suppress(Exception):
             if changed & _PLAIN.keys():
-                _export(model, args, kwargs, file)
+                _export(model, args, kwargs, file, lengths=lengths)
                 return ("attention and experts are written in their plain form",)
         deepest: BaseException = error
         while deepest.__cause__ is not None:  # the outer ones only say at which step it failed
@@ -198,12 +234,16 @@ def _write(
         ) from error
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path) -> None:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, *, lengths: bool
+) -> None:
     size = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape[0]
-    batch = torch.export.Dim.AUTO
+    free = torch.export.Dim.AUTO
 
     def axes(x: Any) -> Any:
-        return {0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else None
+        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size:
+            return None
+        return {0: free, 1: free} if lengths and _is_tokens(x) else {0: free}
 
     with _silent():
         torch.onnx.export(
@@ -220,15 +260,26 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fil
 
 @torch.no_grad()
 def _difference(
-    session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asked: str
+    session: Any,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    asked: str,
+    *,
+    lengths: bool,
 ) -> float:
-    """Largest relative difference over the example and a batch of another size."""
+    """Largest relative difference over the example, and a batch of another size and length."""
     names = [i.name for i in session.get_inputs()]
     worst = 0.0
-    for repeat in (1, 3):
-        many = [_repeated(x, repeat) for x in args]
-        named = {k: _repeated(v, repeat) for k, v in kwargs.items()}
-        expected = logits_of(model(*many, **named)).float().cpu()
+    for repeat, shorter in ((1, False), (3, False), *([(1, True)] if lengths else [])):
+        many = [_repeated(x, repeat, shorter=shorter) for x in args]
+        named = {k: _repeated(v, repeat, shorter=shorter) for k, v in kwargs.items()}
+        try:
+            expected = logits_of(model(*many, **named)).float().cpu()
+        except Exception:
+            if not shorter:
+                raise
+            return float("inf")  # a network for one length
         tensors = [x for x in (*many, *named.values()) if isinstance(x, Tensor)]
         feed = {n: x.cpu().numpy() for n, x in zip(names, tensors, strict=True)}
         try:
@@ -247,8 +298,11 @@ def _difference(
     return worst
 
 
-def _repeated(x: Any, times: int) -> Any:
-    return torch.cat([x] * times) if isinstance(x, Tensor) and x.ndim else x
+def _repeated(x: Any, times: int, *, shorter: bool) -> Any:
+    if not isinstance(x, Tensor) or not x.ndim:
+        return x
+    kept = x[:, :-1] if shorter and _is_tokens(x) else x
+    return torch.cat([kept] * times)
 
 
 @contextlib.contextmanager
