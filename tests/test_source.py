@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -299,8 +300,8 @@ def test_an_export_that_computes_something_else_is_not_kept(
     pytest.importorskip("onnxruntime")
     write = onnx._write
 
-    def planted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return write(nn.Sequential(model, Scaled()), *args, **kwargs)
+    def planted(call: Any, *rest: Any) -> Any:
+        return write(replace(call, model=nn.Sequential(call.model, Scaled())), *rest)
 
     class Scaled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -97,51 +97,53 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     _packages()  # before the work
     path = Path(path)
     asked = f"exporting a {type(model).__name__} to {path.name!r}"
-    args, kwargs = _inputs(model, example)
+    call = _Call(model, *_inputs(model, example))
     halves = sorted({str(p.dtype) for p in model.parameters() if p.dtype in _HALF})
     notes: tuple[str, ...] = ()
     if halves:
-        model = copy.deepcopy(model).float()
-        args, kwargs = tree_map_only(Tensor, _single, (args, kwargs))
+        inputs = tree_map_only(Tensor, _single, (call.args, call.kwargs))
+        call = _Call(copy.deepcopy(model).float(), *inputs)
         kinds = " and ".join(halves).replace("torch.", "")
         notes = (
             f"weights are {kinds}; the file has float32, which ONNX Runtime computes everywhere",
         )
+    call = replace(call, lengths=any(map(_is_tokens, (*call.args, *call.kwargs.values()))))
     with (
-        evaluating(model),
+        evaluating(call.model),
         new_file(path) as temporary,
         tempfile.TemporaryDirectory(prefix=".secateur-", dir=path.parent) as place,
     ):
         file = Path(place) / "model.onnx"
-        lengths = any(map(_is_tokens, (*args, *kwargs.values())))
         try:
-            made = _written(model, args, kwargs, file, asked, lengths=lengths)
+            made = _written(call, file, asked)
         except (UsageError, DataError):
-            if not lengths:
+            if not call.lengths:
                 raise
-            lengths = False  # e.g. since a table of positions has the length of the example
-            made = _written(model, args, kwargs, file, asked, lengths=False)
+            call = replace(call, lengths=False)  # e.g. a table of positions fits one length
+            made = _written(call, file, asked)
         temporary.write_bytes(file.read_bytes())
     notes += made.notes
-    return replace(made, path=str(path), bytes=path.stat().st_size, notes=notes, lengths=lengths)
+    return replace(made, path=str(path), bytes=path.stat().st_size, notes=notes)
 
 
-def _written(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    file: Path,
-    asked: str,
-    *,
-    lengths: bool,
-) -> Exported:
+@dataclass(frozen=True)
+class _Call:
+    """What is exported: a model, and a call of it; whether tokens may be of any length."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    lengths: bool = False
+
+
+def _written(call: _Call, file: Path, asked: str) -> Exported:
     """Write a file, and check it."""
     onnx, runtime = _packages()
-    notes = _write(model, args, kwargs, file=file, asked=asked, lengths=lengths)
+    notes = _write(call, file, asked)
     onnx.checker.check_model(str(file))
     opset = max(o.version for o in onnx.load(str(file)).opset_import if not o.domain)
     session = _session(runtime, file, asked)
-    error = _difference(session, model, args, kwargs, asked, lengths=lengths)
+    error = _difference(session, call, asked)
     if not error <= TOLERANCE:
         raise DataError(
             asked,
@@ -150,7 +152,7 @@ def _written(
             "report the model to them; the file was not kept",
         )
     names = tuple(i.name for i in session.get_inputs())
-    return Exported("", 0, int(opset), error, names, notes)
+    return Exported("", 0, int(opset), error, names, notes, call.lengths)
 
 
 def _is_tokens(x: Any) -> bool:
@@ -203,24 +205,16 @@ def _doubled(batch: Batch) -> Batch:
     return tuple(_doubled(v) if isinstance(v, Tensor) else v for v in batch)
 
 
-def _write(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    file: Path,
-    asked: str,
-    lengths: bool,
-) -> tuple[str, ...]:
+def _write(call: _Call, file: Path, asked: str) -> tuple[str, ...]:
     """Export; notes on what was done for it."""
     try:
-        with _configured(model, _LEAN):
-            _export(model, args, kwargs, file, lengths=lengths)
+        with _configured(call.model, _LEAN):
+            _export(call, file)
         return ()
     except Exception as error:
-        with _configured(model, _LEAN | _PLAIN) as changed, contextlib.suppress(Exception):
+        with _configured(call.model, _LEAN | _PLAIN) as changed, contextlib.suppress(Exception):
             if changed & _PLAIN.keys():
-                _export(model, args, kwargs, file, lengths=lengths)
+                _export(call, file)
                 return ("attention and experts are written in their plain form",)
         deepest: BaseException = error
         while deepest.__cause__ is not None:  # the outer ones only say at which step it failed
@@ -234,48 +228,39 @@ def _write(
         ) from error
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, *, lengths: bool
-) -> None:
-    size = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape[0]
+def _export(call: _Call, file: Path) -> None:
+    inputs = (*call.args, *call.kwargs.values())
+    size = next(x for x in inputs if isinstance(x, Tensor)).shape[0]
     free = torch.export.Dim.AUTO
 
     def axes(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size:
             return None
-        return {0: free, 1: free} if lengths and _is_tokens(x) else {0: free}
+        return {0: free, 1: free} if call.lengths and _is_tokens(x) else {0: free}
 
     with _silent():
         torch.onnx.export(
-            model,
-            args,
+            call.model,
+            call.args,
             str(file),
-            kwargs=kwargs or None,
+            kwargs=call.kwargs or None,
             dynamo=True,
             external_data=False,
-            dynamic_shapes=(*map(axes, args), *map(axes, kwargs.values())),
+            dynamic_shapes=tuple(map(axes, inputs)),
             verbose=False,
         )
 
 
 @torch.no_grad()
-def _difference(
-    session: Any,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    asked: str,
-    *,
-    lengths: bool,
-) -> float:
+def _difference(session: Any, call: _Call, asked: str) -> float:
     """Largest relative difference over the example, and a batch of another size and length."""
     names = [i.name for i in session.get_inputs()]
     worst = 0.0
-    for repeat, shorter in ((1, False), (3, False), *([(1, True)] if lengths else [])):
-        many = [_repeated(x, repeat, shorter=shorter) for x in args]
-        named = {k: _repeated(v, repeat, shorter=shorter) for k, v in kwargs.items()}
+    for repeat, shorter in ((1, False), (3, False), *([(1, True)] if call.lengths else [])):
+        many = [_repeated(x, repeat, shorter=shorter) for x in call.args]
+        named = {k: _repeated(v, repeat, shorter=shorter) for k, v in call.kwargs.items()}
         try:
-            expected = logits_of(model(*many, **named)).float().cpu()
+            expected = logits_of(call.model(*many, **named)).float().cpu()
         except Exception:
             if not shorter:
                 raise
