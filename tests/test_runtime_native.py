@@ -107,6 +107,17 @@ def first(spec: Spec, isa: str | None = None) -> Variant:
     return native.candidates(spec, 126, 0.3, isa)[0]
 
 
+def test_few_tokens_leave_one_kernel_worth_timing() -> None:
+    def families(spec: Spec, positions: int, density: float) -> set[str]:
+        return {v.family for v in native.candidates(spec, positions, density)}
+
+    linear, conv = Spec("linear", 64, 96), Spec("conv", 64, 96)
+    assert families(linear, 1, 0.4) == families(linear, 2, 0.4) == {"gemv"}
+    assert {"gemv", "list"} < families(linear, 1, 0.01)
+    assert {"gemv", "list"} < families(linear, 3, 0.4)
+    assert "list" in families(conv, 1, 0.4)
+
+
 # --- results ---------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,7 @@ def test_the_fastest_runs_dense_included(
                 return Raced(tuple((float(i != winner),) for i in range(len(runs))))
 
             monkeypatch.setattr(torch_operators, "race", fixed)
+            monkeypatch.setattr(torch_operators, "_CHOICES", {})
             ours = accelerate(copy.deepcopy(layer), minimum_sparsity=0.0)
             with torch.inference_mode():
                 assert relative(ours(x), layer(x)) < 1e-5
@@ -275,6 +276,7 @@ def test_a_kernel_must_win_by_more_than_its_call_costs(monkeypatch: pytest.Monke
         times = (1.0, 1.0 - lead * torch_operators._CALL)
         made = Raced(tuple((each,) for each in times))
         monkeypatch.setattr(torch_operators, "race", lambda runs, made=made, **_: made)
+        monkeypatch.setattr(torch_operators, "_CHOICES", {})
         monkeypatch.setattr(torch_operators, "_kernels", lambda *_: [Variant("gemv", 1, 1)])
         ours = accelerate(copy.deepcopy(layer), minimum_sparsity=0.0)
         assert isinstance(ours, SparseLayer)
@@ -282,6 +284,45 @@ def test_a_kernel_must_win_by_more_than_its_call_costs(monkeypatch: pytest.Monke
             ours(x)
         stored = (ours.values, ours.index, ours.bias.detach() if ours.bias is not None else None)
         assert torch_operators.stays_dense(*stored, ours.shape, 3) is dense
+
+
+def test_layers_of_one_kind_share_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced: list[int] = []
+
+    def last(runs: list[object], **_: object) -> Raced:
+        raced.append(len(runs))
+        return Raced(tuple((float(i < len(runs) - 1),) for i in range(len(runs))))
+
+    monkeypatch.setattr(torch_operators, "race", last)
+    monkeypatch.setattr(torch_operators, "_CHOICES", {})
+
+    def runs(layer: nn.Module, tokens: int) -> int:
+        """How often kernels are timed for a layer and an input."""
+        before, x = len(raced), torch.randn(tokens, layer.get_parameter("weight").shape[1])
+        ours = accelerate(copy.deepcopy(layer))
+        assert isinstance(ours, SparseLayer)
+        with torch.inference_mode():
+            assert relative(ours(x), layer(x)) < 1e-5
+        stored = (ours.values, ours.index, None if ours.bias is None else ours.bias.detach())
+        assert torch_operators.stays_dense(*stored, ours.shape, tokens) is False
+        return len(raced) - before
+
+    blocks = nn.Linear(600, 512)
+    with torch.no_grad():
+        blocks.weight *= (torch.rand(128, 600) >= 0.7).repeat_interleave(4, 0)
+    kinds = (
+        (prune_(nn.Linear(600, 512), 0.7), 40),
+        (prune_(nn.Linear(600, 512), 0.8), 40),
+        (prune_(nn.Linear(600, 512), 0.7), 100),
+        (prune_(nn.Linear(600, 512, bias=False), 0.7), 40),
+        (prune_(nn.Linear(512, 600), 0.7), 40),
+        (blocks.eval(), 40),
+    )
+    assert [runs(*kind) for kind in kinds] == [1] * len(kinds)
+    assert [runs(*kind) for kind in kinds] == [0] * len(kinds)
+    assert runs(prune_(nn.Linear(600, 512), 0.7), 40) == 0
+    restore(accelerate(prune_(nn.Linear(9, 9))))
+    assert runs(*kinds[0]) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

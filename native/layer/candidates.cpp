@@ -19,6 +19,9 @@ std::vector<secateur_variant> candidates(const secateur_spec &spec, int64_t posi
     out.push_back(made);
   };
   if (spec.kind == SECATEUR_LINEAR && positions <= 16) add(SECATEUR_GEMV, 1, 1, 0);
+  // The other kernels go through many positions at once: one or two leave most of their lanes idle.
+  // They only pay where they read less than a bit for every weight that there could be.
+  if (!out.empty() && positions <= 2 && density > 1.0 / 64) return out;
   if (Depthwise::suits(spec)) add(SECATEUR_DEPTHWISE, 1, 1, 0);
   // Wide tiles read the weights less often; narrow ones let more channels stay in the first cache,
   // and may fill a small image better. Tiles wider than the image are all alike.

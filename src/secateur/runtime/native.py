@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.core.errors import UsageError
 from secateur.runtime.library import INVALID, CVariant, CWeights, check, load
 from secateur.runtime.spec import ACTIVATIONS, FAMILIES, KINDS, Spec, Variant
-from secateur.runtime.stored import DTYPES, LAYOUTS, store
+from secateur.runtime.stored import DTYPES, LAYOUTS, Stored, store
 
 __all__ = [
     "ACTIVATIONS",
@@ -119,12 +119,34 @@ class Layer:
                 "the weight is that matrix",
                 "give the weight of this layer, or its spec",
             )
-        stored = store(weight, layout)
+        return Layer.from_stored(store(weight, layout), spec, variant, bias, isa)
+
+    @staticmethod
+    def from_stored(
+        stored: Stored,
+        spec: Spec,
+        variant: Variant,
+        bias: np.ndarray[Any, Any] | Tensor | None = None,
+        isa: str | None = None,
+    ) -> Layer:
+        """Pack a weight that is stored sparse; it is never dense in memory.
+
+        Args:
+            stored: Values and index of the matrix ``(outputs, columns)``.
+            spec: Shape of the layer.
+            variant: The kernel.
+            bias: Float32, ``(outputs,)``.
+            isa: One of :func:`isas`; None for the one in use.
+
+        Raises:
+            UsageError: Something does not fit, or the kernel cannot run this layer.
+            FormatError: The library found values and index damaged.
+        """
         pointer = None
         if bias is not None:
             pointer = _floats("the bias", bias, shape=(spec.outputs,))
         packed = CWeights(
-            layout=LAYOUTS[layout],
+            layout=LAYOUTS[stored.layout],
             dtype=DTYPES[stored.values.dtype],
             values=stored.values.data_ptr(),
             count=stored.values.numel(),

@@ -82,6 +82,25 @@ def store(weight: np.ndarray[Any, Any] | Tensor, layout: str = "auto") -> Stored
     return Stored(layout, parts["values"], torch.cat(index))
 
 
+def fill(kept: np.ndarray[Any, Any]) -> float:
+    """Share of kept weights in blocks of four rows that have any: 1 for a pattern of such blocks.
+
+    Two weights of one shape that agree in this and in their sparsity are about equally fast.
+
+    Args:
+        kept: A matrix of flags.
+
+    Example:
+        >>> fill(np.eye(4, dtype=bool)), fill(np.ones((4, 2), bool)), fill(np.zeros((4, 2), bool))
+        (0.25, 1.0, 1.0)
+    """
+    whole = kept[: len(kept) // 4 * 4]
+    if not whole.any():
+        return 1.0
+    blocks = whole.reshape(-1, 4, whole.shape[1]).any(axis=1)
+    return float(whole.sum() / (4 * blocks.sum()))
+
+
 def _tensor(weight: np.ndarray[Any, Any] | Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.detach().cpu().contiguous()

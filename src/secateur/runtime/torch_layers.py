@@ -231,8 +231,8 @@ def accelerate(
         threads: Of our kernels; None for as many as ``torch.get_num_threads()`` says at a call.
         minimum_sparsity: Layers with a smaller share of zeros stay dense.
         choose: ``"measured"``: at the first input of each size (by powers of two), time the
-            kernels and the dense layer, and keep the fastest; ``"first"``: take the likeliest
-            kernel without timing.
+            kernels and the dense layer, and keep the fastest, for all layers of this shape, type,
+            sparsity and pattern; ``"first"``: take the likeliest kernel without timing.
 
     Returns:
         ``module``, or the new layer if the module is itself such a layer.
@@ -286,7 +286,7 @@ def restore(module: nn.Module) -> nn.Module:
         ``module``, or the dense layer if the module is itself a swapped one.
     """
     restored = _swap_(module, lambda m: m.dense() if isinstance(m, SparseLayer) else None)
-    torch_operators.forget()
+    torch_operators.forget(choices=True)
     return restored
 
 

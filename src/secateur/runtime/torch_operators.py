@@ -5,15 +5,16 @@ An operator is given the stored weight, as two plain tensors, and nothing else t
 works in another process, where ``import secateur.runtime`` makes the operators known.
 
 The form that a kernel runs from is packed at the first call and kept for as long as the memory of
-the stored weight lives. Which kernel, is decided once for each size of input (by powers of two). The
-dense layer takes part in the race: where it wins, its weight is unpacked and kept, too.
+the stored weight lives. Which kernel, is decided once for each size of input (by powers of two) and
+each kind of layer: those of one shape, type, sparsity and pattern share the choice. The dense layer
+takes part in the race: where it wins, its weight is unpacked and kept, too.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from secateur.core.errors import UsageError
+from secateur.core.masks import unpack_bits
 from secateur.formats.layouts import LAYOUTS
 from secateur.runtime.native import Layer, Pool, Spec, Variant, candidates
 from secateur.runtime.race import race
-from secateur.runtime.stored import DTYPES
+from secateur.runtime.stored import DTYPES, Stored, fill
 
 # Bit masks multiply by their zeros. With more tokens than this, that costs more than reading the
 # weights does, and lists are the better guess.
@@ -82,7 +84,7 @@ def sparse_linear(  # noqa: PLR0913, PLR0917 - the operator's schema
         )
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], outputs))
-    stored = Stored(Spec("linear", outputs, inputs), values, index, bias)
+    stored = Operands(Spec("linear", outputs, inputs), values, index, bias)
     return packed(stored).run(stored, x, x.numel() // inputs, _Way(threads, measure))
 
 
@@ -140,7 +142,7 @@ def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
         dilation=(dilation[0], dilation[1]),
         pads=(pads[0], pads[1], pads[2], pads[3]),
     )
-    stored = Stored(spec, values, index, bias)
+    stored = Operands(spec, values, index, bias)
     return packed(stored).run(stored, x, shape[2] * shape[3], _Way(threads, measure))
 
 
@@ -212,7 +214,7 @@ class _Way:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class Operands:
     """What an operator is given of a layer."""
 
     spec: Spec
@@ -225,6 +227,22 @@ class Stored:
         given = (self.values, self.index)
         return given if self.bias is None else (*given, self.bias)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight as a matrix."""
+        return self.spec.outputs, self.spec.columns
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is kept."""
+        return self.values.numel() / (self.spec.outputs * self.spec.columns)
+
+    def kind(self) -> Hashable:
+        """What layers have in common that are fastest with the same kernel."""
+        kept = unpack_bits(self.index.detach(), self.shape)
+        pattern = round(self.density, 2), round(fill(kept.numpy()), 1)
+        return self.spec, self.values.dtype, self.bias is None, pattern
+
     def dense(self) -> Tensor:
         """The weight as a matrix.
 
@@ -232,8 +250,7 @@ class Stored:
             FormatError: values and index do not belong together.
         """
         parts = {"values": self.values.detach(), "bitmask": self.index.detach()}
-        shape = (self.spec.outputs, self.spec.columns)
-        return LAYOUTS["bitmask"].unpack(parts, shape, self.values.dtype)[0]
+        return LAYOUTS["bitmask"].unpack(parts, self.shape, self.values.dtype)[0]
 
 
 Run = Callable[[Tensor, Pool], Tensor]
@@ -260,42 +277,49 @@ class Packed:
         """Whether any tensor still uses that memory."""
         return not any(owner.expired() for owner in self.owners)
 
-    def run(self, stored: Stored, x: Tensor, positions: int, way: _Way) -> Tensor:
+    def run(self, stored: Operands, x: Tensor, positions: int, way: _Way) -> Tensor:
         """The output for an input with so many positions (of an image) or tokens."""
         pool = _pool(way.threads or min(_MOST_THREADS, torch.get_num_threads()))
         size = positions.bit_length()
         if size not in self.chosen:
             with self.lock:
                 if size not in self.chosen:
-                    kernels = _kernels(stored, positions)
-                    entrants = [None, *kernels] if way.measure else kernels[:1]
-                    self._choose_(size, {k: self._way(stored, k) for k in entrants}, x, pool)
+                    self._choose_(size, stored, x, positions, pool, measure=way.measure)
         return self.ways[self.chosen[size]](x, pool)
 
-    def _way(self, stored: Stored, kernel: Variant | None) -> Run:
-        return self.ways.get(kernel) or _way_of(stored, kernel)
-
     def _choose_(
-        self, size: int, entrants: dict[Variant | None, Run], x: Tensor, pool: Pool
+        self, size: int, stored: Operands, x: Tensor, positions: int, pool: Pool, *, measure: bool
     ) -> None:
-        best = next(iter(entrants))
-        if len(entrants) > 1:
-            raced = race([_once(run, x, pool) for run in entrants.values()], seconds=_CHOOSING)
-            costs = {
-                kernel: raced.undisturbed(i) + (_CALL if kernel else 0.0)
-                for i, kernel in enumerate(entrants)
-            }
-            best = min(costs, key=lambda kernel: costs[kernel])
-        self.ways[best] = entrants[best]
+        kernels = _kernels(stored, positions)
+        best: Variant | None = kernels[0]
+        if measure:
+            kind = (stored.kind(), size, pool.threads)
+            if kind not in _CHOICES:
+                entrants = {k: self.ways.get(k) or _way_of(stored, k) for k in (None, *kernels)}
+                _CHOICES[kind] = _fastest(entrants, x, pool)
+                self.ways[_CHOICES[kind]] = entrants[_CHOICES[kind]]
+            best = _CHOICES[kind]
+        if best not in self.ways:
+            self.ways[best] = _way_of(stored, best)
         self.chosen[size] = best
 
 
-def _way_of(stored: Stored, kernel: Variant | None) -> Run:
+def _fastest(entrants: dict[Variant | None, Run], x: Tensor, pool: Pool) -> Variant | None:
+    raced = race([_once(run, x, pool) for run in entrants.values()], seconds=_CHOOSING)
+    costs = {
+        kernel: raced.undisturbed(i) + (_CALL if kernel else 0.0)
+        for i, kernel in enumerate(entrants)
+    }
+    return min(costs, key=lambda kernel: costs[kernel])
+
+
+def _way_of(stored: Operands, kernel: Variant | None) -> Run:
     bias = None if stored.bias is None else stored.bias.detach()
     if kernel is None:
         return _dense(stored.spec, stored.dense(), bias)
     wide = None if bias is None else bias.float()
-    layer = Layer.from_dense(stored.dense(), stored.spec, kernel, wide, layout="bitmask")
+    given = (stored.values.detach().contiguous(), stored.index.detach().contiguous())
+    layer = Layer.from_stored(Stored("bitmask", *given), stored.spec, kernel, wide)
     # Activations and sums are float32; in half precision the output is rounded once, at the end.
     return lambda x, pool: layer.run(x.float(), pool=pool).to(x.dtype)
 
@@ -324,18 +348,19 @@ def _once(run: Run, x: Tensor, pool: Pool) -> Callable[[], None]:
     return once
 
 
-def _kernels(stored: Stored, positions: int) -> list[Variant]:
+def _kernels(stored: Operands, positions: int) -> list[Variant]:
     """Likeliest first."""
-    whole = stored.spec.outputs * stored.spec.columns
-    found = candidates(stored.spec, positions, stored.values.numel() / whole)
+    found = candidates(stored.spec, positions, stored.density)
     return sorted(found, key=lambda k: k.family == "gemv" and positions > _FEW_TOKENS)
 
 
 _PACKED: dict[tuple[object, ...], Packed] = {}
+# The fastest kernel for each kind of layer, size of input and number of threads; None is dense.
+_CHOICES: dict[Hashable, Variant | None] = {}
 _CHANGING = threading.Lock()
 
 
-def packed(stored: Stored) -> Packed:
+def packed(stored: Operands) -> Packed:
     """The packed form of a weight; made once for as long as its memory lives and is unchanged."""
     tensors = stored.tensors()
     key = (stored.spec, *map(identity, tensors))
@@ -353,14 +378,20 @@ def stays_dense(
     values: Tensor, index: Tensor, bias: Tensor | None, shape: tuple[int, ...], tokens: int
 ) -> bool | None:
     """Whether a linear layer was fastest dense for so many tokens; None if that is not known yet."""
-    stored = Stored(Spec("linear", shape[0], shape[1]), values, index, bias)
+    stored = Operands(Spec("linear", shape[0], shape[1]), values, index, bias)
     chosen = packed(stored).chosen
     size = tokens.bit_length()
     return chosen[size] is None if size in chosen else None
 
 
-def forget() -> None:
-    """Drop the packed forms of weights that are gone; every new weight does this, too."""
+def forget(*, choices: bool = False) -> None:
+    """Drop the packed forms of weights that are gone; every new weight does this, too.
+
+    Args:
+        choices: Forget also which kernels were fastest, so that they are timed anew.
+    """
+    if choices:
+        _CHOICES.clear()
     for key in [k for k, form in _PACKED.items() if not form.alive]:
         _PACKED.pop(key, None)
 

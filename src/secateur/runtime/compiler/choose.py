@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from secateur.core.errors import UsageError
 from secateur.runtime.compiler.graph import Graph
 from secateur.runtime.compiler.lone import Lone
@@ -23,6 +21,7 @@ from secateur.runtime.compiler.rewrite import HALF, spec
 from secateur.runtime.compiler.site import CONV, Site
 from secateur.runtime.native import Variant, candidates
 from secateur.runtime.race import open_session, race, runner
+from secateur.runtime.stored import fill
 
 # A run of less than this many milliseconds is mostly the cost of starting it. Small layers are
 # repeated within one model, with an input each.
@@ -167,19 +166,9 @@ def _key(site: Site, shapes: Shapes) -> tuple[object, ...]:
         site.residual is None,
         site.residual == site.x,
         round(site.sparsity, 2),
-        round(_fill(site.weight), 1),
+        round(fill(site.weight.reshape(len(site.weight), -1) != 0), 1),
         len(site.nodes),
     )
-
-
-def _fill(weight: np.ndarray) -> float:
-    """Share of non-zeros in blocks of four rows that have any: 1 for a pattern of such blocks."""
-    flat = weight.reshape(weight.shape[0], -1) != 0
-    whole = flat[: len(flat) // 4 * 4]
-    if not whole.any():
-        return 1.0
-    blocks = whole.reshape(-1, 4, whole.shape[1]).any(axis=1)
-    return float(whole.sum() / (4 * blocks.sum()))
 
 
 def _time(
