@@ -567,12 +567,6 @@ def test_gradients_that_are_not_there() -> None:
     assert not torch.equal(pruner.masks["0.weight"], other)
 
 
-def test_closures_are_refused_for_gradients() -> None:
-    model, pruner = start(recipe(Regrow(frequency=1)))
-    with pytest.raises(UsageError, match="closure"):
-        pruner.optimizer.step(lambda: model(X).sum())
-
-
 def test_an_optimizer_step_left_out_is_made_up_for() -> None:
     """A gradient scaler leaves the optimizer's step out when it finds an infinity."""
     model, pruner = start(recipe(Regrow(frequency=4)))

@@ -29,6 +29,7 @@ from secateur.core.slots import Slot, device_of
 from secateur.core.weight import Weight
 from secateur.stats.replay import Replay
 from secateur.stats.stat import Probe, Stat, State, merge
+from secateur.stats.steps import before_update
 
 # Rows of a convolution are unfolded copies of its input; this many numbers at a time.
 _ROWS_AT_ONCE = 1 << 24
@@ -318,19 +319,17 @@ def stream_gradients(
     needs: Sequence[Stat],
     stats: Stats,
 ) -> RemovableHandle:
-    """Feed ``stats`` from a training loop: the gradients just before every optimizer step.
-
-    At that moment ``parameter.grad`` belongs to the values that the parameter still has.
+    """Feed ``stats`` from a training loop: the gradients just before every update of the weights.
 
     Returns:
         A handle whose ``remove()`` ends it.
     """
 
-    def before(*_: Any) -> None:
+    def before(_: torch.optim.Optimizer) -> None:
         for slot in slots:
             gradient = slot.tensor(model).grad
             if gradient is not None:
                 for need in needs:
                     stats.update(need, slot.weight(model), gradient, 1)
 
-    return optimizer.register_step_pre_hook(before)
+    return before_update(optimizer, before)

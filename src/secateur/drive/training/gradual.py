@@ -38,6 +38,7 @@ from secateur.drive.training.topkast import Superset
 from secateur.schedule import share_at
 from secateur.score import Random
 from secateur.stats import Stat, Stats, stream_gradients
+from secateur.stats.steps import before_update
 
 
 class Gradual:
@@ -121,6 +122,8 @@ class Gradual:
         self._regrowing, self._superset = self._regrowth()
         seen = self._slots if self._streamed else []
         self._stream = stream_gradients(optimizer, model, seen, self._streamed, self._stats)
+        self._updated = False  # whether the optimizer has taken a step yet
+        self._watch = before_update(optimizer, self._note_update)
         self._uses = self._count_uses()
         # A schedule may start before the first step.
         if not self._streamed or self._starts_at_random:
@@ -215,12 +218,19 @@ class Gradual:
         anew = self._superset is not None and self._superset.is_due(self.steps)
         if not (now or late or anew):
             return
+        # A gradient scaler leaves out its first steps, and then no gradient was seen yet.
+        seen = self._updated or self._starts_at_random or self._stats.names()
+        if self._streamed and not seen and time < schedule.end:
+            return
         # Whether anything is due does not depend on the target; at share 0 nothing is, unless a
         # cyclic schedule has come down to it.
         if share_at(schedule, time, 0.5) > 0:
             self._update(time)
         elif self._share > 0:
             self._decompress()
+
+    def _note_update(self, _: torch.optim.Optimizer) -> None:
+        self._updated = True
 
     def _decompress(self) -> None:
         self._adopt(Masks(_ones(self.model, self._slots)), self.steps)
@@ -333,7 +343,7 @@ class Gradual:
                 "train longer, correct steps=, or call finalize(early=True)",
             )
         self._held.hold_()
-        for part in (self._stream, self._regrowing, self._superset):
+        for part in (self._stream, self._watch, self._regrowing, self._superset):
             if part is not None:
                 part.remove()
         masks = detach_(self.model)

@@ -18,6 +18,7 @@ from secateur.drive.recipe import Recipe
 from secateur.drive.training.regrow import Regrow, exchange
 from secateur.drive.training.timing import every, strikes
 from secateur.stats import Stats
+from secateur.stats.steps import before_update
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Regrowing:
         self._seen = self._owed = False
         self._parked: list[tuple[nn.Parameter, Tensor]] = []
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
+            before_update(optimizer, self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
@@ -174,21 +175,13 @@ class Regrowing:
         self._last, self._owed = step, False
         return moved > 0
 
-    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
         step = self.steps + 1
         self._seen = True
         if not self.is_due(step):
             return
-        if self._part.grow == "gradient":
-            if any(callable(a) for a in (*args, *kwargs.values())):
-                raise UsageError(
-                    "growing weights by gradient with optimizer.step(closure)",
-                    "the gradients are computed inside the optimizer's step",
-                    "they are read before it",
-                    "call loss.backward() before optimizer.step(), or grow at random",
-                )
-            if not self._part.skips:
-                self._check(step)  # before the optimizer carries a NaN into the weights
+        if self._part.grow == "gradient" and not self._part.skips:
+            self._check(step)  # before the optimizer carries a NaN into the weights
         if self._part.skips and self._run(step):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._parked = [(p, p.grad) for p in parameters if p.grad is not None]

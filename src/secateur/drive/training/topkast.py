@@ -16,13 +16,14 @@ from secateur.drive.decide import spread
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.regrow import TopKast
 from secateur.drive.training.timing import every, strikes
+from secateur.stats.steps import before_update
 
 
 class Superset:
     """The values and masks beside A that Top-KAST trains with; lives in hooks of the optimizer.
 
-    Between steps the model holds A alone. Just before the optimizer's step the values of B come
-    back and gradients outside B are cleared; just after it they are kept here again.
+    Between steps the model holds A alone. Just before the update in the optimizer's step the values of
+    B come back and gradients outside B are cleared; just after it they are kept here again.
 
     Args:
         model: Its weights are still dense.
@@ -45,9 +46,10 @@ class Superset:
         self._narrow = {n: torch.ones_like(v, dtype=torch.bool) for n, v in self._values.items()}
         self.wide = dict(self._narrow)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
+            before_update(optimizer, self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+        self._shows_wide = False
 
     def is_due(self, step: int) -> bool:
         """Whether A and B are chosen anew at ``step``."""
@@ -83,8 +85,8 @@ class Superset:
             parameter = self._model.get_parameter(name)
             parameter.copy_(values.masked_fill(~self._narrow[name], 0))
 
-    @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        self._shows_wide = True
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         for name, values in self._values.items():
             parameter, wide = self._model.get_parameter(name), self.wide[name]
@@ -106,6 +108,10 @@ class Superset:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
+        # A fused optimizer under a gradient scaler may have left this step out.
+        if not self._shows_wide:
+            return
+        self._shows_wide = False
         for name, values in self._values.items():
             parameter, wide = self._model.get_parameter(name), self.wide[name]
             values.copy_(torch.where(wide, parameter, values))
