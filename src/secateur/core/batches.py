@@ -148,17 +148,76 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     return model(*args, **kwargs)
 
 
+def entry(output: Any, name: str) -> Tensor | None:
+    """The tensor that a model's output holds under a name: a key of a mapping, or an attribute.
+
+    Example:
+        >>> entry({"logits": torch.zeros(2)}, "logits"), entry(torch.zeros(2), "logits")
+        (tensor([0., 0.]), None)
+    """
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def own_loss(output: Any) -> Tensor | None:
+    """The loss that a model computed itself: ``loss`` by name, or the scalar that a tuple begins with.
+
+    Both are conventions of Transformers, the second with ``return_dict=False``.
+
+    Example:
+        >>> own_loss({"loss": torch.tensor(2.0), "logits": torch.zeros(1, 3)})
+        tensor(2.)
+        >>> own_loss((torch.tensor(2.0), torch.zeros(1, 3)))
+        tensor(2.)
+        >>> own_loss(torch.zeros(1, 3)) is None
+        True
+    """
+    if isinstance(output, (tuple, list)) and output:
+        first = output[0]
+        if isinstance(first, Tensor) and first.ndim == 0 and first.is_floating_point():
+            return first
+    return entry(output, "loss")
+
+
 def logits_of(output: Any) -> Tensor:
-    """The prediction tensor inside a model's output."""
-    if isinstance(output, Tensor):
-        return output
+    """The prediction tensor inside a model's output: ``logits`` by name, else the first that is no scalar.
+
+    Raises:
+        DataError: There is none.
+
+    Example:
+        >>> logits_of((torch.tensor(2.0), torch.zeros(1, 3)))
+        tensor([[0., 0., 0.]])
+    """
     for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
+        value = entry(output, name)
+        if value is not None:
             return value
     if isinstance(output, Mapping):
-        output = tuple(output.values())
-    return next(item for item in output if isinstance(item, Tensor))
+        parts: Iterable[Any] = output.values()
+    else:
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim:
+            return part
+    raise DataError(
+        "the predictions of a model",
+        f"its forward returned {_outline(output)}",
+        "they are a tensor with an axis of samples: the output itself, its entry 'logits', or the "
+        "first such tensor in it",
+        "return the logits, alone or beside the loss",
+    )
+
+
+def _outline(output: Any) -> str:
+    """What an output is made of, in a few words."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {', '.join(map(_outline, output)) or 'nothing'}"
+    return "None" if output is None else f"a {type(output).__name__}"
 
 
 def task_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -193,16 +252,18 @@ def loss_of(output: Any, batch: Batch) -> Tensor:
         >>> loss_of(torch.zeros(2, 4), (None, torch.tensor([0, 3])))
         tensor(1.3863)
     """
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor):
+    own = own_loss(output)
+    if own is not None:
         return own
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         return task_loss(logits_of(output), batch[-1])
     raise NeedsData(
         "a loss",
-        f"a batch of type {type(batch).__name__} carries no target and the model returned no loss",
+        f"a batch of type {type(batch).__name__} carries no target and the model returned no loss, "
+        f"but {_outline(output)}",
         "gradients need a scalar to differentiate",
-        "yield (inputs, targets), add 'labels' to the batch, or pass Data(loss=...)",
+        "yield (inputs, targets), give a model that computes its loss what it needs (often 'labels'), "
+        "or pass Data(loss=...)",
     )
 
 

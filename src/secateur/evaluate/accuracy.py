@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Loss, forward, logits_of, size_of, to_device
+from secateur.core.batches import (
+    Batch,
+    Loss,
+    entry,
+    forward,
+    logits_of,
+    own_loss,
+    size_of,
+    to_device,
+)
 from secateur.core.slots import device_of
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.
@@ -73,7 +82,7 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
     if found is None:
         found = _own(output)
     if labels is None:
-        classifies = getattr(output, "last_hidden_state", None) is None and rows.shape[1] > 1
+        classifies = entry(output, "last_hidden_state") is None and rows.shape[1] > 1
         return Answers(rows if classifies else None, which, None, found, samples)
     counted = labels != IGNORED
     rows, labels, which = rows[counted], labels[counted], which[counted.cpu()]
@@ -157,8 +166,8 @@ def _shifts(model: nn.Module, batch: Batch, target: Tensor) -> bool:
 
 
 def _own(output: Any) -> float | None:
-    own = getattr(output, "loss", None)
-    return float(own) if isinstance(own, Tensor) and own.numel() == 1 else None
+    own = own_loss(output)
+    return float(own) if own is not None and own.numel() == 1 else None
 
 
 def _loss(rows: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secateur.core.batches import Batch, Loss, first_tensor, forward, logits_of
+from secateur.core.batches import Batch, Loss, first_tensor, forward, logits_of, own_loss
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
 
@@ -71,7 +71,7 @@ class _Cooled(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         output = self.model(*args, **kwargs)
-        if isinstance(getattr(output, "loss", None), Tensor):
+        if own_loss(output) is not None:
             return output
         return logits_of(output) / self.temperature
 

@@ -20,8 +20,8 @@ from secateur.core.batches import (
     evaluating,
     forward,
     logits_of,
+    loss_of,
     size_of,
-    task_loss,
     to_device,
 )
 from secateur.core.errors import DataError, NeedsData, UsageError
@@ -262,7 +262,8 @@ def _objective(
         return (data.loss or default_loss)(model, batch)
     with torch.no_grad(), evaluating(teacher):
         target = logits_of(forward(teacher, batch)).float()
-    logits = logits_of(forward(model, batch)).float()
+    output = forward(model, batch)
+    logits = logits_of(output).float()
     t = how.temperature
     soft = F.kl_div(
         F.log_softmax(logits / t, -1),
@@ -273,15 +274,8 @@ def _objective(
     distance = soft.sum(-1).mean() * t * t
     if how.distill == 1:
         return distance
-    own = data.loss(model, batch) if data.loss is not None else _task(logits, model, batch)
+    own = data.loss(model, batch) if data.loss is not None else loss_of(output, batch)
     return (1 - how.distill) * own + how.distill * distance
-
-
-def _task(logits: Tensor, model: nn.Module, batch: Batch) -> Tensor:
-    # The usual case needs no second forward pass.
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return task_loss(logits, batch[-1])
-    return default_loss(model, batch)
 
 
 def _optimizer(model: nn.Module, how: FineTune) -> torch.optim.Optimizer:
