@@ -231,10 +231,30 @@ def task_loss(logits: Tensor, target: Tensor) -> Tensor:
         tensor(1.3863)
     """
     if target.dtype.is_floating_point:
-        return F.mse_loss(logits.float(), target.float())
+        return squared_error(logits, target)
     if logits.ndim > 2 and logits.shape[:-1] == target.shape:
         logits, target = logits.flatten(0, -2), target.flatten()
     return F.cross_entropy(logits.float(), target)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error; ``(N,)`` and ``(N, 1)`` are the same numbers, nothing else is stretched.
+
+    Raises:
+        DataError: The shapes differ in more than axes of length 1.
+
+    Example:
+        >>> squared_error(torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 1.0]))
+        tensor(2.)
+    """
+    if output.shape[:1] != target.shape[:1] or output.squeeze().shape != target.squeeze().shape:
+        raise DataError(
+            "the squared error to targets of floats",
+            f"the model returned {tuple(output.shape)} and the targets are {tuple(target.shape)}",
+            "each number of the output needs its own target",
+            "give targets of the shape of the output, integers for classes, or Data(loss=...)",
+        )
+    return F.mse_loss(output.float(), target.float().reshape(output.shape))
 
 
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
