@@ -84,6 +84,32 @@ def as_data(data: Data | Iterable[Batch] | Mapping[str, Any] | None) -> Data | N
     return Data(train=data)
 
 
+def length_of(batches: Iterable[Batch]) -> int | None:
+    """How many batches there are, or ``None`` where only iterating would tell.
+
+    A ``DataLoader`` over an ``IterableDataset`` has a ``__len__`` that raises ``TypeError``.
+
+    Example:
+        >>> length_of([1, 2]), length_of(iter([1, 2]))
+        (2, None)
+    """
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def count(batches: Iterable[Batch]) -> int:
+    """How many batches there are, if need be by going through them once.
+
+    Example:
+        >>> count([1, 2]), count(iter([1, 2]))
+        (2, 2)
+    """
+    known = length_of(batches)
+    return sum(1 for _ in batches) if known is None else known
+
+
 def size_of(batch: Batch) -> int:
     """Number of samples in a batch: the first axis of its first tensor."""
     return len(first_tensor(batch))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, default_loss, size_of, to_device
+from secateur.core.batches import Batch, Data, count, default_loss, size_of, to_device
 from secateur.core.errors import DataError, NeedsData
 from secateur.core.slots import device_of
 from secateur.drive.training.finetune import Progress
@@ -55,8 +55,7 @@ def steps_of(data: Data, how: Training) -> tuple[int, int]:
         raise NeedsData(
             "finding tickets", "no training data", "they are trained", "pass Data(train=...)"
         )
-    length = getattr(data.train, "__len__", None)
-    per_epoch = length() if length is not None else sum(1 for _ in data.train)
+    per_epoch = count(data.train)
     if per_epoch < 1:
         raise DataError(
             "finding tickets",

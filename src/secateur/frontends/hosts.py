@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from secateur.core.batches import length_of
 from secateur.core.errors import MissingExtra, UsageError
 
 #: The file of a session beside the other files of a Transformers checkpoint.
@@ -87,9 +88,9 @@ def transformers_callback(session: Session) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _refuse_best(args)
             loader: Any = kwargs.get("train_dataloader")
-            per_epoch = None
-            if hasattr(loader, "__len__"):
-                per_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
+            length, per_epoch = length_of(loader), None  # no length: the data is a stream
+            if length is not None:
+                per_epoch = max(1, math.ceil(length / args.gradient_accumulation_steps))
             session.begin(
                 kwargs["model"], kwargs["optimizer"], steps=state.max_steps, per_epoch=per_epoch
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.core.batches import (
     Batch,
     Data,
+    count,
     default_loss,
     evaluating,
     forward,
@@ -171,7 +172,7 @@ class Loop:
                 "distillation follows the dense network",
                 "pass teacher=",
             )
-        per_epoch = _length(data.train)
+        per_epoch = max(1, count(data.train))
         total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))
         optimizer, tally = _optimizer(model, how), Tally()
         warmup = max(1, round(0.05 * total))
@@ -299,8 +300,3 @@ def _cosine(step: int, warmup: int, total: int) -> float:
 
 def _autocast(device: torch.device, wanted: bool) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
-
-
-def _length(batches: Iterable[Batch]) -> int:
-    length = getattr(batches, "__len__", None)
-    return max(1, length() if length is not None else sum(1 for _ in batches))

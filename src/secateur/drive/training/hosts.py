@@ -252,6 +252,13 @@ def _default(amount: float, end: float, frequency: float) -> Recipe:
 
 
 def _require_length(recipe: Recipe, steps: int | None, per_epoch: int | None) -> None:
+    if "epochs" in (recipe.schedule.unit, getattr(recipe.regrow, "unit", "")) and not per_epoch:
+        raise UsageError(
+            "a schedule or an exchange in epochs",
+            "the training loader has no length",
+            "how many steps an epoch has is not known before its end",
+            "give both in steps",
+        )
     if steps is None or steps <= 0 or recipe.schedule.unit == "rounds":
         return
     whole = steps / (per_epoch or 1) if recipe.schedule.unit == "epochs" else float(steps)
