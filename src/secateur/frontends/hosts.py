@@ -33,7 +33,10 @@ class Session(Protocol):
         steps: int | None,
         per_epoch: int | None,
     ) -> None:
-        """Training begins: attach masks. ``steps`` is the length of the training."""
+        """Training begins: attach masks. ``steps`` is the length of the training.
+
+        If a state was restored or read before, the host has loaded weights and optimizer as well.
+        """
         ...
 
     def step(self) -> None:
@@ -53,7 +56,7 @@ class Session(Protocol):
         ...
 
     def read(self, file: Path) -> None:
-        """Continue from a file of :meth:`write`."""
+        """Continue from a file of :meth:`write`; before or after :meth:`begin`."""
         ...
 
     def end(self) -> None:
@@ -91,11 +94,11 @@ def transformers_callback(session: Session) -> Any:
             length, per_epoch = length_of(loader), None  # no length: the data is a stream
             if length is not None:
                 per_epoch = max(1, math.ceil(length / args.gradient_accumulation_steps))
+            if state.global_step:  # before it begins: the Trainer has loaded weights and moments
+                session.read(_saved(args, state.global_step))
             session.begin(
                 kwargs["model"], kwargs["optimizer"], steps=state.max_steps, per_epoch=per_epoch
             )
-            if state.global_step:
-                session.read(_saved(args, state.global_step))
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session.step()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.allocate import Ranked
 from secateur.core.batches import Data, as_data
@@ -55,7 +55,7 @@ class Session:
         self._permanent = permanent
         self.pruner: Any = None
         self._pruned: Pruned | None = None
-        self._waiting: Mapping[str, Any] | None = None
+        self._waiting: tuple[Mapping[str, Any], str | Path] | None = None
 
     def begin(
         self,
@@ -65,24 +65,38 @@ class Session:
         steps: int | None,
         per_epoch: int | None,
     ) -> None:
-        """Attach masks.
+        """Attach masks; continue from a state that was restored or read before.
 
         Raises:
             UsageError: The schedule is longer than the training.
         """
         if isinstance(self.what, Recipe):
             _require_length(self.what, steps, per_epoch)
-            data = self._data
-            self.pruner = Gradual(
-                model, optimizer, self.what, data=data, steps_per_epoch=per_epoch, steps=steps
-            )
-        else:
-            self.pruner = self.what(model, optimizer, per_epoch)
+        waiting, self._waiting = self._waiting, None
+        # A host that continues has loaded weights and moments already. The first mask of a pruner
+        # that is built now is not theirs.
+        kept = _kept(model, optimizer, waiting[0].get("masks", ())) if waiting else []
+        self.pruner = self._made(model, optimizer, steps, per_epoch)
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
         # Files of weights that the host writes stay those of a dense model.
         hide_(self.pruner.model)
-        if self._waiting is not None:
-            state, self._waiting = self._waiting, None
-            self.restore(state)
+        if waiting is not None:
+            self._continue(*waiting)
+
+    def _made(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int | None,
+        per_epoch: int | None,
+    ) -> Any:
+        if not isinstance(self.what, Recipe):
+            return self.what(model, optimizer, per_epoch)
+        return Gradual(
+            model, optimizer, self.what, data=self._data, steps_per_epoch=per_epoch, steps=steps
+        )
 
     def step(self) -> None:
         """Count a step of the optimizer."""
@@ -91,7 +105,7 @@ class Session:
     def state(self) -> dict[str, Any]:
         """Masks and the pruner's state, with what they belong to."""
         if self.pruner is None:
-            return dict(self._waiting or {})
+            return dict(self._waiting[0]) if self._waiting is not None else {}
         stamp = self._stamp()
         return {
             "model": stamp.model,
@@ -103,14 +117,20 @@ class Session:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; before :meth:`begin` it waits until then."""
+        self._take(state, "of the host")
+
+    def _take(self, state: Mapping[str, Any], place: str | Path) -> None:
         if self.pruner is None:
-            self._waiting = state
-            return
+            self._waiting = state, place
+        else:
+            self._continue(state, place)
+
+    def _continue(self, state: Mapping[str, Any], place: str | Path) -> None:
         if not state:  # the host saved before training began
             return
         model = self.pruner.model
         found = Stamp(state["model"], state["recipe"], 0, world=state["world"])
-        require_stamp("of the host", found, self._stamp())
+        require_stamp(place, found, self._stamp())
         attach_(model, Masks(state["masks"]))
         self.pruner.load_state_dict(on_device(state["pruner"], device_of(model)))
 
@@ -119,10 +139,9 @@ class Session:
         write_checkpoint(file, self.state(), self._stamp())
 
     def read(self, file: Path) -> None:
-        """Continue from a file."""
-        state, stamp = read_checkpoint(file)
-        require_stamp(file, stamp, self._stamp())
-        self.restore(state)
+        """Continue from a file; before :meth:`begin` it waits until then."""
+        state, _ = read_checkpoint(file)
+        self._take(state, file)
 
     def end(self) -> None:
         """Hold the masks a last time and remove them.
@@ -249,6 +268,17 @@ def LightningCallback(  # noqa: N802
 def _default(amount: float, end: float, frequency: float) -> Recipe:
     schedule = Polynomial(begin=0, end=end, frequency=frequency, unit="epochs")
     return Recipe(target=Target("sparsity", amount), allocation=Ranked(), schedule=schedule)
+
+
+def _kept(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Masked weights and their optimizer state, each with a copy in main memory."""
+    state, known = ranks.bare_optimizer(optimizer).state, dict(ranks.bare(model).named_parameters())
+    parameters = [known[name] for name in names if name in known]
+    slots = [v for p in parameters for v in state.get(p, {}).values() if isinstance(v, Tensor)]
+    tensors: list[Tensor] = [*parameters, *slots]
+    return [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
 
 
 def _require_length(recipe: Recipe, steps: int | None, per_epoch: int | None) -> None:
