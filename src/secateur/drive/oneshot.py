@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -32,6 +33,7 @@ from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress
 from secateur.drive.training.gradual import Gradual, mean_loss
 from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.drive.training.recorder import Checkpoints, as_checkpoints
+from secateur.formats.checkpoint import values_hash
 from secateur.recover import BatchNorm
 from secateur.schedule import events, share_at
 from secateur.stats import Positions, Replay, Sketch, Stats, collect
@@ -55,6 +57,9 @@ def prune(
         progress: Called with a stage, the work done and the whole.
         checkpoint: A folder (or :class:`~secateur.drive.training.recorder.Checkpoints`) in which training
             saves itself. The same call, made again after an interruption, ends with the same bits.
+            A folder belongs to one network, its weights included, and one recipe; others are refused.
+            Other data cannot be recognised with certainty (their order and augmentation are random):
+            choose another folder for them.
 
     Returns:
         The pruned copy, its masks and the facts.
@@ -123,6 +128,7 @@ class _Run:
         self.dense = dense
         self.progress: Progress = progress or _silent
         self.checkpoint, self._stages = checkpoint, 0
+        self._start = values_hash(model.state_dict()) if checkpoint is not None else ""
         self.plan = plan(model, recipe)
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
@@ -157,7 +163,7 @@ class _Run:
             torch.manual_seed(self.recipe.seed)
             trains = self.recipe.schedule.unit != "rounds"
             masks = self._gradual() if trains else self._rounds()
-            self._after(masks)
+            masks = self._after(masks)
         self.facts.measures["seconds"] = time.perf_counter() - start
         diagnose(self.facts)
         return Pruned(self.model, masks, self.facts)
@@ -368,13 +374,16 @@ class _Run:
         assert self.data is not None
         folder, self._stages = self.checkpoint, self._stages + 1
         folder = folder.stage(self._stages - 1) if folder is not None else None
-        loop = Loop(self.model, self.data, how, self.dense, attach, self.progress, folder)
+        loop = Loop(
+            self.model, self.data, how, self.dense, attach, self.progress, folder, self._start
+        )
         history = loop.run()
         for text in history[-1].get("rollbacks", ()):
             self.facts.note("rolled-back", "", text)
         return history
 
-    def _after(self, masks: Masks) -> None:
+    def _after(self, masks: Masks) -> Masks:
+        """What follows pruning; the masks with which it ended."""
         steps = [type(step) for step in self.recipe.recovery]
         has_data = self.data is not None and self.data.train is not None
         if has_data and BatchNorm not in steps and FineTune not in steps:
@@ -387,7 +396,21 @@ class _Run:
             elif isinstance(step, FineTune) and not trained:
                 attach_(self.model, masks)
                 self.facts.history += self._train(step, None)
-                detach_(self.model)
+                masks = self._trained(masks, detach_(self.model))
+        return masks
+
+    def _trained(self, chosen: Masks, masks: Masks) -> Masks:
+        """The masks of the trained weights, which come from a checkpoint if the run went on from one."""
+        if masks != chosen:
+            text = (
+                "this run chose other masks than the checkpoint that it went on from, which count: "
+            )
+            self.facts.note("checkpoint", "", text + "the data or the machine are others")
+            self.facts.layers = [
+                replace(layer, kept=int(masks[layer.name].sum()), output_error=None, knee=None)
+                for layer in self.facts.layers
+            ]
+        return masks
 
     def _note_drift(self, model: nn.Module, batches: list[Batch], advice: str = "") -> None:
         """Re-estimate BatchNorm statistics of ``model`` and note the layers that moved most."""

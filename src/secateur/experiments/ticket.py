@@ -53,7 +53,7 @@ def find_ticket(
         recipe: Criterion, pattern, allocation and scope; its target is the last level unless the
             plan names the levels.
         data: Training batches, and test batches to measure on.
-        folder: The runs' folder.
+        folder: The runs' folder, for these data: stages that were trained on others are not recognised.
         plan: Levels, rewinding and training.
         progress: Called with a stage, the work done and the whole.
 

@@ -33,6 +33,7 @@ from secateur.experiments.terms import TicketPlan, levels_of
 from secateur.experiments.ticket_facts import TicketFacts, facts_of
 from secateur.experiments.training import Stretch, seed_of, seeded, steps_of, train_
 from secateur.formats import Bundle, load_into_
+from secateur.formats.checkpoint import values_hash
 
 _IDLE = ("hint", "batchnorm-drift")
 Network = nn.Module | Callable[[], nn.Module]
@@ -261,16 +262,14 @@ class Search:
 
     def _network(self) -> dict[str, str]:
         """What must not change while a run goes on: the network and its first weights."""
-        shapes, values = hashlib.sha256(), hashlib.sha256()
-        for name, tensor in self.start.state_dict().items():
+        shapes, state = hashlib.sha256(), self.start.state_dict()
+        for name, tensor in state.items():
             shapes.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            values.update(flat.numpy().tobytes())
         kind = type(self.start).__name__
         return {
             "class": kind,
             "shapes": shapes.hexdigest()[:12],
-            "weights": values.hexdigest()[:12],
+            "weights": values_hash(state)[:12],
         }
 
     def _recipe_words(self) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Stamp:
         rank: The process that wrote it.
         world: How many processes trained.
         library: Version of secateur that wrote it.
+        start: Hash of the weights that the run started from (:func:`values_hash`); ``""`` for a loop
+            whose start is not known.
 
     Example:
         >>> Stamp("ab", "cd", step=3).world
@@ -56,6 +58,7 @@ class Stamp:
     rank: int = 0
     world: int = 1
     library: str = ""
+    start: str = ""
 
 
 def names_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -69,6 +72,23 @@ def names_hash(tensors: Mapping[str, Tensor]) -> str:
     """
     lines = sorted(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in tensors.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def values_hash(tensors: Mapping[str, Any]) -> str:
+    """A hash of the bits of all tensors, in their order; what is no tensor is passed over.
+
+    Example:
+        >>> values_hash({"w": torch.zeros(2)}) == values_hash({"w": torch.zeros(2)})
+        True
+        >>> values_hash({"w": torch.zeros(2)}) == values_hash({"w": torch.ones(2)})
+        False
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        if isinstance(tensor, Tensor):
+            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(flat.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def write_checkpoint(path: str | Path, state: Mapping[str, Any], stamp: Stamp) -> None:
@@ -133,7 +153,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Stamp]:
 
 
 def require_stamp(path: str | Path, found: Stamp, wanted: Stamp) -> None:
-    """Refuse a checkpoint of another model, recipe or number of processes.
+    """Refuse a checkpoint of another model, start, recipe or number of processes.
 
     Args:
         path: The file, for the message.
@@ -155,6 +175,10 @@ that of this run is 'ef'. Another recipe ...
         "model": (
             "names, shapes or types of its tensors differ",
             "build the model that the run started with, or choose another folder",
+        ),
+        "start": (
+            "the run in this place started from other weights, and would end with its own network",
+            "choose another folder, or start from the weights of that run",
         ),
         "recipe": (
             "another recipe would prune differently from here on",
@@ -240,7 +264,8 @@ def _decode(tree: Any, tensors: Mapping[str, Tensor], used: set[str], depth: int
 
 
 def _stamp(data: dict[str, Any]) -> Stamp:
-    kinds = {"model": str, "recipe": str, "step": int, "rank": int, "world": int, "library": str}
+    words = dict.fromkeys(("model", "recipe", "library", "start"), str)
+    kinds = {**words, **dict.fromkeys(("step", "rank", "world"), int)}
     assert set(kinds) == {f.name for f in fields(Stamp)}
     if set(data) != set(kinds) or any(type(data[n]) is not kind for n, kind in kinds.items()):
         raise _bad(f"its stamp is {str(data)[:120]}", f"a stamp has {', '.join(kinds)}")

@@ -31,6 +31,7 @@ from secateur.drive.training.held import Held, masks_of
 from secateur.drive.training.order import Feed
 from secateur.drive.training.recorder import Checkpoints, Recorder, Tally, as_checkpoints
 from secateur.drive.training.resume import Training
+from secateur.formats.checkpoint import values_hash
 
 
 class Progress(Protocol):
@@ -118,6 +119,7 @@ def finetune(
             default the masks are held.
         checkpoint: A folder, or :class:`Checkpoints`. A run that was killed and is called again
             ends with the same bits (see :class:`~secateur.drive.training.order.Feed` for the order of data).
+            Other weights to begin with are refused; other data cannot be recognised with certainty.
 
     Returns:
         One record an epoch: mean loss, learning rate, sparsity of the masked weights.
@@ -141,6 +143,8 @@ class Loop:
 
     Args:
         progress: Called about once a step; the other fields are those of :func:`finetune`.
+        start: :func:`~secateur.formats.checkpoint.values_hash` of what the whole run started from; by
+            default of ``model`` as it is now.
 
     Example:
         >>> batch = (torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
@@ -158,6 +162,7 @@ class Loop:
     attach: Attach | None = None
     progress: Progress | None = None
     checkpoint: Checkpoints | str | Path | None = None
+    start: str = ""
 
     def run(self) -> list[dict[str, Any]]:
         """Train, and return the history."""
@@ -174,6 +179,7 @@ class Loop:
             )
         per_epoch = max(1, count(data.train))
         total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))
+        start = self._began()
         optimizer, tally = _optimizer(model, how), Tally()
         warmup = max(1, round(0.05 * total))
         # What is attached may add a group of its own parameters, so it comes before the schedule.
@@ -182,7 +188,7 @@ class Loop:
             optimizer, lambda t: tally.slowed * _cosine(t, warmup, total)
         )
         feed = Feed(data.train)
-        training = Training(model, optimizer, stepper, rate, feed, {"tally": tally})
+        training = Training(model, optimizer, stepper, rate, feed, {"tally": tally}, start)
         recorder = Recorder(
             training, as_checkpoints(self.checkpoint), rollback=how.on_nan == "rollback"
         )
@@ -220,6 +226,11 @@ class Loop:
             for module, mode in modes.items():
                 module.training = mode
         return tally.history
+
+    def _began(self) -> str:
+        if self.checkpoint is None:
+            return ""
+        return self.start or values_hash(self.model.state_dict())
 
 
 def _close_epoch(tally: Tally, per_epoch: int, rate: Any, model: nn.Module) -> None:

@@ -50,6 +50,7 @@ class Training:
         rate: A learning-rate schedule.
         feed: The place in the data, a :class:`~secateur.drive.training.order.Feed`.
         others: Anything else with a state, by name (a gradient scaler, an average of the weights).
+        start: A hash of the weights that the run began with, if only those may go on.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -63,6 +64,7 @@ class Training:
     rate: Stateful | None = None
     feed: Stateful | None = None
     others: Mapping[str, Stateful] = field(default_factory=dict)
+    start: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -137,7 +139,7 @@ def resume_(place: str | Path, training: Training) -> int:
         Optimizer steps that were done: 0 at the start of a run.
 
     Raises:
-        UsageError: The checkpoint is of another model, recipe or number of processes.
+        UsageError: The checkpoint is of another model, start, recipe or number of processes.
         FormatError: It is damaged, or of a newer version.
 
     Example:
@@ -302,6 +304,7 @@ def stamp_of(training: Training, step: int) -> Stamp:
         ranks.rank(),
         ranks.world(),
         version("secateur"),
+        training.start,
     )
 
 
