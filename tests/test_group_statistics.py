@@ -45,7 +45,7 @@ def test_activation_criteria_of_neurons_by_numpy() -> None:
         wifv = h.var(0) * norms
         raw = ActivationVariance(standardise=False)
         close(scores(raw, net, groups, BATCHES)[name], wifv, 1e-4)
-        z = (wifv - wifv.mean()) / wifv.std()
+        z = (wifv - wifv.mean()) / wifv.std(ddof=1)  # torch.std, as in FLAP's code
         close(scores(ActivationVariance(), net, groups, BATCHES)[name], z, 1e-4)
 
 
@@ -93,10 +93,14 @@ def test_heads_square_the_fluctuation_of_each_column() -> None:
     handle.remove()
     x = torch.cat(rows).detach().double().numpy()
     wifv = x.var(0) * (net.out.weight.detach().double().numpy() ** 2).sum(0)
-    expected = (wifv**2).reshape(2, 4).sum(1)
     named = {g.name: g for g in sample.groups}
     raw = ActivationVariance(standardise=False)
-    close(scores(raw, net, named, sample.batches)["query"], expected, 1e-4)
+    squares = wifv**2
+    close(scores(raw, net, named, sample.batches)["query"], squares.reshape(2, 4).sum(1), 1e-4)
+    # FLAP's code standardises all inputs of the layer, and then takes the mean of each head.
+    z = (squares - squares.mean()) / squares.std(ddof=1)
+    found = scores(ActivationVariance(), net, named, sample.batches)["query"]
+    close(found, z.reshape(2, 4).mean(1), 1e-4)
 
 
 def test_a_constant_unit_has_no_fluctuation() -> None:

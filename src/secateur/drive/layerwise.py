@@ -15,6 +15,7 @@ from secateur.core.slots import Slot
 from secateur.core.weight import Axes, Weight
 from secateur.drive.decide import select
 from secateur.drive.recipe import Recipe
+from secateur.pattern import NM
 from secateur.recover import NoRecovery, Repaired
 from secateur.stats import Sketch, Stats
 
@@ -52,6 +53,10 @@ class MaskChoice:
     @property
     def unit(self) -> int:
         return self._recipe.pattern.span(self._taps) or self._weight.fan_in
+
+    @property
+    def alone(self) -> bool:
+        return isinstance(self._recipe.pattern, NM) and self.live
 
     @property
     def live(self) -> bool:
@@ -146,9 +151,12 @@ def repair_(
         done = step(dense, stats, choice, recipe.rounding)
         choice.fix(done.mask)
         choice.values = done.values
-        shift = done.shift if done.shift is not None else shift
         for note in done.notes:
             facts.note("repair", slot.name, note)
+        if shift is not None and done.shift is None:
+            # It made good the change of the values before this step, which are gone.
+            facts.note("bias", slot.name, f"its correction was dropped by {type(step).__name__}")
+        shift = done.shift
     live.value.copy_(dense.like(done.values))
     if shift is not None:
         _shift_bias_(model, slot, shift, facts)

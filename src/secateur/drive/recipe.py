@@ -218,17 +218,27 @@ def window(epochs: float) -> Schedule:
 
 
 def wanda(sparsity: float = 0.5) -> Recipe:
-    """Weights times input norms, compared within rows (arXiv 2306.11695)."""
+    """Weights times input norms, compared within rows (arXiv 2306.11695).
+
+    Every layer sees the inputs that all pruned layers before it leave; the authors' code measures once
+    a block, before any layer of the block is pruned.
+    """
     return Recipe(Wanda(), PerRow(), Target("sparsity", sparsity), sequential=True)
 
 
 def ria(sparsity: float = 0.5) -> Recipe:
-    """Relative importance and activations, compared within rows (ICLR 2024)."""
-    return Recipe(Ria(), PerRow(), Target("sparsity", sparsity), sequential=True)
+    """Relative importance and activations, compared within each layer (ICLR 2024).
+
+    Measured layer by layer, as :func:`wanda` is.
+    """
+    return Recipe(Ria(), Elements(), Target("sparsity", sparsity), sequential=True)
 
 
 def sparsegpt(sparsity: float = 0.5, pattern: Pattern | None = None) -> Recipe:
-    """Optimal-brain column sweep, layer after layer (arXiv 2301.00774)."""
+    """Optimal-brain column sweep, layer after layer (arXiv 2301.00774).
+
+    Measured layer by layer, as :func:`wanda` is.
+    """
     pattern = pattern or Elements()
     target = None if isinstance(pattern, NM) else Target("sparsity", sparsity)
     return Recipe(ObsSaliency(), pattern, target, recovery=(ColumnSweep(),), sequential=True)

@@ -38,7 +38,7 @@ class Attack(Protocol):
 
 @dataclass(frozen=True)
 class Fgsm:
-    r"""One step of fixed size against the sign of the gradient.
+    r"""One step of fixed size along the sign of the gradient.
 
     **formula** :math:`x + ε \, sign(\nabla_x L)`, clipped to ``[low, high]``
     **Shapes** those of the inputs

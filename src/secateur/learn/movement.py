@@ -69,7 +69,8 @@ class SoftMovement:
     **Needs** gradients of a training loop
     **Source** Sanh et al., arXiv 2005.07683
     **Differs** the mean is over all masked entries; the source takes the mean over the weights'
-    means, so that small weights count as much as large ones
+    means, so that small weights count as much as large ones. The threshold is constant and λ grows
+    linearly; the source's training script moves the threshold along a cubic ramp, and λ with it
 
     Args:
         strength: λ at the end; 400 in the source for very sparse networks.

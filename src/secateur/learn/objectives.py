@@ -140,7 +140,8 @@ class Distill:
         with torch.no_grad(), evaluating(self.teacher):
             taught = run(self.teacher, batch, self.wants)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        total = softened(logits_of(output), logits_of(taught), self.temperature)
+        student, teacher = logits_of(output), logits_of(taught)
+        total = softened(student, teacher, self.temperature, real_tokens(batch, student))
         if self.hidden:
             pairs = _paired(output, taught, "hidden_states")
             far = [_squared(s, t, _tokens(mask, s)) for s, t in pairs]
@@ -211,8 +212,10 @@ def run(model: nn.Module, batch: Batch, wants: frozenset[str] = frozenset()) -> 
     return model(*args, **kwargs, **{names[want]: True for want in sorted(wants)})
 
 
-def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T² KL(teacher || student)`` of logits at a temperature, mean over the rows.
+def softened(
+    student: Tensor, teacher: Tensor, temperature: float, counts: Tensor | None = None
+) -> Tensor:
+    """``T² KL(teacher || student)`` of logits at a temperature, mean over the rows that count.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0]])
@@ -220,7 +223,16 @@ def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         (0.0, True)
     """
     p, q = (F.log_softmax(x.float() / temperature, -1) for x in (teacher, student))
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean() * temperature**2
+    far = F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * temperature**2
+    if counts is None:
+        return far.mean()
+    return (far * counts).sum() / counts.sum().clamp(min=1)
+
+
+def real_tokens(batch: Batch, logits: Tensor) -> Tensor | None:
+    """Which of the logits ``(N, T, classes)`` belong to tokens that are no padding; None for all."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if mask is not None and mask.shape == logits.shape[:-1] else None
 
 
 def _paired(student: Any, teacher: Any, name: str) -> Sequence[tuple[Tensor, Tensor]]:

@@ -28,6 +28,11 @@ class Choose(Protocol):
         """Column blocks must start and end at multiples of this many columns."""
         ...
 
+    @property
+    def alone(self) -> bool:
+        """Whether every unit of columns has a count of its own, whatever the others keep (N:M)."""
+        ...
+
     def __call__(
         self,
         columns: slice | None = None,
@@ -56,6 +61,7 @@ class FixedMask:
         values: Current values ``(out, fan_in)``.
         mask: The mask, of the same shape.
         unit: Column blocks are multiples of this.
+        alone: Whether each has its own count.
 
     Example:
         >>> import torch
@@ -66,6 +72,7 @@ class FixedMask:
     values: Tensor
     mask: Tensor
     unit: int = 1
+    alone: bool = False
 
     def __call__(
         self,

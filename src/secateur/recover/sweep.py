@@ -18,9 +18,10 @@ class ColumnSweep:
 
     With ``H = E[x x^T] + λ I`` and ``U`` the upper Cholesky factor of ``H^{-1}``, column ``q``
     is set to its new value ``w'`` and all later columns move by
-    :math:`-\frac{w_q - w'_q}{U_{qq}} U_{q,>q}`. The mask of a block of columns is asked for when the
-    sweep reaches it, with the updated weights and the pivots :math:`U_{qq}^2`. A rounding function
-    without a mask is GPTQ; with both it is joint sparsity and quantization.
+    :math:`-\frac{w_q - w'_q}{U_{qq}} U_{q,>q}`. The mask of a block of columns, or with N:M of every M
+    inputs, is asked for when the sweep reaches it, with the updated weights and the pivots
+    :math:`U_{qq}^2`. A rounding function without a mask is GPTQ; with both it is joint sparsity and
+    quantization.
 
     **formula** see above
     **Shapes** matrix ``(out, fan_in)``
@@ -29,10 +30,13 @@ class ColumnSweep:
     **Source** SparseGPT (arXiv 2301.00774), GPTQ (arXiv 2210.17323)
     **Differs** for unstructured patterns every column block keeps its exact share (cumulative
     rounding), so the weight's count is met to the unit; λ is raised tenfold up to three times when
-    the factorization fails, then rows fall back to plain masking, and the facts say so
+    the factorization fails, then rows fall back to plain masking; rows that the sweep made worse than
+    plain masking are masked plainly; the facts say both. Inputs that are always zero lose their weights
+    as the cheapest, up to the sparsity asked for; SparseGPT zeroes all of them
 
     Args:
-        block: Columns between two mask decisions (rounded up to what the pattern needs).
+        block: Columns between two updates of all that are further right, and, but for N:M, between two
+            mask decisions (rounded up to what the pattern needs).
         damp: λ, relative to the mean of the Gram matrix's diagonal.
 
     Example:
@@ -94,15 +98,21 @@ class ColumnSweep:
         w = choose.values.to(upper.dtype).reshape(groups, -1, columns).clone()
         mask = torch.ones(w.shape, dtype=torch.bool, device=w.device)
         step = -(-self.block // choose.unit) * choose.unit
+        together = choose.unit if choose.alone else step
         for start in range(0, columns, step):
             part = slice(start, min(start + step, columns))
             inner = upper[:, part, part]
             pivots = inner.diagonal(dim1=1, dim2=2).square()
-            chosen = choose(part, w[..., part].flatten(0, 1), weight.per_row(pivots))
-            mask[..., part] = chosen.reshape(mask[..., part].shape)
             block = w[..., part]
             errors = torch.zeros_like(block)
             for j in range(block.shape[-1]):
+                if j % together == 0:
+                    here = slice(j, min(j + together, block.shape[-1]))
+                    now = block[..., here].flatten(0, 1), weight.per_row(pivots[:, here])
+                    chosen = choose(slice(start + here.start, start + here.stop), *now)
+                    mask[..., start + here.start : start + here.stop] = chosen.reshape(
+                        block[..., here].shape
+                    )
                 column = block[..., j]
                 new = column * mask[..., start + j]
                 if grid is not None:

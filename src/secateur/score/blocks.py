@@ -27,7 +27,8 @@ class BlockInfluence:
     **Units** none
     **Needs** mean cosines of blocks
     **Source** ShortGPT, arXiv 2403.03853; angle and span: Gromov et al., arXiv 2403.17887
-    **Differs** the angle is that of the mean cosine, over all positions
+    **Differs** the angle is that of the mean cosine, over all positions; the source takes the mean of
+    the angles at the last token
 
     Args:
         paths: Module paths of the blocks, in the order in which they run.

@@ -88,9 +88,10 @@ class ActivationEnergy:
 class ActivationVariance:
     r"""Fluctuation: the part of a unit's contribution that a bias cannot replace.
 
-    **formula** :math:`I_g = \sum_{j\in g} \operatorname{Var}[x_j]\, \lVert W_{:j} \rVert^2`, summed
-    over consumers; for heads :math:`\sum_{j\in g} (\operatorname{Var}[x_j]\, \lVert W_{:j}
-    \rVert^2)^2`; then :math:`(I_g - \bar I)/\operatorname{std}(I)` within the width
+    **formula** :math:`I_j = \operatorname{Var}[x_j]\, \lVert W_{:j} \rVert^2`; for neurons
+    :math:`I_g = \sum_{j\in g} I_j`, summed over consumers, then :math:`(I_g - \bar
+    I)/\operatorname{std}(I)` within the width; for heads :math:`I_j^2` is standardised over all inputs
+    of the width, and the mean of a head's inputs is its score
     **Shapes** ``(groups,)``
     **Units** none; output squared (to the fourth for heads) without ``standardise``
     **Needs** moments of inputs
@@ -118,10 +119,15 @@ class ActivationVariance:
         return frozenset({Moments()})
 
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for part in _consumers("ActivationVariance", groups):
-            each = _weighed(part, stats(Moments(), part.weight)[1].double())
-            total = total.to(each.device) + (each.square() if groups.heads else each).sum(1)
+        found = [
+            _weighed(part, stats(Moments(), part.weight)[1].double())
+            for part in _consumers("ActivationVariance", groups)
+        ]
+        each = torch.cat([x.to(found[0].device) for x in found], 1)
+        if groups.heads:
+            squares = each.square()
+            return (_standardised(squares).mean(1) if self.standardise else squares.sum(1)).float()
+        total = each.sum(1)
         return (_standardised(total) if self.standardise else total).float()
 
 
@@ -144,4 +150,5 @@ def _weighed(part: Part, statistic: Tensor) -> Tensor:
 
 def _standardised(scores: Tensor) -> Tensor:
     centred = scores - scores.mean()
-    return centred / centred.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    variance = centred.square().sum() / max(1, scores.numel() - 1)
+    return centred / variance.sqrt().clamp(min=torch.finfo(torch.float64).tiny)

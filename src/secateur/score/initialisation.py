@@ -20,7 +20,7 @@ class Grasp:
     **formula** :math:`s = w\,(H g)`
     **Shapes** that of the weight
     **Units** loss² per weight²
-    **Needs** Hessian times gradient, logits cooled by ``temperature``
+    **Needs** Hessian times gradient of all weights, logits cooled by ``temperature``
     **Source** GraSP, arXiv 2002.07376
     **Differs** not divided by the global sum (no ranking changes)
 
@@ -56,8 +56,8 @@ class SynFlow:
     **Units** none that matter
     **Needs** synaptic flow (only the shape of an input)
     **Source** SynFlow, arXiv 2006.05467
-    **Differs** biases and stored normalisation means count as zero, so that flow is conserved
-    exactly; the original only takes absolute values
+    **Differs** biases and stored normalisation means count as zero, and normalisations without stored
+    statistics only scale, so that flow is conserved exactly; the original only takes absolute values
 
     Example:
         >>> import torch

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
-from secateur.core.batches import Batch, Loss, first_tensor, forward, logits_of, own_loss
+from secateur.core.batches import Batch, Loss, first_tensor, forward, logits_of, own_loss, size_of
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
+from secateur.stats.engine import requiring_grad
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,11 @@ class GradientFlow:
     r"""Hessian times gradient: how the squared gradient norm changes with each weight.
 
     The logits are divided by ``temperature``, which flattens the softmax as in the paper. A model
-    that computes its own loss (Transformers with labels) is used as it is.
+    that computes its own loss (Transformers with labels) is used as it is. Batches count by their
+    samples. Half precision is measured on a copy in float32, where small squares do not vanish.
 
-    **formula** :math:`H g,\quad g = \nabla L(w),\ H = \nabla^2 L(w)`
+    **formula** :math:`H g,\quad g = \nabla L(w),\ H = \nabla^2 L(w)`, for all parameters of two and
+    more axes, also those that are not pruned
     **Shapes** that of the weight
     **Units** loss² per weight³
     **Needs** two passes with a double backward
@@ -35,31 +42,41 @@ class GradientFlow:
     def measure(
         self, model: nn.Module, slots: Sequence[Slot], batches: Sequence[Batch], loss: Loss
     ) -> dict[str, Tensor]:
-        parameters = [slot.tensor(model) for slot in slots]
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+            model = copy.deepcopy(model).float()
+            batches = [_in_float32(batch) for batch in batches]
+        # The gradient whose norm is looked at is that of all weights, as in the source.
+        whole = [p for p in model.parameters() if p.ndim > 1]
+        index = {id(p): i for i, p in enumerate(whole)}
         cooled = _Cooled(model, self.temperature)
+        sizes = [size_of(batch) for batch in batches]
+        shares = [size / sum(sizes) for size in sizes]
         # Fused attention has no second derivative; its plain form does.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            mean = [torch.zeros_like(p) for p in parameters]
-            for batch in batches:
-                found = torch.autograd.grad(loss(cooled, batch), parameters, allow_unused=True)
-                mean = [
-                    m if g is None else m + g / len(batches)
-                    for m, g in zip(mean, found, strict=True)
-                ]
-            product = [torch.zeros_like(p) for p in parameters]
-            for batch in batches:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), requiring_grad(whole):
+            mean = [torch.zeros_like(p) for p in whole]
+            for batch, share in zip(batches, shares, strict=True):
+                found = torch.autograd.grad(loss(cooled, batch), whole, allow_unused=True)
+                mean = [m if g is None else m + share * g for m, g in zip(mean, found, strict=True)]
+            product = [torch.zeros_like(p) for p in whole]
+            for batch, share in zip(batches, shares, strict=True):
                 found = torch.autograd.grad(
-                    loss(cooled, batch), parameters, create_graph=True, allow_unused=True
+                    loss(cooled, batch), whole, create_graph=True, allow_unused=True
                 )
                 pairs = [(g, m) for g, m in zip(found, mean, strict=True) if g is not None]
                 flow = sum((g * m.detach()).sum() for g, m in pairs)
                 assert isinstance(flow, Tensor)
-                second = torch.autograd.grad(flow, parameters, allow_unused=True)
+                second = torch.autograd.grad(flow, whole, allow_unused=True)
                 product = [
-                    p if h is None else p + h / len(batches)
-                    for p, h in zip(product, second, strict=True)
+                    p if h is None else p + share * h for p, h in zip(product, second, strict=True)
                 ]
-        return {slot.name: value.detach() for slot, value in zip(slots, product, strict=True)}
+        return {slot.name: product[index[id(slot.tensor(model))]].detach() for slot in slots}
+
+
+def _in_float32(batch: Batch) -> Batch:
+    def wide(x: Tensor) -> Tensor:
+        return x.float() if x.is_floating_point() else x
+
+    return cast(Batch, tree_map_only(Tensor, wide, batch))
 
 
 class _Cooled(nn.Module):
@@ -81,8 +98,10 @@ class SynapticFlow:
     r"""Gradient of the summed output of the linearised network of absolute weights.
 
     Every parameter is replaced by its absolute value and the input by ones, in float64 and
-    evaluation mode, on a copy of the model. Normalisation layers use their stored statistics with
-    zero mean and shift, so that the network stays linear in each layer's weights.
+    evaluation mode, on a copy of the model. BatchNorm uses its stored statistics with zero mean and
+    shift; normalisations that have none (LayerNorm, RMSNorm, GroupNorm, InstanceNorm) only scale, as
+    they would otherwise undo what the layers before them do. So the network stays linear in each
+    layer's weights.
 
     **formula** :math:`\partial R/\partial |w|,\quad R = \mathbf 1^\top f_{|w|}(\mathbf 1)`
     **Shapes** that of the weight
@@ -122,10 +141,40 @@ class SynapticFlow:
         if isinstance(batches[0], Mapping):
             ones = {next(k for k, v in batches[0].items() if v is sample): ones}
         parameters = [slot.tensor(linear) for slot in slots]
-        with torch.enable_grad():
+        with torch.enable_grad(), _ScaleOnly():
             total = logits_of(forward(linear, ones)).sum()
             found = torch.autograd.grad(total, parameters, allow_unused=True)
         return {
             slot.name: (torch.zeros_like(p) if g is None else g).detach()
             for slot, p, g in zip(slots, parameters, found, strict=True)
         }
+
+
+class _ScaleOnly(TorchFunctionMode):
+    """Normalisations by statistics of the input multiply by their weight, and do nothing else."""
+
+    def __torch_function__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _NORMS:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            x, weight, at = given["input"], given.get("weight"), _NORMS[func]
+            stored = given.get("running_mean") is not None and not given.get(
+                "training", given.get("use_input_stats", True)
+            )
+            if not stored:
+                if weight is None:
+                    return x
+                return x * (weight if at == -1 else weight.reshape(-1, *[1] * (x.ndim - 2)))
+        return func(*args, **kwargs)
+
+
+# Normalisations, and the axis that their weight lies along: the channels or the last axes.
+_NORMS: dict[Any, int] = {
+    F.layer_norm: -1,
+    F.rms_norm: -1,
+    F.group_norm: 1,
+    F.instance_norm: 1,
+    F.batch_norm: 1,
+}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.batches import (
@@ -32,6 +31,7 @@ from secateur.drive.training.order import Feed
 from secateur.drive.training.recorder import Checkpoints, Recorder, Tally, as_checkpoints
 from secateur.drive.training.resume import Training
 from secateur.formats.checkpoint import values_hash
+from secateur.learn.objectives import real_tokens, softened
 
 
 class Progress(Protocol):
@@ -273,17 +273,10 @@ def _objective(
     if not how.distill or teacher is None:
         return (data.loss or default_loss)(model, batch)
     with torch.no_grad(), evaluating(teacher):
-        target = logits_of(forward(teacher, batch)).float()
+        target = logits_of(forward(teacher, batch))
     output = forward(model, batch)
-    logits = logits_of(output).float()
-    t = how.temperature
-    soft = F.kl_div(
-        F.log_softmax(logits / t, -1),
-        F.log_softmax(target / t, -1),
-        reduction="none",
-        log_target=True,
-    )
-    distance = soft.sum(-1).mean() * t * t
+    logits = logits_of(output)
+    distance = softened(logits, target, how.temperature, real_tokens(batch, logits))
     if how.distill == 1:
         return distance
     own = data.loss(model, batch) if data.loss is not None else loss_of(output, batch)
