@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from secateur.core.batches import as_data
 from secateur.core.errors import NeedsData, UsageError
+from secateur.core.masks import Masks
 from secateur.core.weight import Weight
+from secateur.drive.pruned import Pruned
+from secateur.drive.recipe import Recipe
 from secateur.drive.training.gradual import Gradual
 from secateur.experiments.reading import Reading, read
 from secateur.score import Criterion, Magnitude, Random
@@ -130,6 +133,8 @@ class EventLog:
 class Watched:
     """A gradual pruner whose events are logged. Use it in the loop instead of the pruner.
 
+    Its state is that of the pruner and the events so far, so a resumed loop logs them all.
+
     Measuring before an event needs the weights of before: they are copied at every step (not the
     whole network: only what is pruned), and put back for the measurement.
 
@@ -150,6 +155,8 @@ class Watched:
         ...     watched.step()
         >>> [event.label for event in log.events]
         ['step 2']
+        >>> watched.finalize().masks
+        Masks(1 weights, 16 of 32 kept)
     """
 
     def __init__(self, pruner: Gradual, log: EventLog) -> None:
@@ -179,6 +186,54 @@ class Watched:
         for name, p in parameters.items():
             p.copy_(new[name])
         self.log.events.append(Event(f"step {self.pruner.steps}", before, self.log.reading()))
+
+    # What loops and checkpoints ask of a pruner.
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is pruned."""
+        return self.pruner.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The pruner's."""
+        return self.pruner.optimizer
+
+    @property
+    def recipe(self) -> Recipe:
+        """The pruner's."""
+        return self.pruner.recipe
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self.pruner.steps
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of this moment."""
+        return self.pruner.masks
+
+    @property
+    def imminent(self) -> bool:
+        """Whether masks may change at the next step."""
+        return self.pruner.imminent
+
+    def finalize(self, *, early: bool = False) -> Pruned:
+        """As :meth:`secateur.Gradual.finalize`."""
+        return self.pruner.finalize(early=early)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the pruner, and the events as plain values."""
+        return {"pruner": self.pruner.state_dict(), "events": [asdict(e) for e in self.log.events]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.pruner.load_state_dict(state["pruner"])
+        self.log.events[:] = [
+            Event(e["label"], Reading(**e["before"]), Reading(**e["after"]))
+            for e in state["events"]
+        ]
 
 
 # -- which groups an event hits -------------------------------------------------------------------

@@ -73,10 +73,23 @@ class Training:
         return recipe.fingerprint() if recipe is not None else ""
 
     def parts(self) -> dict[str, Stateful]:
-        """Everything beside model and optimizer, by name."""
+        """Everything beside model and optimizer, by name.
+
+        Raises:
+            UsageError: One of them has no state that could be saved.
+        """
         named = {"pruner": self.pruner, "rate": self.rate, "feed": self.feed}
-        found = {n: p for n, p in named.items() if hasattr(p, "state_dict")}
-        return {**found, **{f"other {name}": part for name, part in self.others.items()}}
+        named = {name: part for name, part in named.items() if part is not None}
+        named |= {f"other {name}": part for name, part in self.others.items()}
+        for name, part in named.items():
+            if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+                raise UsageError(
+                    f"saving or continuing a training with {name} {type(part).__name__}",
+                    "it has no state_dict() and load_state_dict()",
+                    "its state would be missing from the checkpoint, and begin anew",
+                    "give it both (an empty mapping will do if it has no state), or leave it out",
+                )
+        return named
 
 
 def save_checkpoint(place: str | Path, training: Training, *, step: int, keep: int = 2) -> Path:
@@ -95,7 +108,7 @@ def save_checkpoint(place: str | Path, training: Training, *, step: int, keep: i
         The file of process 0.
 
     Raises:
-        UsageError: A part has a state that is not made of tensors and plain values.
+        UsageError: A part has no state, or one that is not made of tensors and plain values.
 
     Example:
         >>> import tempfile
@@ -139,7 +152,8 @@ def resume_(place: str | Path, training: Training) -> int:
         Optimizer steps that were done: 0 at the start of a run.
 
     Raises:
-        UsageError: The checkpoint is of another model, start, recipe or number of processes.
+        UsageError: The checkpoint is of another model, start, recipe or number of processes, or a
+            part of the loop has no state.
         FormatError: It is damaged, or of a newer version.
 
     Example:
@@ -153,6 +167,7 @@ def resume_(place: str | Path, training: Training) -> int:
         >>> resume_(folder, loop)
         3
     """
+    training.parts()  # refuses a part without a state now, not at the first checkpoint
     file = latest(place)
     newest = ranks.gather_text("" if file is None else file.name)
     if len(set(newest)) > 1:
