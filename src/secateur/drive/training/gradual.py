@@ -30,7 +30,14 @@ from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
 from secateur.drive.training import ranks
-from secateur.drive.training.held import Held, attach_, detach_, masks_of, reset_momentum_
+from secateur.drive.training.held import (
+    Held,
+    attach_,
+    detach_,
+    masks_of,
+    reset_momentum_,
+    unheld,
+)
 from secateur.drive.training.regrow import Regrow, TopKast
 from secateur.drive.training.regrowing import Regrowing, gradient_promise, random_promise, turn
 from secateur.drive.training.timing import every, is_due, require_time, training_length
@@ -48,6 +55,8 @@ class Gradual:
     after every step, so weight decay and momentum cannot wake them. Masks only change when the
     schedule says so; a pruned weight comes back only if the schedule is cyclic, or if the recipe has
     ``regrow``: dynamic sparse training (SET, RigL, Top-KAST).
+
+    Several pruners may work on one model, each on weights of its own (see the recipe's scope).
 
     Gradients that a criterion needs are read just before each optimizer step. Statistics of inputs
     or of single samples are measured on ``data`` at each mask update.
@@ -115,10 +124,13 @@ class Gradual:
         self.facts.environment = environment()
         note_left_out(self.facts, self._plan)
         self._streamed, self._measured = self._split_needs()
-        already = masks_of(model)
+        own = [slot.name for slot in self._slots]
+        already = masks_of(model, own)
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
+        # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.
+        self._names = frozenset([*own, *unheld(model)])
         attach_(model, Masks(fresh))
-        self._held = Held(model, optimizer)
+        self._held = Held(model, optimizer, self._names)
         self._regrowing, self._superset = self._regrowth()
         seen = self._slots if self._streamed else []
         self._stream = stream_gradients(optimizer, model, seen, self._streamed, self._stats)
@@ -200,7 +212,21 @@ class Gradual:
     @property
     def masks(self) -> Masks:
         """The masks of this moment."""
-        return masks_of(self.model)
+        return masks_of(self.model, self._names)
+
+    def _own(self) -> Masks:
+        """The masks of the weights that are pruned now."""
+        names = {slot.name for slot in self._slots}
+        masks = masks_of(self.model, names)
+        lost = sorted(names - set(masks))
+        if lost:
+            raise UsageError(
+                f"pruning at step {self.steps}",
+                f"the mask of {lost[0]!r} is no longer on the model",
+                "detach_ was called, or another pruner of the same weights was finalized",
+                "leave masks to the pruner until its own finalize(), and let one pruner hold a weight",
+            )
+        return masks
 
     @torch.no_grad()
     def step(self) -> None:
@@ -240,7 +266,7 @@ class Gradual:
 
     @torch.no_grad()
     def _exchange(self, step: int, fraction: float) -> int:
-        found, before, recipe = self._found(), masks_of(self.model), self.recipe
+        found, before, recipe = self._found(), self._own(), self.recipe
         assert isinstance(recipe.regrow, Regrow)
         if recipe.regrow.grow == "gradient":
             promise = gradient_promise(self.model, found, step)
@@ -254,7 +280,7 @@ class Gradual:
         return done.moved
 
     def _adopt(self, masks: Masks, step: int) -> None:
-        before = masks_of(self.model)
+        before = self._own()
         masks = ranks.settled(masks, before, f"{self.recipe.fingerprint()} {self.steps}")
         attach_(self.model, masks)
         self._held.refresh(self._superset.wide if self._superset is not None else None)
@@ -279,7 +305,7 @@ class Gradual:
             stats = self._measure()
         found = self._found()
         free = recipe.schedule.cyclic or self._superset is not None
-        prior = None if free else masks_of(self.model)
+        prior = None if free else self._own()
         groups = {}
         for weight in found:
             old = prior[weight.name] if prior is not None else None
@@ -346,7 +372,7 @@ class Gradual:
         for part in (self._stream, self._watch, self._regrowing, self._superset):
             if part is not None:
                 part.remove()
-        masks = detach_(self.model)
+        masks = detach_(self.model, self._names)
         self.facts.layers = [
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
             for name, mask in masks.items()

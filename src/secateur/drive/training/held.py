@@ -7,7 +7,8 @@ runs under autocast, and its ``state_dict()`` has the same parameter names as be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,12 @@ def attach_(model: nn.Module, masks: Masks) -> None:
     masks.apply_(model)
 
 
-def detach_(model: nn.Module) -> Masks:
+def detach_(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
     """Remove the mask buffers again and return them; the weights keep their zeros.
+
+    Args:
+        model: With masks, or without.
+        names: Of the weights that lose their masks; by default all.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -65,28 +70,33 @@ def detach_(model: nn.Module) -> Masks:
         >>> detach_(net)["weight"].tolist(), sorted(net.state_dict())
         ([[True, False]], ['bias', 'weight'])
     """
-    masks = masks_of(model)
+    masks = masks_of(model, names)
     for name in masks:
         path, _, attribute = name.rpartition(".")
         del model.get_submodule(path)._buffers[attribute + SUFFIX]
     return masks
 
 
-def masks_of(model: nn.Module) -> Masks:
+def masks_of(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
     """The masks that a model carries (empty if none).
+
+    Args:
+        model: With masks, or without.
+        names: Only those of these weights, as far as they have masks.
 
     Example:
         >>> masks_of(nn.Linear(2, 1))
         Masks(0 weights, 0 of 0 kept)
     """
-    parameters = dict(model.named_parameters())
+    known = {name for name, _ in model.named_parameters()}
+    wanted = known if names is None else known & set(names)
     return Masks(
         {
             name.removesuffix(SUFFIX): buffer.clone()
             for name, buffer in model.named_buffers()
             if name.endswith(SUFFIX)
             and buffer.dtype == torch.bool
-            and name.removesuffix(SUFFIX) in parameters
+            and name.removesuffix(SUFFIX) in wanted
         }
     )
 
@@ -97,6 +107,7 @@ class Held:
     Args:
         model: A model whose masks are attached.
         optimizer: Its optimizer, if one is running.
+        names: The weights whose masks are this one's own; by default all that there are.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
@@ -108,8 +119,16 @@ class Held:
         [[1.0, 0.0]]
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        names: Iterable[str] | None = None,
+    ) -> None:
         self._model, self._optimizer = model, optimizer
+        self._names = None if names is None else frozenset(names)
+        if names is not None:
+            _HOLDERS.setdefault(model, WeakValueDictionary()).update(dict.fromkeys(names, self))
         self._holes: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self.refresh()
 
@@ -122,7 +141,7 @@ class Held:
         wide = wide or {}
         self._holes = [
             (self._model.get_parameter(n), ~m, ~wide[n] if n in wide else ~m)
-            for n, m in masks_of(self._model).items()
+            for n, m in masks_of(self._model, self._names).items()
         ]
 
     @torch.no_grad()
@@ -133,6 +152,30 @@ class Held:
             parameter.masked_fill_(hole, 0)
             for value in _shaped_like(parameter, state.get(parameter, {}).values()):
                 value.masked_fill_(unused, 0)
+
+
+#: Who holds which mask, so that several pruners can work on one model. Both are held weakly: nothing
+#: is left of a pruner that is gone, and a copy of a model has no pruner.
+_HOLDERS: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Held]] = WeakKeyDictionary()
+
+
+def unheld(model: nn.Module) -> list[str]:
+    """Names of the masked weights that no pruner has for its own.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> attach_(net, Masks({"weight": torch.tensor([[True, False]])}))
+        >>> unheld(net)
+        ['weight']
+        >>> held = Held(net, names=["weight"])
+        >>> unheld(net)
+        []
+        >>> del held
+        >>> unheld(net)
+        ['weight']
+    """
+    taken: Collection[str] = _HOLDERS.get(model, ())
+    return [name for name in masks_of(model) if name not in taken]
 
 
 def _shaped_like(parameter: nn.Parameter, values: Iterable[object]) -> list[Tensor]:
