@@ -128,3 +128,35 @@ def test_masks_that_were_taken_away_are_missed() -> None:
     detach_(model)
     with pytest.raises(UsageError, match=r"mask of '0\.weight' is no longer on the model"):
         train(model, optimizer, [pruner], 2)
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def test_a_result_is_complete_after_finalize() -> None:
+    model = net()
+    optimizer = sgd(model)
+    pruner = Gradual(model, optimizer, recipe())
+    train(model, optimizer, [pruner], 4)
+    with pytest.raises(UsageError, match="the schedule ends at 8"):
+        pruner.finalize()
+    train(model, optimizer, [pruner], 4, begin=4)  # that was no end
+    pruned = pruner.finalize()
+    layers = list(pruned.facts.layers)
+    for act in (pruner.finalize, lambda: pruner.finalize(early=True), pruner.step):
+        with pytest.raises(UsageError, match=r"finalize\(\) was called before, at step 8"):
+            act()
+    assert pruned.facts.layers == layers
+    assert pruned.facts.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("how", [{}, {"regrow": Regrow("random", frequency=2)}], ids=repr)
+def test_no_step_follows_an_early_end(how: Any) -> None:
+    model = net()
+    optimizer = sgd(model)
+    schedule = {} if how else {"schedule": Polynomial(0, 16, 2)}
+    pruner = Gradual(model, optimizer, Recipe(target=HALF, **schedule, **how), steps=16)
+    train(model, optimizer, [pruner], 5)
+    pruner.finalize(early=True)
+    with pytest.raises(UsageError, match=r"step\(\): finalize\(\) was called before"):
+        train(model, optimizer, [pruner], 3)

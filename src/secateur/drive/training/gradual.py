@@ -120,6 +120,7 @@ class Gradual:
         self._stats = Stats(recipe.seed)
         self.steps = 0
         self._share = 0.0
+        self._finalized = False
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
         note_left_out(self.facts, self._plan)
@@ -230,7 +231,12 @@ class Gradual:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count one optimizer step, update the masks if they are due, and hold them."""
+        """Count one optimizer step, update the masks if they are due, and hold them.
+
+        Raises:
+            UsageError: finalize() was called before.
+        """
+        self._require_open("step()")
         self.steps += 1
         self._held.hold_()
         self._maybe_update()
@@ -351,8 +357,10 @@ class Gradual:
             early: Accept a schedule or an exchange that has not reached its end.
 
         Raises:
-            UsageError: The schedule or the exchange has not reached its end.
+            UsageError: The schedule or the exchange has not reached its end, or finalize() was called
+                before.
         """
+        self._require_open("finalize()")
         if self._share < 1 and not early:
             raise UsageError(
                 f"finalize() at {self.recipe.schedule.unit[:-1]} {self.time:g}",
@@ -373,11 +381,22 @@ class Gradual:
             if part is not None:
                 part.remove()
         masks = detach_(self.model, self._names)
+        self._finalized = True
         self.facts.layers = [
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
             for name, mask in masks.items()
         ]
         return Pruned(self.model, masks, self.facts)
+
+    def _require_open(self, asked: str) -> None:
+        if self._finalized:
+            raise UsageError(
+                asked,
+                f"finalize() was called before, at step {self.steps}",
+                "the masks are off the model, and the result is complete",
+                "call finalize() once, after the last step; to train on with the zeros held, use "
+                "attach_(model, pruned.masks) and finetune(...)",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the schedule and streamed sums; the masks are in the model's ``state_dict()``."""
