@@ -137,10 +137,9 @@ def _plain(flags: Flags) -> dict[str, Any]:
 def _trained(recipe: Recipe, flags: Flags) -> Recipe:
     """Add the fine-tuning that the flags ask for, and prune gradually while it trains."""
     asked = {"epochs": flags.epochs, "lr": flags.lr, "distill": flags.distill}
-    tuned = with_training(recipe, asked)
-    how = tuned.finetune
-    gradual = flags.schedule is None and flags.epochs is not None and _may_be_gradual(recipe)
-    return replace(tuned, schedule=window(how.epochs)) if how is not None and gradual else tuned
+    if flags.schedule is None and flags.epochs is not None and _may_be_gradual(recipe):
+        recipe = replace(recipe, schedule=window(flags.epochs))
+    return with_training(recipe, asked)
 
 
 def with_training(recipe: _R, asked: Mapping[str, float | None]) -> _R:
@@ -165,9 +164,13 @@ def with_training(recipe: _R, asked: Mapping[str, float | None]) -> _R:
             "these are settings of fine-tuning",
             "add --epochs N",
         )
-    how = replace(own, **given) if own is not None else FineTune(**given)
-    rest: list[Any] = [step for step in recipe.recovery if not isinstance(step, FineTune)]
-    return replace(recipe, recovery=(*rest, how))
+    how: Any = FineTune(**given) if own is None else replace(own, **given)
+    steps: tuple[Any, ...] = (*recipe.recovery, how)
+    if own is not None:
+        steps = tuple(how if step is own else step for step in recipe.recovery)
+    elif isinstance(recipe, Recipe) and recipe.schedule.unit != "rounds":
+        steps = (how, *recipe.recovery)  # training prunes, and all else comes after it
+    return replace(recipe, recovery=steps)
 
 
 def _may_be_gradual(recipe: Recipe) -> bool:
@@ -175,6 +178,8 @@ def _may_be_gradual(recipe: Recipe) -> bool:
         return True
     # What repairs weights or is measured on the untrained network is meant to happen at once.
     at_once = isinstance(recipe.schedule, OneShot) and not recipe.sequential
+    if recipe.finetune is not None and recipe.recovery[0] is not recipe.finetune:
+        return False
     return at_once and not recipe.repairs and not recipe.criterion.needs
 
 

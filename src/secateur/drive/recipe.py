@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,10 @@ from secateur.score import (
 )
 
 Step = Recovery | BatchNorm | FineTune
+_WHOLE = (
+    BatchNorm,
+    FineTune,
+)  # they need the whole network; all others repair one weight at a time
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,9 @@ class Recipe:
         allocation: How much each weight pays.
         schedule: When. In ``rounds`` before any training, in ``steps`` or ``epochs`` during
             fine-tuning.
-        recovery: What happens to the survivors, in order.
+        recovery: What happens to the survivors, in order: repairs of single weights first, then what
+            needs the whole network, with one :class:`FineTune` at most. A schedule in steps or epochs
+            prunes during the fine-tuning, so there that comes first.
         scope: Which weights take part.
         rounding: Values that the survivors must take, e.g. int8.
         sequential: Measure each weight's inputs with all earlier weights already pruned.
@@ -120,6 +127,7 @@ class Recipe:
                 "weights are exchanged while the network trains, and rounds come before training",
                 "give the schedule in steps or epochs",
             )
+        _require_order(self.recovery, trains=self.schedule.unit != "rounds")
         fixed = self.pattern.sparsity if isinstance(self.pattern, NM) else None
         if self.target is None and fixed is None:
             object.__setattr__(self, "target", Target("sparsity", 0.5))
@@ -145,9 +153,7 @@ class Recipe:
     @property
     def repairs(self) -> tuple[Recovery, ...]:
         """The steps that repair one weight at a time."""
-        return tuple(
-            s for s in self.recovery if not isinstance(s, (BatchNorm, FineTune, NoRecovery))
-        )
+        return tuple(s for s in self.recovery if not isinstance(s, (*_WHOLE, NoRecovery)))
 
     @property
     def finetune(self) -> FineTune | None:
@@ -163,6 +169,58 @@ class Recipe:
         """A hash of everything that differs from the defaults; names runs."""
         text = json.dumps(describe(self), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _require_order(steps: Sequence[Step], *, trains: bool) -> None:
+    """Refuse an order of recoveries that a run would not follow."""
+    require_one_training(steps)
+    repaired = [i for i, s in enumerate(steps) if not isinstance(s, (*_WHOLE, NoRecovery))]
+    whole = [i for i, s in enumerate(steps) if isinstance(s, _WHOLE)]
+    if repaired and whole and repaired[-1] > whole[0]:
+        raise UsageError(
+            recovery_named(steps),
+            f"{type(steps[repaired[-1]]).__name__} comes after {type(steps[whole[0]]).__name__}",
+            "it repairs a weight at the moment at which that is pruned, before the network is trained "
+            "or measured as a whole",
+            f"put {type(steps[repaired[-1]]).__name__} first",
+        )
+    trained = [i for i in whole if isinstance(steps[i], FineTune)]
+    if trains and trained and trained[0] > whole[0]:
+        raise UsageError(
+            f"{recovery_named(steps)} with a schedule in steps or epochs",
+            f"{type(steps[whole[0]]).__name__} comes before FineTune",
+            "weights are pruned while the network trains, so there is nothing to repair before that",
+            "put FineTune first",
+        )
+
+
+def require_one_training(steps: Sequence[Any]) -> None:
+    """Refuse several :class:`FineTune` steps: schedules and distillation belong to one training.
+
+    Example:
+        >>> require_one_training((FineTune(1), FineTune(3)))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: recovery=(FineTune, FineTune): there are 2 FineTune steps. ...
+    """
+    trainings = sum(isinstance(step, FineTune) for step in steps)
+    if trainings > 1:
+        raise UsageError(
+            recovery_named(steps),
+            f"there are {trainings} FineTune steps",
+            "a run trains once, with one course of the learning rate",
+            "give one FineTune with all epochs, or prune the result again with recovery=FineTune(...)",
+        )
+
+
+def recovery_named(steps: Sequence[Any]) -> str:
+    """Recoveries as an error names them.
+
+    Example:
+        >>> recovery_named([BatchNorm(), FineTune()])
+        'recovery=(BatchNorm, FineTune)'
+    """
+    return f"recovery=({', '.join(type(step).__name__ for step in steps)})"
 
 
 def describe(part: Any) -> Any:

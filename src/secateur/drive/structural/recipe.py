@@ -11,12 +11,13 @@ from typing import Any
 from secateur.allocate.widths import RankedWidths, UniformWidths, WidthAllocation
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UnknownName, UsageError
-from secateur.drive.recipe import Scope, describe
+from secateur.drive.recipe import Scope, describe, recovery_named, require_one_training
 from secateur.drive.training.finetune import FineTune
 from secateur.recover import BatchNorm, Compensation
 from secateur.score import GroupCriterion, Grouped, Magnitude
 
 CutStep = Compensation | BatchNorm | FineTune
+_ORDER = (Compensation, BatchNorm, FineTune)
 ENGINES = ("", "onnxruntime", "torch")
 
 
@@ -29,8 +30,9 @@ class ShrinkRecipe:
         target: How much is left at the end: a share or count of ``params``, ``macs``, ``bytes``, or
             milliseconds of ``latency`` on this machine.
         allocation: How many groups every width keeps.
-        recovery: What happens to the survivors, in order. What needs data is left out, with a note,
-            where there is none.
+        recovery: What happens to the survivors: ``Compensation``, ``BatchNorm`` and ``FineTune``, each
+            once at most and in this order. What needs data is left out, with a note, where there is
+            none.
         scope: Selectors of widths (by their name or by a parameter that they cut).
         uniform: Like widths in all blocks keep equally many groups, so that the configuration of a
             Transformers model can say it.
@@ -70,6 +72,7 @@ class ShrinkRecipe:
         steps: Any = self.recovery
         single = not isinstance(steps, (tuple, list))
         object.__setattr__(self, "recovery", (steps,) if single else tuple(steps))
+        _require_order(self.recovery)
         if self.target.unit == "sparsity":
             raise BudgetError(
                 f"sparsity={self.target.value:g}",
@@ -110,6 +113,18 @@ class ShrinkRecipe:
         }
         text = json.dumps({"shrink": fields}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _require_order(steps: tuple[CutStep, ...]) -> None:
+    require_one_training(steps)
+    given = [_ORDER.index(type(step)) for step in steps if type(step) in _ORDER]
+    if given != sorted(set(given)):
+        raise UsageError(
+            recovery_named(steps),
+            "a step comes twice, or before one that a run does earlier",
+            "a cut is compensated first, then BatchNorm is measured, then the network trains",
+            f"write them as {recovery_named([_ORDER[i]() for i in sorted(set(given))])}",
+        )
 
 
 def filters(target: Target = Target("macs", 0.5)) -> ShrinkRecipe:
