@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from secateur.core.batches import Batch
-from secateur.core.budget import Budget, Cost, Probe
+from secateur.core.budget import Budget, Cost, Probe, Target
 from secateur.core.errors import BudgetError
 from secateur.core.slots import Slot
 from secateur.core.weight import Weight
@@ -38,6 +38,15 @@ class Money:
     def at(self, share: float, probe: Probe | None) -> Budget:
         """The budget when ``share`` of the way from dense to the target is due."""
         return Budget(self.dense - share * (self.dense - self.limit), probe, share)
+
+    def told(self, target: Target, spent: float) -> str:
+        """What is spent on the pruned weights, in the unit and the form of a target."""
+        if target.unit == "sparsity":
+            return f"{100 * (1 - spent / self.dense):.4g} % sparsity"
+        whole = self.fixed + spent
+        if target.value < 1:
+            return f"{100 * whole / (self.fixed + self.dense):.4g} % of the {target.unit}"
+        return f"{whole:,.0f} {target.unit}"
 
 
 def uses(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> dict[str, float]:

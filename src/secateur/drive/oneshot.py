@@ -287,8 +287,9 @@ class _Run:
             self.facts.note(
                 "target",
                 "",
-                f"asked for {budget.limit:,.0f} {recipe.target.unit}, reached {spent:,.0f} in the pruned "
-                "weights: levels were given, or at least one group stays in every pool of the pattern",
+                f"asked for {purse.told(recipe.target, budget.limit)}, reached "
+                f"{purse.told(recipe.target, spent)}: levels were given, or at least one group stays "
+                "in every pool of the pattern",
             )
         return levels
 
