@@ -25,6 +25,7 @@ from secateur.drive.diagnosis import diagnose
 from secateur.drive.gather import gather
 from secateur.drive.layerwise import MaskChoice, repair_
 from secateur.drive.money import money, uses
+from secateur.drive.network import copy_of, network_of
 from secateur.drive.plan import Plan, note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
@@ -50,7 +51,7 @@ def prune(
     """Prune a copy of ``model``.
 
     Args:
-        model: Any torch module. It is not changed.
+        model: Any torch module, compiled or not. It is not changed.
         recipe: What to do; by default magnitude to 50 %, the same in every layer.
         data: :class:`~secateur.core.batches.Data`, or an iterable of training batches, where the
             recipe needs it (statistics, fine-tuning, multiply-adds).
@@ -77,7 +78,12 @@ def prune(
         Masks(1 weights, 128 of 512 kept)
     """
     return prune_(
-        copy.deepcopy(model), recipe, data, dense=model, progress=progress, checkpoint=checkpoint
+        copy_of(model),
+        recipe,
+        data,
+        dense=network_of(model),
+        progress=progress,
+        checkpoint=checkpoint,
     )
 
 
@@ -93,7 +99,7 @@ def prune_(
     """Like :func:`prune`, but changes ``model`` itself.
 
     Args:
-        model: Changed in place.
+        model: Changed in place. Of a compiled one, the network inside.
         recipe: As in :func:`prune`.
         data: As in :func:`prune`.
         dense: The untouched network, as the teacher of a distillation.
@@ -106,7 +112,7 @@ def prune_(
         True
     """
     saved = as_checkpoints(checkpoint)
-    return _Run(model, recipe or Recipe(), as_data(data), dense, progress, saved).run()
+    return _Run(network_of(model), recipe or Recipe(), as_data(data), dense, progress, saved).run()
 
 
 _FEW = 128

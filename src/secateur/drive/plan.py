@@ -12,6 +12,7 @@ from secateur.core.errors import NonFinite, UsageError
 from secateur.core.facts import Facts
 from secateur.core.selectors import matches, require_hits
 from secateur.core.slots import Slot
+from secateur.drive.network import network_of
 from secateur.drive.recipe import Recipe
 from secateur.frontends import discover
 
@@ -41,7 +42,7 @@ def plan(model: nn.Module, recipe: Recipe | None = None) -> Plan:
     """
     recipe = recipe or Recipe()
     scope = recipe.scope
-    slots = discover(model)
+    slots = discover(network_of(model))
     pairs = [(s.name, s.kind) for s in slots] + [(a, s.kind) for s in slots for a in s.aliases]
     require_hits((*scope.include, *scope.ignore), pairs, "the selector")
     return Plan(tuple(_scoped(slot, recipe) for slot in slots))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from secateur.core.batches import evaluating
 from secateur.core.errors import DataError
 from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
+from secateur.drive.network import copy_of, network_of
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.remembered import remember_
 from secateur.formats import BlockEdit
@@ -62,7 +62,7 @@ def pack_branches(
     """
     facts = Facts({"pack_branches": sorted(branches)}, environment=environment())
     plan = _plan(branches, facts)
-    masked, packed = copy.deepcopy(model), copy.deepcopy(model)
+    model, masked, packed = network_of(model), copy_of(model), copy_of(model)
     mask_branches_(masked, plan)
     edits = pack_branches_(packed, plan)
     surgery = surgery_for(model, Cuts(), [BlockEdit(e.module, e.kind, e.details) for e in edits])

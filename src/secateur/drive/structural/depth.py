@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
 from secateur.core.slots import device_of
 from secateur.drive.money import uses
+from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.remembered import remember_
 from secateur.drive.structural.width_cost import limit_of
@@ -101,8 +101,7 @@ def drop_blocks(
         >>> shallow.model.config.num_hidden_layers, len(shallow.model.encoder.layer)
         (2, 2)
     """
-    model = copy.deepcopy(model)
-    return _Run(model, as_data(data), criterion).run(drop, example_inputs, frozenset(keep))
+    return _Run(copy_of(model), as_data(data), criterion).run(drop, example_inputs, frozenset(keep))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from secateur.core.masks import Masks
 from secateur.core.select import keep_top
 from secateur.core.selectors import matches, require_hits
 from secateur.core.slots import device_of
+from secateur.drive.network import copy_of, network_of
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.remembered import remember_
 from secateur.formats import BlockEdit
@@ -78,6 +78,7 @@ def drop_experts(
     """
     begun = time.perf_counter()
     found = as_data(data)
+    model = network_of(model)
     mixtures = _chosen(model, ignore)
     if found is None or found.train is None:
         raise NeedsData(
@@ -90,7 +91,7 @@ def drop_experts(
     batches = found.sample()
     scores = {m.path: expert_outputs(model, m.path, batches) for m in mixtures}
     keep = {m.path: _kept(m, scores[m.path], drop) for m in mixtures}
-    small = copy.deepcopy(model)
+    small = copy_of(model)
     cuts, edits, notes = expert_cuts(small, keep)
     surgery = surgery_for(small, cuts, [BlockEdit(e.module, e.kind, e.details) for e in edits])
     apply_(small, cuts)

@@ -12,6 +12,7 @@ from secateur.core.errors import UsageError
 from secateur.core.facts import Facts, Note
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
+from secateur.drive.network import network_of
 from secateur.drive.pruned import Pruned
 from secateur.frontends.surgery import surgery_for
 from secateur.frontends.transformers_config import layers_of
@@ -67,6 +68,7 @@ def prune_heads(
         >>> [tuple(bert.encoder.layer[i].attention.self.query.weight.shape) for i in (0, 1)]
         [(4, 8), (6, 8)]
     """
+    model = network_of(model)
     path, count = _numbered(model, layers)
     structure = couple(model, example_for(model, example))
     keep: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
+from secateur.drive.network import copy_of, network_of
 from secateur.drive.plan import require_finite
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.budget import ShrinkBudget
@@ -49,7 +50,7 @@ def shrink(
     """Remove groups from a copy of ``model``: it becomes smaller and faster everywhere.
 
     Args:
-        model: Any torch module. It is not changed.
+        model: Any torch module, compiled or not. It is not changed.
         recipe: What to do; by default half of the multiply-adds, by squared weights, ranked
             globally.
         example_inputs: A tensor, a tuple of positional arguments or a mapping of named ones, on
@@ -75,7 +76,7 @@ def shrink(
         (Linear(in_features=16, out_features=15, bias=True), Linear(in_features=15, out_features=4,
         bias=True))
     """
-    return shrink_(copy.deepcopy(model), recipe, example_inputs, data, progress=progress)
+    return shrink_(copy_of(model), recipe, example_inputs, data, progress=progress)
 
 
 def shrink_(
@@ -106,7 +107,7 @@ def shrink_(
         >>> optimizer.state[net[0].weight]["momentum_buffer"].shape == net[0].weight.shape
         True
     """
-    run = _Run(model, recipe or ShrinkRecipe(), as_data(data), progress or _silent)
+    run = _Run(network_of(model), recipe or ShrinkRecipe(), as_data(data), progress or _silent)
     return run.run(example_inputs, optimizer)
 
 

@@ -17,6 +17,7 @@ from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
 from secateur.drive.money import uses
+from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.cutting import as_batch, example_of, widths_in
 from secateur.drive.structural.pace import Pace, fingerprint_of, own_random, require_fit
@@ -356,7 +357,7 @@ def train_and_shrink(
             "a network cannot return to before a cut",
             "use on_nan='raise' and a checkpoint",
         )
-    small, live, clock = copy.deepcopy(model), list[Shrinking](), list[float]()
+    small, live, clock = copy_of(model), list[Shrinking](), list[float]()
 
     def attach(optimizer: torch.optim.Optimizer, per_epoch: int) -> Shrinking:
         total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))

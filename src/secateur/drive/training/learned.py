@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.selectors import matches
 from secateur.core.slots import Slot, device_of
+from secateur.drive.network import copy_of
 from secateur.drive.plan import note_left_out, plan, require_finite
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, Scope, describe
@@ -238,7 +238,7 @@ def learn_masks(
             "learn_masks(...)", "no training data", "masks learn from batches", "pass batches"
         )
     training = training or FineTune()
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     live: list[_Stepping] = []
     base = _towards(found.loss or default_loss, model, training)
 

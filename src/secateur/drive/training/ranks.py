@@ -169,14 +169,14 @@ def merged(stats: Stats, needs: Iterable[Any], slots: list[Slot], model: nn.Modu
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers of ``DistributedDataParallel`` and ``torch.compile``.
+    """The network inside the wrappers of data parallelism and ``torch.compile``.
 
     Example:
         >>> net = nn.Linear(2, 1)
         >>> bare(net) is net, bare(torch.compile(net, backend="eager")) is net
         (True, True)
     """
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
     inner = model.module if wrapped else getattr(model, "_orig_mod", None)
     return bare(inner) if isinstance(inner, nn.Module) else model
 
