@@ -34,7 +34,8 @@ from secateur.frontends.transformers_config import (
     shapes_of,
     stated_by,
 )
-from secateur.structure.masked import call, compare, predictions
+from secateur.structure.masked import call, compare
+from secateur.structure.outputs import predictions
 from secateur.structure.stated import undeleted_
 
 WEIGHTS, CONFIG, SURGERY, ORIGINAL = (

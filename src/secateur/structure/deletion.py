@@ -13,7 +13,8 @@ from torch import nn
 from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
 from secateur.structure.depth import Block, PassThrough, bypassed, named_blocks
-from secateur.structure.masked import call, compare, predictions
+from secateur.structure.masked import call, compare
+from secateur.structure.outputs import predictions
 from secateur.structure.stated import edited, statements
 
 _PLAIN = (int, float, str, type(None))

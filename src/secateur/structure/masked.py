@@ -20,9 +20,9 @@ from secateur.core.batches import evaluating
 from secateur.structure.counted import rows_along
 from secateur.structure.coupling import Structure
 from secateur.structure.labels import varying
+from secateur.structure.outputs import predictions
 from secateur.structure.rules.norms import own_statistics
 from secateur.structure.rules.reductions import reduced_axes
-from secateur.structure.running import BY_PRODUCTS
 from secateur.structure.trace import Call, Tracer, run_traced
 
 _REDUCTIONS = {"aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
@@ -199,16 +199,3 @@ def compare(found: list[Tensor], wanted: list[Tensor]) -> Proof:
         worst = max(worst, float("inf") if math.isnan(error) else error)
         count, largest = count + b.numel(), max(largest, scale)
     return Proof(worst, count, largest)
-
-
-def predictions(output: Any) -> list[Tensor]:
-    """All tensors of an output, without caches."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        values = [v for k, v in output.items() if k not in BY_PRODUCTS]
-    elif isinstance(output, (tuple, list)):
-        values = list(output)
-    else:
-        values = []
-    return [x for value in values for x in predictions(value)]

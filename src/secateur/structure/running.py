@@ -1,4 +1,4 @@
-"""How a network is run for a trace: its inputs, its modules as they run, and its outputs."""
+"""How a network is run for a trace: its inputs, and its modules as they run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
-
-#: Outputs of Transformers models that serve as inputs of their next call: they may become narrower.
-BY_PRODUCTS = frozenset({"past_key_values", "cache_params", "state", "encoder_last_hidden_state"})
 
 
 @dataclass(frozen=True)
@@ -104,15 +101,6 @@ def paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         stack.clear()
-
-
-def plain(output: Any) -> Any:
-    """The tensors of an output that are predictions, without caches and other by-products."""
-    if isinstance(output, Mapping):
-        return {k: plain(v) for k, v in output.items() if k not in BY_PRODUCTS}
-    if isinstance(output, (tuple, list)):
-        return [plain(v) for v in output]
-    return output
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -27,16 +27,15 @@ from secateur.structure.counted import plain as plain_number
 from secateur.structure.labels import along, fill, own_shape, varying
 from secateur.structure.named import Named, naming
 from secateur.structure.named_sizes import count_named, names_in
+from secateur.structure.outputs import require_predictions
 from secateur.structure.running import (
     Call,
     paths,
-    plain,
     plain_attention,
     plain_recurrence,
     positional,
     run_plainly,
     run_without_values,
-    tensors_in,
 )
 from secateur.structure.seen import Seen, Trace
 from secateur.structure.sizes import SizeUse, find_site
@@ -335,7 +334,7 @@ def _failing(model: nn.Module, example: Any, device: str) -> Trace:
 def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
     tracer = Tracer(model, run_without_values if device == "meta" else run_plainly)
     output = run_traced(model, example, tracer, device)
-    for x in tensors_in(plain(output)):
+    for x in require_predictions(output, model):
         tracer.pay(x)
         for label in tracer.labels(x):
             tracer.ledger.pin(label, "it reaches the output of the model")

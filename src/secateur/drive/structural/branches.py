@@ -20,7 +20,8 @@ from secateur.frontends.surgery import surgery_for
 from secateur.learn.energy import Branches
 from secateur.structure import Cuts
 from secateur.structure.branches import Grouping, kernels_of, mask_branches_, pack_branches_
-from secateur.structure.masked import call, compare, predictions
+from secateur.structure.masked import call, compare
+from secateur.structure.outputs import predictions
 
 # Sums over the same products in another order.
 _NEAR = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -29,7 +29,8 @@ from secateur.stats import collect
 from secateur.structure import Cuts
 from secateur.structure.deletion import carry_out_, removal_of
 from secateur.structure.depth import Block, blocks_of, bypassed
-from secateur.structure.masked import call, compare, predictions
+from secateur.structure.masked import call, compare
+from secateur.structure.outputs import predictions
 
 # The same operators on the same weights; kernels may take sums in another order.
 _NEAR = 1e-5

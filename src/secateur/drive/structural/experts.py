@@ -25,7 +25,8 @@ from secateur.stats.experts import expert_outputs
 from secateur.structure.cut import apply_
 from secateur.structure.deletion import delete_entries_
 from secateur.structure.experts import Mixture, expert_cuts, mixtures_of, without_experts
-from secateur.structure.masked import call, compare, predictions
+from secateur.structure.masked import call, compare
+from secateur.structure.outputs import predictions
 
 # Sums over fewer numbers; gates of half precision are rounded after another softmax.
 _NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -1,0 +1,101 @@
+"""What a network returns, in any form, is pinned and compared; also what positions stand for."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, Normal
+
+import secateur
+from secateur.core.errors import UsageError
+from secateur.drive.pruned import Pruned
+from secateur.structure import couple
+from secateur.structure.outputs import predictions
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class Scores:
+    logits: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    hidden: Tensor
+
+
+class Held:
+    """A class of a user's own, with a reference to itself."""
+
+    def __init__(self, logits: Tensor, hidden: Tensor) -> None:
+        self.inside = [{"logits": logits}, hidden]
+        self.me = self
+
+
+class Returns(nn.Module):
+    """A classifier of ten classes that returns what a function makes of logits and hidden units."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.form = nn.Linear(8, 32), nn.Linear(32, 10), form
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.a(x).relu()
+        return self.form(self.b(hidden), hidden)
+
+
+def shrunk(model: nn.Module, example: Any = X, target: str = "params=40%") -> Pruned:
+    torch.manual_seed(0)
+    recipe = secateur.ShrinkRecipe(target=secateur.Target.parse(target), recovery=())
+    return secateur.shrink(model.eval(), recipe, example)
+
+
+@pytest.mark.parametrize("form", [Scores, Slotted, Pair, Held, lambda y, h: {"a": [y], "state": h}])
+def test_outputs_in_any_form_keep_their_size(form: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Returns(form)
+    assert len(predictions(model(X))) == 2
+    with pytest.raises(UsageError, match="reaches the output"):
+        shrunk(model)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y, h: Scores(y, y.sum(1)),
+        lambda y, h: {"state": y},
+        lambda y, h: Categorical(logits=y),
+        lambda y, h: Independent(Normal(y, y.exp()), 1),
+    ],
+)
+def test_classes_stay_and_hidden_units_go(form: Callable[[Tensor, Tensor], Any]) -> None:
+    pruned = shrunk(Returns(form))
+    assert pruned.model.b.out_features == 10
+    assert pruned.model.a.out_features < 32
+    assert pruned.facts.measures["proof"] < 1e-5
+    assert not [note for note in pruned.facts.notes if note.topic == "vacuous"]
+
+
+@pytest.mark.parametrize("form", [lambda y, h: None, lambda y, h: "done", lambda y, h: (1, {})])
+def test_an_output_without_tensors_is_refused(form: Callable[[Tensor, Tensor], Any]) -> None:
+    with pytest.raises(UsageError, match="holds no tensor"):
+        couple(Returns(form), X)
+
+
+def test_an_iterator_in_the_output_is_refused() -> None:
+    def later(y: Tensor, h: Tensor) -> Iterator[Tensor]:
+        yield y * 2
+
+    for form in (later, lambda y, h: {"a": y, "b": iter([h])}):
+        with pytest.raises(UsageError, match=r"iterator.*list or a tuple"):
+            couple(Returns(form), X)
