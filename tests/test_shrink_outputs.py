@@ -13,6 +13,7 @@ import secateur
 from secateur.core.errors import UsageError
 from secateur.drive.pruned import Pruned
 from secateur.structure import couple
+from secateur.structure.masked import compare
 from secateur.structure.outputs import predictions
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -99,3 +100,67 @@ def test_an_iterator_in_the_output_is_refused() -> None:
     for form in (later, lambda y, h: {"a": y, "b": iter([h])}):
         with pytest.raises(UsageError, match=r"iterator.*list or a tuple"):
             couple(Returns(form), X)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y, h: y.argmax(-1),
+        lambda y, h: y.argmin(-1) + 1,
+        lambda y, h: y.max(1)[1],
+        lambda y, h: y.min(1).indices,
+        lambda y, h: (y.amax(1), y.median(1)),
+        lambda y, h: y.sort(1)[1],
+        lambda y, h: y.topk(2)[1],
+        lambda y, h: torch.view_as_real(torch.complex(y, -y)).argmax(1),
+        lambda y, h: y.argmax(),
+        lambda y, h: torch.nn.functional.one_hot(y.argmax(1), 10),
+    ],
+)
+def test_classes_that_are_numbered_stay(form: Callable[[Tensor, Tensor], Any]) -> None:
+    pruned = shrunk(Returns(form))
+    assert pruned.model.b.out_features == 10
+    assert pruned.model.a.out_features < 32
+
+
+@pytest.mark.parametrize(
+    "form", [lambda y, h: y.max(1)[0], lambda y, h: y.amin(1), lambda y, h: y.max(1).values.sum()]
+)
+def test_units_of_which_only_the_largest_value_is_used_can_go(
+    form: Callable[[Tensor, Tensor], Any],
+) -> None:
+    assert ("b.weight", 0) not in couple(Returns(form), X).pinned
+
+
+class Routed(nn.Module):
+    """One of six matrices a sample, by the largest score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.o = nn.Linear(8, 32), nn.Linear(32, 6), nn.Linear(16, 4)
+        self.w = nn.Parameter(torch.randn(6, 32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).relu()
+        chosen = self.w[self.r(hidden).argmax(-1)]
+        return self.o(torch.einsum("bd,bde->be", hidden, chosen).relu())
+
+
+def test_routes_stay() -> None:
+    structure = couple(Routed(), X)
+    assert "r" not in structure.by_name
+    assert structure.pinned["r.weight", 0] == "the position of one of them is a value"
+    pruned = shrunk(Routed())
+    assert pruned.model.r.out_features == pruned.model.w.shape[0] == 6
+    assert pruned.facts.measures["proof"] < 1e-5
+
+
+def test_differences_of_any_type_count() -> None:
+    truth = torch.arange(10)
+    assert compare([truth], [truth]).error == 0
+    assert compare([truth.where(truth != 3, 4)], [truth]).error == pytest.approx(0.1)
+    assert compare([truth > 4], [truth > 3]).error == pytest.approx(0.1)
+    wave = torch.polar(torch.ones(4), torch.arange(4.0))
+    assert compare([wave], [wave]).error == 0
+    assert compare([wave.conj()], [wave]).error > 1
+    assert compare([torch.zeros(0)], [torch.zeros(0)]).error == 0

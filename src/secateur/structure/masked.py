@@ -137,7 +137,8 @@ class Proof:
     """How far the cut network is from the masked one.
 
     Args:
-        error: Largest difference of any output, relative to the largest masked output.
+        error: Largest difference of any output, relative to the largest masked output; of integers
+            and flags, the share that differs.
         outputs: How many numbers were compared.
         scale: The largest masked output. Where it is 0, the comparison says nothing.
     """
@@ -183,19 +184,28 @@ def call(model: nn.Module, example: Any) -> Any:
 
 
 def compare(found: list[Tensor], wanted: list[Tensor]) -> Proof:
-    """The largest difference, relative to the largest wanted value; infinite if shapes differ."""
+    """The largest difference, as in :class:`Proof`; infinite if shapes differ."""
     worst, count, largest = 0.0, 0, 0.0
     if len(found) != len(wanted):
         return Proof(float("inf"), 0)
     for a, b in zip(found, wanted, strict=True):
         if a.shape != b.shape:
             return Proof(float("inf"), count)
-        if not b.is_floating_point():
-            continue
-        scale = float(b.abs().max()) if b.numel() else 0.0
-        gap = float((a.double() - b.double()).abs().max()) if b.numel() else 0.0
-        error = gap / scale if scale else gap
-        # A number that is none compares with nothing, so max() would pass over it.
-        worst = max(worst, float("inf") if math.isnan(error) else error)
-        count, largest = count + b.numel(), max(largest, scale)
+        if b.numel():
+            error, scale = _difference(a, b)
+            # A number that is none compares with nothing, so max() would pass over it.
+            worst = max(worst, float("inf") if math.isnan(error) else error)
+            count, largest = count + b.numel(), max(largest, scale)
     return Proof(worst, count, largest)
+
+
+def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """How far ``a`` is from ``b``, relative to the largest of ``b``; and that."""
+    if not (b.is_floating_point() or b.is_complex()):
+        # Indices and flags are right or wrong. Where two scores are as good as equal, rounding
+        # decides, so it is their share that counts.
+        return float((a != b).double().mean()), float(b.double().abs().max())
+    wide = torch.complex128 if b.is_complex() else torch.double
+    a, b = a.to(wide), b.to(wide)
+    scale, gap = float(b.abs().max()), float((a - b).abs().max())
+    return gap / scale if scale else gap, scale

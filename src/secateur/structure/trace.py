@@ -231,7 +231,8 @@ class Tracer(TorchDispatchMode):
     def owe(self, x: Tensor, labels: list[Tensor], axis: int, reason: str) -> None:
         """Keep the size of ``axis`` as soon as an operator uses ``x``."""
         if labels:
-            self._owed[x] = [(label, axis, reason) for label in labels]
+            owed = self._owed.setdefault(x, [])
+            owed += [(label, axis, reason) for label in labels]
 
     def pay(self, x: Tensor) -> None:
         """What :meth:`owe` noted for ``x`` comes true."""

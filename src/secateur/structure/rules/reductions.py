@@ -10,6 +10,7 @@ from secateur.structure.trace import Call, Tracer
 
 _EXACT = ("aten.sum", "aten.count_nonzero")
 _FUSED = "they are compared or normalised with one another"
+_NUMBERED = "the position of one of them is a value"
 
 
 @rule("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.prod",
@@ -36,6 +37,17 @@ def reduced(tracer: Tracer, call: Call) -> None:
                     left = left if keep else left.squeeze(axis)
                 labels.append(left)
         tracer.put(out, labels)
+    for out in _positions(call):
+        for axis in axes:
+            found = [label for label in tracer.labels(x) if axis in varying(label)]
+            tracer.owe(out, found, axis, _NUMBERED)
+
+
+def _positions(call: Call) -> list[Tensor]:
+    """The results that say where along the reduced axes something lies, e.g. the likeliest class."""
+    if call.name in ("aten.argmax", "aten.argmin"):
+        return call.outputs
+    return call.outputs[1:] if call.name in ("aten.max", "aten.min", "aten.median") else []
 
 
 def reduced_axes(call: Call) -> list[int]:
