@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur.core.batches import evaluating, forward, to_device
+from secateur.core.batches import forward, to_device
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.slots import device_of
 from secateur.drive.structural.cutting import as_batch
@@ -21,7 +22,9 @@ def unrunnable(
 ) -> dict[str, str]:
     """Widths that cannot be cut as chosen, since the network would not run: name -> its error.
 
-    The code of a network can have sizes of its own that no operator shows, such as heads in fours.
+    The code of a network can have sizes of its own that no operator shows, such as heads in fours,
+    and parts that run in training mode only, such as an auxiliary classifier. The trial is made in
+    both modes, unless the uncut network itself does not run on the example in training mode.
 
     Raises:
         UsageError: It does not run if all are cut, and does if each is cut alone.
@@ -41,11 +44,20 @@ def unrunnable(
         >>> unrunnable(net, couple(net, x), {"one": torch.arange(8) < 5}, x)
         {'one': 'AssertionError: not in fours'}
     """
-    whole = _failure(model, structure, keep, example)
+    trains = _failure(model, structure, {}, example, training=True) is None
+
+    def failure(chosen: Mapping[str, Tensor]) -> str | None:
+        why = _failure(model, structure, chosen, example, training=False)
+        if why is None and trains:
+            why = _failure(model, structure, chosen, example, training=True)
+            return why and f"{why} (in training mode)"
+        return why
+
+    whole = failure(keep)
     if whole is None:
         return {}
     cut = [name for name, flags in keep.items() if not bool(flags.all())]
-    alone = {name: _failure(model, structure, {name: keep[name]}, example) for name in cut}
+    alone = {name: failure({name: keep[name]}) for name in cut}
     found = {name: why for name, why in alone.items() if why is not None}
     if not found:
         raise UsageError(
@@ -58,14 +70,24 @@ def unrunnable(
 
 
 def _failure(
-    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
+    model: nn.Module,
+    structure: Structure,
+    keep: Mapping[str, Tensor],
+    example: Any,
+    *,
+    training: bool,
 ) -> str | None:
     """What a forward pass of the cut network raises, in a line; ``None`` if it runs."""
     small = copy.deepcopy(model)
     apply_(small, cuts_for(small, structure, keep))
+    small.train(training)
+    for module in small.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # an example of one sample has no statistics of its own
+    device = device_of(small)
     try:
-        with evaluating(small), torch.no_grad():
-            forward(small, to_device(as_batch(example), device_of(small)))
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            forward(small, to_device(as_batch(example), device))
     except SecateurError:
         raise
     except Exception as error:
