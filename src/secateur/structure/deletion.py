@@ -15,6 +15,7 @@ from secateur.core.errors import UsageError
 from secateur.structure.depth import Block, PassThrough, bypassed, named_blocks
 from secateur.structure.masked import call, compare
 from secateur.structure.outputs import predictions
+from secateur.structure.running import shared_copy
 from secateur.structure.stated import edited, statements
 
 _PLAIN = (int, float, str, type(None))
@@ -183,18 +184,6 @@ def delete_entries_(model: nn.Module, path: str, details: Mapping[str, Any]) -> 
             setattr(old[number].get_submodule(inner), attribute, new + offset)
     kept = nn.ModuleList(old[i] for i in left).train(old.training)
     model.get_submodule(parent)._modules[name] = kept
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules of a network; the tensors in them are the same objects.
-
-    Example:
-        >>> layer = nn.Linear(1, 1)
-        >>> shared_copy(layer).weight is layer.weight
-        True
-    """
-    memo: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
 
 
 # -- deletion ---------------------------------------------------------------------------------------

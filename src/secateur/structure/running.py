@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,22 @@ def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules of a network; the parameters and buffers in them are the same objects.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> shared_copy(layer).weight is layer.weight
+        True
+    """
+    memo: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        # What a forward pass in training left behind is part of a graph, and does not copy itself.
+        left = [x for x in tensors_in(vars(module)) if x.grad_fn is not None]
+        memo |= {id(x): x.detach().clone() for x in left}
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from secateur.structure.running import (
     positional,
     run_plainly,
     run_without_values,
+    shared_copy,
 )
 from secateur.structure.seen import Seen, Trace
 from secateur.structure.sizes import SizeUse, find_site
@@ -333,6 +334,7 @@ def _failing(model: nn.Module, example: Any, device: str) -> Trace:
 
 
 def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
+    model = shared_copy(model)  # a forward pass may store what it computes in the modules
     tracer = Tracer(model, run_without_values if device == "meta" else run_plainly)
     output = run_traced(model, example, tracer, device)
     for x in require_predictions(output, model):
@@ -366,6 +368,8 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
         if twin is None:
             # A new object even without a move: labels belong to objects, and this one is ours.
             twin = x.detach().to(device) if device else x.detach()
+            if not device and not isinstance(x, nn.Parameter):
+                twin = twin.clone()  # a forward pass may write into a buffer
             twins[id(x)] = twin
             unit = x.ndim and x.dtype.is_floating_point and name not in state
             if unit and (isinstance(x, nn.Parameter) or (x.ndim == 1 and len(x) > 1)):
