@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import secateur
-from secateur.allocate.widths import UniformWidths
-from secateur.core.errors import UsageError
+from secateur.allocate.widths import GivenWidths, UniformWidths
+from secateur.core.errors import SelectorError, UsageError
 from secateur.drive.pruned import Pruned
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -75,3 +75,12 @@ def test_where_nothing_is_left_the_reason_is_told() -> None:
 
     with pytest.raises(UsageError, match="in training mode"):
         shrunk(Only())
+
+
+def test_an_allocation_that_names_such_a_width_is_told_why() -> None:
+    recipe = secateur.ShrinkRecipe(allocation=GivenWidths({"a": 0.5}), recovery=())
+    with pytest.raises(SelectorError, match=r"a: cut to 16 of 32 .*in training mode"):
+        secateur.shrink(Helped(), recipe, X)
+    recipe = secateur.ShrinkRecipe(allocation=GivenWidths({"z": 0.5}), recovery=())
+    with pytest.raises(SelectorError, match="matches none"):
+        secateur.shrink(Helped(), recipe, X)

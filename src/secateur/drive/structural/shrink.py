@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.batches import Data, as_data
 from secateur.core.budget import Target
-from secateur.core.errors import NeedsData, UsageError
+from secateur.core.errors import NeedsData, SelectorError, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
@@ -181,7 +181,15 @@ class _Run:
     def _choice(self, recipe: ShrinkRecipe, example: Any, last: Target | None) -> dict[str, Tensor]:
         widths, around = self._chosen(), self.structure.widths
         scores = group_scores(self.model, widths, recipe, self.data, around=around)
-        return self._budget(recipe, last).keep(widths, scores, example)
+        try:
+            return self._budget(recipe, last).keep(widths, scores, example)
+        except SelectorError as error:  # an allocation may name a width that turned out to be stuck
+            told = [f"{n.where}: {n.text}" for n in self.facts.notes if n.where in self.stuck]
+            if not told:
+                raise
+            why = "a width that breaks the network is pinned, and takes no part any more"
+            do = "leave it out of the allocation"
+            raise SelectorError(error.asked, "; ".join(told[:3]), why, do) from error
 
     def _check(self) -> None:
         require_finite(self.model)
