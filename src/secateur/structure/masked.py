@@ -17,17 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import evaluating
-from secateur.structure.counted import rows_along
 from secateur.structure.coupling import Structure
-from secateur.structure.labels import varying
+from secateur.structure.kept_units import SameDraws, run_on_kept
 from secateur.structure.outputs import predictions
-from secateur.structure.rules.norms import own_statistics
-from secateur.structure.rules.reductions import reduced_axes
 from secateur.structure.trace import Call, Tracer, run_traced
-
-_REDUCTIONS = {"aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
-               "aten.var_mean", "aten.linalg_vector_norm", "aten.logsumexp"}  # fmt: skip
-_WEIGHT_NORM = "aten._weight_norm_interface"
 
 
 @torch.no_grad()
@@ -57,79 +50,14 @@ def run_masked(
     mask_(masked, structure, keep)
     alive = structure.alive(keep)
 
+    same = SameDraws()
+
     def execute(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        special = _kept_units(tracer, Call(func, args, kwargs, None), alive)
+        kwargs = same.seed(func, kwargs)
+        special = run_on_kept(tracer, Call(func, args, kwargs, None), alive)
         return func(*args, **kwargs) if special is None else special
 
     return run_traced(masked, example, Tracer(masked, execute))
-
-
-def _kept_units(tracer: Tracer, call: Call, alive: Tensor) -> Any:
-    """Run a reduction on kept units only; ``None`` if it sees no removed one."""
-    if call.name in _REDUCTIONS:
-        x = call.args[0]
-        for axis in reduced_axes(call):
-            kept = _kept_along(tracer, x, axis, alive)
-            if kept is not None:
-                x = x.index_select(axis, kept)
-        same = x is call.args[0]
-        return None if same else call.func(x, *call.args[1:], **call.kwargs)
-    if call.name == _WEIGHT_NORM:
-        # The direction of a removed row is zero divided by zero; it points nowhere.
-        weight, norms = call.func(*call.args, **call.kwargs)
-        return weight.nan_to_num(0.0), norms
-    if "batch_norm" in call.name and own_statistics(call):
-        return _batch_norm(tracer, call, alive)
-    if call.name == "aten.native_layer_norm":
-        return _layer_norm(tracer, call, alive)
-    if call.name == "aten.native_group_norm":
-        return _group_norm(tracer, call, alive)
-    return None
-
-
-def _kept_along(tracer: Tracer, x: Tensor, axis: int, alive: Tensor) -> Tensor | None:
-    for label in tracer.labels(x):
-        if varying(label) == (axis,):
-            ids = rows_along(label, axis)[:, 0]
-            known = (ids >= 0) & (ids < len(alive))
-            flags = torch.where(known, alive[ids.clamp(0, len(alive) - 1)], True)
-            if not bool(flags.all()):
-                return flags.nonzero()[:, 0].to(x.device)
-    return None
-
-
-def _layer_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:
-    x, shape, weight, bias, eps = call.args[:5]
-    kept = _kept_along(tracer, x, x.ndim - 1, alive)
-    if kept is None or len(shape) != 1:
-        return None
-    picked = [None if v is None else v.index_select(0, kept) for v in (weight, bias)]
-    part, mean, scale = call.func(x.index_select(-1, kept), [len(kept)], *picked, eps)
-    return torch.zeros_like(x).index_copy(-1, kept, part), mean, scale
-
-
-def _batch_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:
-    """One that computes its own statistics, e.g. to standardise a weight."""
-    x = call.args[0]
-    for axis in (0, *range(2, x.ndim)):
-        kept = _kept_along(tracer, x, axis, alive)
-        if kept is not None:
-            part, *rest = call.func(x.index_select(axis, kept), *call.args[1:], **call.kwargs)
-            return torch.zeros_like(x).index_copy(axis, kept, part), *rest
-    return None
-
-
-def _group_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:
-    x, weight, bias, batch, channels, pixels, groups, eps = call.args
-    kept = _kept_along(tracer, x, 1, alive)
-    if kept is None:
-        return None
-    left = len((kept // (channels // groups)).unique())
-    picked = [None if v is None else v.index_select(0, kept) for v in (weight, bias)]
-    part, mean, scale = call.func(
-        x.index_select(1, kept).contiguous(), *picked, batch, len(kept), pixels, left, eps
-    )
-    return torch.zeros_like(x).index_copy(1, kept, part), mean, scale
 
 
 @dataclass(frozen=True)
@@ -153,6 +81,8 @@ def prove(
 ) -> Proof:
     """Compare a cut network with the masked one on an example, in evaluation mode.
 
+    Both draw the same random numbers for the units that are kept; the state of the generators stays.
+
     Args:
         model: The uncut network.
         cut: A copy of it that was cut.
@@ -170,10 +100,15 @@ def prove(
         >>> prove(net, small, structure, keep, torch.randn(5, 4)).error < 1e-5
         True
     """
-    wanted = predictions(run_masked(model, structure, keep, example))
-    with evaluating(cut), torch.no_grad():
-        found = predictions(call(cut, example))
+    with torch.random.fork_rng(_devices(model)):
+        wanted = predictions(run_masked(model, structure, keep, example))
+        with evaluating(cut), torch.no_grad(), SameDraws():
+            found = predictions(call(cut, example))
     return compare(found, wanted)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
 def call(model: nn.Module, example: Any) -> Any:

@@ -48,6 +48,9 @@ rule(
     "aten.native_dropout",
     "aten.bernoulli",
     "aten.bernoulli_",
+    "aten.normal_",
+    "aten.uniform_",
+    "aten.exponential_",
     "aten.isin",
     "aten.bucketize",
 )(elementwise)

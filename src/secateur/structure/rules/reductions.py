@@ -8,15 +8,16 @@ from secateur.structure.labels import first_along, varying
 from secateur.structure.rules import rule
 from secateur.structure.trace import Call, Tracer
 
+REDUCTIONS = ("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
+              "aten.prod", "aten.any", "aten.all", "aten.logsumexp", "aten.linalg_vector_norm",
+              "aten.norm", "aten.var_mean", "aten.std_mean", "aten.argmax", "aten.argmin",
+              "aten.max", "aten.min", "aten.median", "aten.count_nonzero", "aten.nansum")  # fmt: skip
 _EXACT = ("aten.sum", "aten.count_nonzero")
 _FUSED = "they are compared or normalised with one another"
 _NUMBERED = "the position of one of them is a value"
 
 
-@rule("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.prod",
-      "aten.any", "aten.all", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm",
-      "aten.var_mean", "aten.std_mean", "aten.argmax", "aten.argmin", "aten.max", "aten.min",
-      "aten.median", "aten.count_nonzero", "aten.nansum")  # fmt: skip
+@rule(*REDUCTIONS)
 def reduced(tracer: Tracer, call: Call) -> None:
     """Over units only the kept ones are seen; over other axes nothing changes."""
     x = call.args[0]
