@@ -22,6 +22,7 @@ from secateur.formats import (
     selection_of,
     shapes_hash,
 )
+from secateur.frontends.remembered import remember_
 from secateur.structure import Cuts, apply_
 from secateur.structure.branches import branch_
 from secateur.structure.deletion import bypass_, delete_entries_
@@ -153,6 +154,7 @@ def replay_(model: nn.Module, surgery: Surgery, *, check_weights: bool = False) 
     with _restored_on_error(model, surgery):
         _carry_out_(model, surgery)
         _require_result(model, surgery)
+        remember_(model, surgery)
 
 
 def load_bundle_(model: nn.Module, bundle: Bundle, *, check_weights: bool = False) -> None:
@@ -202,6 +204,7 @@ def load_bundle_(model: nn.Module, bundle: Bundle, *, check_weights: bool = Fals
         _carry_out_(model, surgery)
         _require_result(model, surgery)
         load_into_(model, bundle)
+        remember_(model, surgery)
 
 
 def require_fit(model: nn.Module, surgery: Surgery, *, check_weights: bool = False) -> None:

@@ -14,8 +14,8 @@ from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
 from secateur.drive.network import copy_of, network_of
 from secateur.drive.pruned import Pruned
-from secateur.drive.structural.remembered import remember_
 from secateur.formats import BlockEdit
+from secateur.frontends.remembered import remember_
 from secateur.frontends.surgery import surgery_for
 from secateur.learn.energy import Branches
 from secateur.structure import Cuts

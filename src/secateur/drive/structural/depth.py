@@ -19,10 +19,10 @@ from secateur.core.slots import device_of
 from secateur.drive.money import uses
 from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
-from secateur.drive.structural.remembered import remember_
 from secateur.drive.structural.width_cost import limit_of
 from secateur.formats import BlockEdit
 from secateur.frontends import discover
+from secateur.frontends.remembered import remember_
 from secateur.frontends.surgery import surgery_for
 from secateur.score import BlockInfluence
 from secateur.stats import collect

@@ -18,8 +18,8 @@ from secateur.core.selectors import matches, require_hits
 from secateur.core.slots import device_of
 from secateur.drive.network import copy_of, network_of
 from secateur.drive.pruned import Pruned
-from secateur.drive.structural.remembered import remember_
 from secateur.formats import BlockEdit
+from secateur.frontends.remembered import remember_
 from secateur.frontends.surgery import surgery_for
 from secateur.stats.experts import expert_outputs
 from secateur.structure.cut import apply_

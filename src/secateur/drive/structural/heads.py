@@ -14,6 +14,7 @@ from secateur.core.masks import Masks
 from secateur.core.widths import Width
 from secateur.drive.network import network_of
 from secateur.drive.pruned import Pruned
+from secateur.frontends.remembered import remember_
 from secateur.frontends.surgery import surgery_for
 from secateur.frontends.transformers_config import layers_of
 from secateur.frontends.transformers_save import example_for
@@ -43,8 +44,8 @@ def prune_heads(
         layers: Path of the list of layers, for a model with several (an encoder and a decoder).
 
     Returns:
-        The same model, with its surgery: save it as a bundle, or with
-        :func:`~secateur.frontends.transformers_save.save_transformers`.
+        The same model, with its surgery, which includes what was cut before: save it as a bundle,
+        or with :func:`~secateur.frontends.transformers_save.save_transformers`.
 
     Raises:
         UsageError: There is no such layer or head; all heads of a layer are named; the heads of a
@@ -89,11 +90,13 @@ def prune_heads(
         module: {**sizes, **cuts.attributes.get(module, {})} for module, sizes in stated.items()
     }
     cuts = Cuts(cuts.kept, {**cuts.attributes, **attributes})
-    surgery = surgery_for(model, cuts)
+    whole = remember_(
+        model, surgery_for(model, cuts)
+    )  # raises if it cannot be joined to earlier cuts
     apply_(model, cuts)
-    _remember_(model, gone)
+    _list_(model, gone)
     notes = [Note("pruned-heads", f"{path}.{n}", f"heads {which}") for n, which in gone.items()]
-    return Pruned(model, Masks({}), Facts(notes=notes), surgery)
+    return Pruned(model, Masks({}), Facts(notes=notes), whole)
 
 
 def attention_width(model: nn.Module, structure: Structure, layer: str) -> Width:
@@ -201,7 +204,7 @@ def _stated(model: Any, width: Width, flags: Tensor) -> dict[str, dict[str, int]
     return found
 
 
-def _remember_(model: Any, gone: Mapping[int, list[int]]) -> None:
+def _list_(model: Any, gone: Mapping[int, list[int]]) -> None:
     """Transformers before version 5 kept a list of removed heads, by their first numbers."""
     told = getattr(model.config, "pruned_heads", None)
     if not isinstance(told, dict):

@@ -27,12 +27,12 @@ from secateur.drive.structural.cutting import example_of, proved, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.refit import refit_
-from secateur.drive.structural.remembered import remember_, surgery_of
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.trial import unrunnable
 from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
 from secateur.formats import Surgery
+from secateur.frontends.remembered import remember_, surgery_of
 from secateur.frontends.surgery import surgery_for
 from secateur.recover import BatchNorm
 from secateur.stats.groups import wants_data
