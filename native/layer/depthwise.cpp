@@ -31,9 +31,11 @@ void Depthwise::run(const float *x, const int64_t dims[3], const int64_t out[3],
   const int64_t outputs = spec_.outputs, of_group = outputs / spec_.groups;
   const int64_t taps = int64_t{spec_.kernel[0]} * spec_.kernel[1];
   const float *const x_end = x + dims[0] * spec_.groups * in_plane;
-  // A kernel may read so many floats before and behind a channel.
+  // A kernel may read so many floats before and behind a channel: it loads whole vectors, and the
+  // columns of the right padding lie behind the last row.
   const KernelTable &table = out[2] <= narrower_.lanes ? narrower_ : table_;
-  const int64_t before = spec_.kernel[1], behind = 2 * spec_.stride[0] * table.lanes + spec_.kernel[1];
+  const int64_t before = spec_.kernel[1];
+  const int64_t behind = 2 * spec_.stride[0] * table.lanes + spec_.kernel[1] + spec_.pads[3];
   const int64_t planes = dims[0] * outputs;
   const int64_t most = int64_t{8} * parallel.threads;
   const int64_t chunk = std::max<int64_t>(1, (planes + most - 1) / most);

@@ -251,6 +251,11 @@ std::vector<Case> cases() {
   }
   all.push_back({conv(4, 1, 4, 3, 1, 1, 0, 0), {1, 5, 5}, 1.0, false, false, 0});
   all.push_back({conv(1, 1, 1, 3, 2, 1, 1, 0), {1, 9, 40}, 1.0, false, true, 0});
+  for (const int stride : {1, 2}) {  // far more columns of the output than of the input
+    Case wide = {conv(4, 1, 4, 3, stride, 1, 1, 0), {1, 2, 8}, 1.0, true, false, 0};
+    wide.spec.pads[2] = 70, wide.spec.pads[3] = 150;
+    all.push_back(wide);
+  }
   Case uneven = {conv(16, 6, 1, 3, 1, 1, 0, 0), {1, 6, 9}, 0.4, true, false, 0};
   uneven.spec.kernel[1] = 5, uneven.spec.stride[0] = 2, uneven.spec.pads[0] = 1;
   uneven.spec.pads[3] = 3, uneven.spec.dilation[0] = 2;
