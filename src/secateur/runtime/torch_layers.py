@@ -52,11 +52,13 @@ class _Known:
 
     Args:
         key: Changes with the weight.
+        memory: Of the weight; held, because another weight at its address would have its key.
         dense: By size of the input, whether it is fastest dense.
         weight: The dense weight, once that is needed.
     """
 
     key: object
+    memory: torch.UntypedStorage
     dense: dict[int, bool] = field(default_factory=dict)
     weight: Tensor | None = None
 
@@ -128,24 +130,24 @@ class SparseLayer(nn.Module):
         fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs and x.numel()
         if not fits or not self.measure or torch.compiler.is_compiling():
             return None
-        key = torch_operators.identity(self.values)
-        if self._known is None or self._known.key != key:
-            self._known = _Known(key)
+        key, known = torch_operators.identity(self.values), self._known
+        if known is None or known.key != key:
+            known = self._known = _Known(key, self.values.untyped_storage())
         tokens = x.numel() // inputs
         size = tokens.bit_length()
-        if size not in self._known.dense:
+        if size not in known.dense:
             dense: bool | None = x.numel() * outputs < _LITTLE
             if not dense:
                 stored = (self.values, self.index, bias)
                 dense = torch_operators.stays_dense(*stored, self.shape, tokens)
             if dense is None:
                 return None
-            self._known.dense[size] = dense
-        if not self._known.dense[size]:
+            known.dense[size] = dense
+        if not known.dense[size]:
             return None
-        if self._known.weight is None:
-            self._known.weight = self.weight.contiguous()
-        return self._known.weight
+        if known.weight is None:
+            known.weight = self.weight.contiguous()
+        return known.weight
 
     def dense(self) -> Dense:
         """The layer as it was before, with the same bits in its weight."""
@@ -160,6 +162,10 @@ class SparseLayer(nn.Module):
         """Shape, sparsity and the kind of layer."""
         kept = self.values.numel() / max(1, self.index.numel() * 8)
         return f"{type(self._shell[0]).__name__}, weight={self.shape}, sparsity={1 - kept:.3f}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or another process, has weights at other addresses.
+        return self.__dict__ | {"_known": None}
 
     def _store_(self, weight: Tensor) -> None:
         value = weight.detach().contiguous()
