@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from secateur.runtime import accelerate, library
+from secateur.runtime import accelerate, library, restore
 from secateur.runtime.torch_layers import SparseLayer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
@@ -60,3 +60,25 @@ def test_a_copy_does_not_bring_what_the_original_knew() -> None:
         copied = copy.deepcopy(net)
         assert copied.get_submodule("0")._known is None
         assert torch.equal(copied(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_keeps_the_type_of_the_layer(dtype: torch.dtype) -> None:
+    net = pruned(nn.Linear(64, 64)).to(dtype)
+    state, x = copy.deepcopy(net.state_dict()), torch.randn(2, 64, dtype=dtype)
+    wanted = net(x).detach()
+    accelerate(net)
+    for given in (state, {name: value.float() for name, value in state.items()}):
+        net.load_state_dict(given)
+        assert {value.dtype for value in net.state_dict().values()} == {dtype}
+        with torch.no_grad():
+            assert torch.allclose(net(x), wanted, atol=0.05)
+    assert restore(net).get_parameter("0.weight").dtype == dtype
+
+
+def test_assigning_a_state_dict_brings_its_type() -> None:
+    net = pruned(nn.Linear(64, 64)).bfloat16()
+    state = {name: value.float() for name, value in net.state_dict().items()}
+    accelerate(net).load_state_dict(state, assign=True)
+    with torch.no_grad():
+        assert net(torch.randn(2, 64)).dtype == torch.float32

@@ -211,7 +211,9 @@ class SparseLayer(nn.Module):
         elif given is not None and tuple(given.shape) != self.shape:
             error_msgs.append(f"size mismatch for {name}: {tuple(given.shape)}, not {self.shape}")
         elif given is not None:
-            self._store_(given.to(dtype=torch.float32, device=self.values.device))
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            dtype = given.dtype if assigned else self.values.dtype
+            self._store_(given.to(dtype=dtype, device=self.values.device))
         own = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k != name}
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
