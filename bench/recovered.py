@@ -4,7 +4,8 @@ Two protocols. ``resnet56`` starts from the network of the data page, which has 
 training images, and is judged by the 1,000 test images. ``resnet20`` starts from the dense trunk of
 the study ``gradual``, trained on 40,000 images, and is judged by the other 11,000. In each, the
 network is cut in five rounds and compensated; then it and the dense one are fine-tuned for 15
-epochs on the 40,000 images with the same batches and learning rates.
+epochs on the 40,000 images with the same batches and learning rates. Each protocol is run twice:
+with labels alone for both, and, for the pruned one, distilled from the fine-tuned dense network.
 
     python -m bench --arm recovered --depth 56
     python -m bench recovered
@@ -16,8 +17,10 @@ after it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,16 @@ from torch import nn
 
 import secateur
 from bench import cifar, compensation, gradual, record, sparse_training, training
+from secateur.learn import Task
+from secateur.learn.objectives import Term
 
 ARMS = ("recovered",)
-KINDS = ("dense", "pruned")
 DEPTHS = (20, 56)
 WORSE = 0.7  # points at most
+GOALS = {
+    "pruned": "points below dense after fine-tuning",
+    "distilled": "points below dense after fine-tuning, distilled",
+}
 RECIPE = training.Recipe(epochs=15, rate=0.02, warmup=0.5)
 
 
@@ -45,6 +53,8 @@ class Plan:
         train_images: An epoch shows the first so many.
         test_images: Test on the first so many.
         rounds: Of cutting.
+        distillation: Share of the last network's loss that is towards the dense one.
+        temperature: Of that share.
     """
 
     depth: int = 56
@@ -52,6 +62,8 @@ class Plan:
     train_images: int = cifar.TRAIN
     test_images: int = 1_000
     rounds: int = 5
+    distillation: float = 0.9
+    temperature: float = 4.0
 
     @property
     def study(self) -> str:
@@ -105,30 +117,58 @@ def run_arm(
     pruned = secateur.load(_copy(dense, plan.depth), bundle)
     told = pruned.facts.measures
     before = {kind: _judged(m, test) for kind, m in (("dense", dense), ("pruned", pruned.model))}
-    batches = cifar.augmented(train, batch=plan.recipe.batch)
-    networks: dict[str, Any] = {}
-    for kind, model in (("dense", _copy(dense, plan.depth)), ("pruned", pruned.model)):
-        run = training.go_on(model, plan.recipe)
-        file = place.runs / f"{plan.study}-{kind}.safetensors"
-        if file.exists():
-            training.load(run, file)
-        while len(run.history) < plan.recipe.epochs:
-            training.train_epoch(run, batches, seed=seed)
-            training.save(run, file)
-            print(f"{plan.study} {kind}:", *(f"{k} {v}" for k, v in run.history[-1].items()))
-        networks[kind] = {**_judged(run.model, test), "history": run.history}
+    tuned = _Tuned(plan, seed, place, cifar.augmented(train, batch=plan.recipe.batch))
+    runs = {
+        "dense": tuned("dense", _copy(dense, plan.depth)),
+        "pruned": tuned("pruned", copy.deepcopy(pruned.model)),
+    }
+    taught = training.distilled(
+        runs["dense"].model, plan.distillation, temperature=plan.temperature
+    )
+    runs["distilled"] = tuned("distilled", pruned.model, taught)
+    networks = {k: {**_judged(r.model, test), "history": r.history} for k, r in runs.items()}
+    differences = {
+        "before": _difference(before, "pruned", test),
+        **{kind: _difference(networks, kind, test) for kind in GOALS},
+    }
+    goals = [
+        record.goal(words, round(-differences[kind]["mean"], 6), "at most", WORSE)
+        for kind, words in GOALS.items()
+    ]
     result = {
         "plan": asdict(plan),
         "macs": [told["target"]["dense"], told["target"]["reached"]],
         "parameters": told["parameters"],
         "before": before,
         "networks": networks,
-        "differences": [_difference(found, test) for found in (before, networks)],
+        "differences": differences,
     }
-    lost = round(-result["differences"][1]["mean"], 6)
-    goals = [record.goal("points below dense after fine-tuning", lost, "at most", WORSE)]
     record.write(plan.study, result, goals=goals, seeds=[seed], watch=watch, folder=place.results)
     return record.read(plan.study, folder=place.results)
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """Fine-tunes a network, or goes on with it."""
+
+    plan: Plan
+    seed: int
+    place: gradual.Place
+    images: cifar.Augmented
+
+    def __call__(
+        self, kind: str, model: nn.Module, terms: Sequence[Term] = (Task(),)
+    ) -> training.Run:
+        run = training.go_on(model, self.plan.recipe)
+        file = self.place.runs / f"{self.plan.study}-{kind}.safetensors"
+        if file.exists():
+            training.load(run, file)
+        while len(run.history) < self.plan.recipe.epochs:
+            training.train_epoch(run, self.images, seed=self.seed, terms=terms)
+            training.save(run, file)
+            told = " ".join(f"{k} {v}" for k, v in run.history[-1].items())
+            print(f"{self.plan.study} {kind}: {told}", flush=True)
+        return run
 
 
 def _images(plan: Plan) -> tuple[cifar.Split, cifar.Split]:
@@ -166,6 +206,6 @@ def _judged(model: nn.Module, test: cifar.Split) -> dict[str, Any]:
     }
 
 
-def _difference(found: dict[str, Any], test: cifar.Split) -> dict[str, Any]:
-    files = {(kind, 0): found[kind] for kind in KINDS}
-    return sparse_training.difference(files, ("pruned", "dense"), test.labels)
+def _difference(found: dict[str, Any], kind: str, test: cifar.Split) -> dict[str, Any]:
+    files = {(name, 0): each for name, each in found.items()}
+    return sparse_training.difference(files, (kind, "dense"), test.labels)

@@ -119,28 +119,27 @@ def _recovered(folder: Path) -> str:
     for study in variants(folder, "recovered"):
         result, plan = study["result"], study["result"]["plan"]
         rows = []
-        for kind, macs in zip(("dense", "pruned"), result["macs"], strict=True):
-            found = [result[stage][kind]["test"] for stage in ("before", "networks")]
-            cells = [f"{macs / result['macs'][0]:.1%}"]
-            cells += [f"{test['accuracy']:.2f} %" for test in found]
-            rows.append([kind, *cells])
-        gaps = [
-            f"{gap['mean']:+.2f} ± {gap['standard_error_of_images']:.2f}"
-            for gap in result["differences"]
-        ]
-        rows.append(["difference, points", "", *gaps])
+        for kind, found in result["networks"].items():
+            cut, gap = kind != "dense", result["differences"].get(kind)
+            before = result["before"]["pruned" if cut else "dense"]
+            cells = [f"{result['macs'][cut] / result['macs'][0]:.1%}"]
+            cells += [f"{each['test']['accuracy']:.2f} %" for each in (before, found)]
+            shown = f"{gap['mean']:+.2f} ± {gap['standard_error_of_images']:.2f}" if gap else ""
+            rows.append([kind, *cells, shown])
         told = (
             f"ResNet-{plan['depth']}: {plan['recipe']['epochs']} epochs of "
             f"{plan['train_images']:,} images, {plan['test_images']:,} test images; {seeds(study)}."
         )
         head = [f"ResNet-{plan['depth']}", "multiply-adds", "before fine-tuning", "after"]
+        head.append("points above dense")
         parts += [prose(told), where(study), table(head, rows), goals(study)]
     if not parts:
         return ""
     text = (
         "Cut to half of the multiply-adds in five rounds and compensated, then fine-tuned; the uncut "
-        "network is fine-tuned with the same batches and learning rates. Differences are counted image "
-        "by image; the standard error is that of the images."
+        "network is fine-tuned with the same batches and learning rates. Distilled: the same cut network, "
+        "which learns from the fine-tuned dense one. Differences are counted image by image; the "
+        "standard error is that of the images."
     )
     return section("Half the multiply-adds with fine-tuning", [prose(text), *parts])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bench import cifar
 from secateur.core.atomic import new_file
+from secateur.learn import Distill, Task
+from secateur.learn.objectives import Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ def train_epoch(
     *,
     seed: int,
     after_step: Callable[[], object] = lambda: None,
+    terms: Sequence[Term] = (Task(),),
 ) -> None:
     """Train one more epoch and add it to the history.
 
@@ -105,6 +107,7 @@ def train_epoch(
         images: To train on.
         seed: Of order and augmentation.
         after_step: Called after every step of the optimizer.
+        terms: The loss is their sum.
     """
     began, done, losses, right = time.time(), len(run.history), 0.0, 0
     run.model.train()
@@ -112,8 +115,8 @@ def train_epoch(
         for group in run.optimizer.param_groups:
             group["lr"] = run.recipe.rate_at(done + step / len(images))
         with torch.autocast("cpu", torch.bfloat16):
-            found = run.model(x)
-        loss = functional.cross_entropy(found.float(), labels)
+            found = run.model(x).float()
+            loss = torch.stack([term.of(run.model, found, (x, labels)) for term in terms]).sum()
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
@@ -132,6 +135,11 @@ def train_epoch(
             "images_a_second": round(count / seconds, 1),
         }
     )
+
+
+def distilled(teacher: nn.Module, weight: float, *, temperature: float) -> tuple[Term, ...]:
+    """Terms of a loss: towards a trained network by a share ``weight``, else towards the labels."""
+    return Task(1 - weight), Distill(teacher.eval(), weight, temperature)
 
 
 def save(run: Run, path: Path, *, more: dict[str, Tensor] | None = None) -> None:
