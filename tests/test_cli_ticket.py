@@ -1,0 +1,66 @@
+"""The command line of ticket searches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tickets_cases import RECIPE, plan, search
+from typer.testing import CliRunner, Result
+
+from secateur.cli.main import app
+from secateur.experiments import Training
+
+FILES = """
+import sys
+sys.path.insert(0, {tests!r})
+import tickets_cases as here
+
+build = here.build
+load = here.data
+
+def seeded():
+    import torch
+    torch.manual_seed(0)
+    return build()
+"""
+
+
+def command(place: Path, *words: str, network: str = "build") -> Result:
+    file = place / "parts.py"
+    file.write_text(FILES.format(tests=str(Path(__file__).parent)))
+    fixed = ["ticket", f"{file}:{network}", "--data", f"{file}:load", "-o", str(place / "runs")]
+    return CliRunner().invoke(app, [*fixed, "--epochs", "1", *words])
+
+
+def test_command_finds_what_python_finds(tmp_path: Path) -> None:
+    words = ["--levels", "36%,0.79", "--rewind", "rate", "--rewind-to", "2steps"]
+    words += ["--allocation", "global", "--lr", "0.05", "--seed", "3"]
+    told = json.loads(command(tmp_path, "--json", *words).stdout)
+    assert told["ok"] is True
+    how = plan(rewind="rate", rewind_to=2, unit="steps", training=Training(1.0, 0.05, seed=3))
+    found = search(tmp_path / "runs", how, recipe=replace(RECIPE, seed=3))
+    assert all(level.done for level in found.levels)
+    assert [level["mask"] for level in told["levels"]] == [level.mask for level in found.levels]
+    assert set(told["structure"]) == {"filters", "channels", "kernels"}
+    again = json.loads(command(tmp_path, "--json", *words).stdout)
+    assert [level["done"] for level in again["levels"]] == [True, True]
+    shown = command(tmp_path, *words).stdout
+    assert "level 2" in shown
+    assert shown.count("done before") == 3
+    assert "entirely zero" in shown
+
+
+def test_command_refuses_in_its_own_words(tmp_path: Path) -> None:
+    for words, network, match in (
+        (["--rewind", "back"], "build", "rewind is one of"),
+        (["--levels", "0.5,0.2"], "build", "rising"),
+        (["--rewind-to", "soon"], "build", "cannot be read"),
+        (["--rewind", "reinit"], "seeded", "gives the same weights again"),
+    ):
+        ended = command(tmp_path, "--json", *words, network=network)
+        assert ended.exit_code == 2
+        error = json.loads(ended.stdout)["error"]
+        assert match in " ".join(str(value) for value in error.values())
+    assert not (tmp_path / "runs").exists()
