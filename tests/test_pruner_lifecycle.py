@@ -8,8 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as other_tool
 
-from secateur import Gradual, Recipe, Regrow, Scope, Target, attach_, detach_, masks_of
+from secateur import (
+    FineTune,
+    Gradual,
+    Recipe,
+    Regrow,
+    Scope,
+    Target,
+    attach_,
+    detach_,
+    masks_of,
+    prune,
+    prune_,
+    recipes,
+)
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
 from secateur.pattern import Rows
@@ -128,6 +142,102 @@ def test_masks_that_were_taken_away_are_missed() -> None:
     detach_(model)
     with pytest.raises(UsageError, match=r"mask of '0\.weight' is no longer on the model"):
         train(model, optimizer, [pruner], 2)
+
+
+# -- buffers of the user's own --------------------------------------------------------------------
+
+
+class MaskedConv(nn.Conv2d):
+    """As in PixelCNN: the kernel sees only what lies before."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.register_buffer("weight_mask", torch.ones_like(self.weight, dtype=torch.bool))
+        self.weight_mask[:, :, 1:, 2:] = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight * self.weight_mask, self.bias, padding=1)
+
+
+def pixels() -> nn.Sequential:
+    return nn.Sequential(MaskedConv(4), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.ReLU(), MaskedConv(8))
+
+
+IMAGES = [(torch.randn(2, 4, 5, 5), torch.zeros(2, 5, 5, dtype=torch.long))]
+
+
+def test_a_buffer_of_the_module_is_no_mask_of_ours() -> None:
+    model = pixels()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not masks_of(model)
+    assert not detach_(model)
+    pruned = prune(model, Recipe(target=HALF, scope=only("4")))  # one round trains nothing
+    assert list(pruned.masks) == ["4.weight"]
+    assert pruned.model.state_dict().keys() == before.keys()
+    assert torch.equal(pruned.model[0].weight_mask, before["0.weight_mask"])
+    pruned.model(IMAGES[0][0])
+    optimizer = sgd(model)
+    pruner = Gradual(model, optimizer, recipe(2, scope=Scope(ignore=("0", "4"))))
+    for _ in range(2):
+        model(IMAGES[0][0]).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    assert list(pruner.finalize().masks) == ["2.weight"]
+    assert model.state_dict().keys() == before.keys()
+
+
+def attach_one(model: nn.Module) -> None:
+    mask = torch.ones_like(model.get_parameter("2.weight"), dtype=torch.bool)
+    attach_(model, Masks({"2.weight": mask, "4.weight": torch.ones(8, 8, 3, 3) > 0}))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: Gradual(model, sgd(model), recipe(2)),
+        lambda model: prune_(model, Recipe(target=HALF, recovery=(FineTune(1),)), IMAGES),
+        lambda model: prune_(
+            model, Recipe(target=HALF, schedule=Polynomial(0, 2, 1, unit="rounds"))
+        ),
+        lambda model: prune_(model, recipes.gmp(0.5, epochs=1), IMAGES),
+        attach_one,
+    ],
+    ids=["gradual", "finetune", "rounds", "gmp", "attach_"],
+)
+def test_a_module_that_uses_the_name_is_refused_and_nothing_changes(act: Any) -> None:
+    model = pixels()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"MaskedConv\) has a 'weight_mask' of its own"):
+        act(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_mask_of_another_tool_is_refused() -> None:
+    model = net()
+    other_tool.l1_unstructured(model[2], "weight", 0.5)
+    with pytest.raises(UsageError, match=r"torch\.nn\.utils\.prune"):
+        attach_(model, Masks({"2.weight": torch.ones(8, 12, dtype=torch.bool)}))
+
+
+def test_masks_of_ours_survive_copies_and_state_dicts() -> None:
+    model = net()
+    optimizer = sgd(model)
+    pruner = Gradual(model, optimizer, recipe())
+    train(model, optimizer, [pruner], 5)
+    twin = copy.deepcopy(copy.deepcopy(model))
+    assert masks_of(twin) == pruner.masks
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert masks_of(average.module) == pruner.masks
+    fresh = net(seed=5)
+    Gradual(fresh, sgd(fresh), recipe())
+    fresh.load_state_dict(model.state_dict())
+    assert masks_of(fresh) == pruner.masks
+    for one in (twin, fresh, model):
+        detach_(one)
+        attributes = [set(vars(module)) for module in one.modules()]
+        assert attributes == [set(vars(module)) for module in net().modules()]
 
 
 # -- the end --------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
 from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress
 from secateur.drive.training.gradual import Gradual, mean_loss
-from secateur.drive.training.held import attach_, detach_, masks_of
+from secateur.drive.training.held import attach_, detach_, masks_of, require_free
 from secateur.drive.training.recorder import Checkpoints, as_checkpoints
 from secateur.formats.checkpoint import values_hash
 from secateur.recover import BatchNorm
@@ -178,6 +178,8 @@ class _Run:
         recipe = self.recipe
         require_something(self.plan, recipe)
         require_finite(self.model)
+        if recipe.finetune is not None or len(events(recipe.schedule)) > 1:
+            require_free(self.model, [slot.name for slot in self.plan.chosen])
         assert recipe.target is not None
         wants = {
             f"criterion {type(recipe.criterion).__name__}": bool(recipe.criterion.needs),

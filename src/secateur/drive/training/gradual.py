@@ -35,6 +35,7 @@ from secateur.drive.training.held import (
     attach_,
     detach_,
     masks_of,
+    require_free,
     reset_momentum_,
     unheld,
 )
@@ -126,6 +127,7 @@ class Gradual:
         note_left_out(self.facts, self._plan)
         self._streamed, self._measured = self._split_needs()
         own = [slot.name for slot in self._slots]
+        require_free(model, own)
         already = masks_of(model, own)
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
         # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.

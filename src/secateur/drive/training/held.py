@@ -18,6 +18,10 @@ from secateur.core.masks import Masks
 
 SUFFIX = "_mask"
 
+#: Where a module says which of its masks are ours, and not buffers of its own. A plain list of names, so
+#: that copies of the module say it too.
+_OURS = "_secateur_masks"
+
 
 def attach_(model: nn.Module, masks: Masks) -> None:
     """Register each mask as the buffer ``<parameter>_mask`` next to its parameter, and apply it.
@@ -30,10 +34,9 @@ def attach_(model: nn.Module, masks: Masks) -> None:
         >>> float(net.weight[0, 1].detach())
         0.0
     """
+    require_free(model, masks)
     for name, mask in masks.items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        parameter = getattr(module, attribute)
+        parameter = model.get_parameter(name)
         if mask.shape != parameter.shape:
             raise UsageError(
                 f"a mask for {name!r}",
@@ -41,20 +44,44 @@ def attach_(model: nn.Module, masks: Masks) -> None:
                 "a mask has the shape of its weight",
                 "make the mask for this model",
             )
-        existing = getattr(module, attribute + SUFFIX, None)
-        if isinstance(existing, Tensor) and existing.dtype != torch.bool:
+    for name, mask in masks.items():
+        module, attribute = _place(model, name)
+        existing = module._buffers.get(attribute + SUFFIX)
+        if existing is not None:
+            existing.copy_(mask)
+        else:
+            device = model.get_parameter(name).device
+            module.register_buffer(attribute + SUFFIX, mask.to(device, copy=True))
+            module.__dict__.setdefault(_OURS, []).append(attribute)
+    masks.apply_(model)
+
+
+def require_free(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise unless the place of each mask is free, or holds a mask that :func:`attach_` put there.
+
+    Raises:
+        UsageError: A module has something of its own under that name.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> net.register_buffer("weight_mask", torch.ones(1, 2, dtype=torch.bool))
+        >>> require_free(net, ["weight"])
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: a mask for 'weight': its module (Linear) has a 'weight_mask' \
+of its own. ...
+    """
+    for name in names:
+        module, attribute = _place(model, name)
+        if hasattr(module, attribute + SUFFIX) and attribute not in _ours(module):
             raise UsageError(
                 f"a mask for {name!r}",
-                f"the module already has {attribute + SUFFIX!r} of type {existing.dtype}",
-                "another pruning tool seems to hold this weight (torch.nn.utils.prune does so)",
-                "make its pruning permanent first (torch.nn.utils.prune.remove)",
+                f"its module ({type(module).__name__}) has a {attribute + SUFFIX!r} of its own",
+                "masks are kept under that name while a network trains; the module computes with its "
+                "own, or another pruning tool holds this weight (torch.nn.utils.prune does so)",
+                "rename it in the module, make that pruning permanent (torch.nn.utils.prune.remove), "
+                "or leave the weight out with ignore=",
             )
-        buffer = mask.to(parameter.device)
-        if isinstance(existing, Tensor):
-            existing.copy_(buffer)
-        else:
-            module.register_buffer(attribute + SUFFIX, buffer.clone())
-    masks.apply_(model)
 
 
 def detach_(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
@@ -72,8 +99,11 @@ def detach_(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
     """
     masks = masks_of(model, names)
     for name in masks:
-        path, _, attribute = name.rpartition(".")
-        del model.get_submodule(path)._buffers[attribute + SUFFIX]
+        module, attribute = _place(model, name)
+        delattr(module, attribute + SUFFIX)
+        _ours(module).remove(attribute)
+        if not _ours(module):
+            del module.__dict__[_OURS]
     return masks
 
 
@@ -88,17 +118,25 @@ def masks_of(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
         >>> masks_of(nn.Linear(2, 1))
         Masks(0 weights, 0 of 0 kept)
     """
-    known = {name for name, _ in model.named_parameters()}
-    wanted = known if names is None else known & set(names)
-    return Masks(
-        {
-            name.removesuffix(SUFFIX): buffer.clone()
-            for name, buffer in model.named_buffers()
-            if name.endswith(SUFFIX)
-            and buffer.dtype == torch.bool
-            and name.removesuffix(SUFFIX) in wanted
-        }
-    )
+    wanted = None if names is None else set(names)
+    found = {}
+    for path, module in model.named_modules():
+        for attribute in _ours(module):
+            name = f"{path}.{attribute}" if path else attribute
+            if wanted is None or name in wanted:
+                found[name] = module.get_buffer(attribute + SUFFIX).clone()
+    return Masks(found)
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _ours(module: nn.Module) -> list[str]:
+    """The parameters of a module whose masks are ours."""
+    found: list[str] = module.__dict__.get(_OURS, [])
+    return found
 
 
 class Held:
