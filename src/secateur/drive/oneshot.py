@@ -30,7 +30,7 @@ from secateur.drive.plan import Plan, note_left_out, plan, require_finite, requi
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
-from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress
+from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress, parameter_groups
 from secateur.drive.training.gradual import Gradual, mean_loss
 from secateur.drive.training.held import attach_, detach_, masks_of, require_free
 from secateur.drive.training.recorder import Checkpoints, as_checkpoints
@@ -197,6 +197,8 @@ class _Run:
                         "it works on training batches",
                         "pass data= in Python or --data file.py:function on the command line",
                     )
+        if recipe.finetune is not None:
+            parameter_groups(self.model, 0.0)  # raises now what would end the run much later
         if recipe.schedule.unit != "rounds":
             if recipe.finetune is None:
                 raise UsageError(
@@ -374,6 +376,7 @@ class _Run:
         pruned = pruner[0].finalize()
         self.facts.layers = pruned.facts.layers
         self.facts.history = [*pruned.facts.history, *history]
+        self.facts.notes += [n for n in pruned.facts.notes if n not in self.facts.notes]
         end = self.recipe.schedule.end
         whole = how.epochs if self.recipe.schedule.unit == "epochs" else pruner[0].steps
         self.facts.measures["finetune_share"] = max(0.0, 1 - end / whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,6 +72,29 @@ def _scoped(slot: Slot, recipe: Recipe) -> Slot:
         except UsageError as error:
             reason = f"does not fit the pattern: {error.found}; {error.why}"
     return replace(slot, reason=reason)
+
+
+def without_frozen(found: Plan, model: nn.Module, recipe: Recipe) -> Plan:
+    """Leave frozen weights out where the criterion reads the gradients of the training itself.
+
+    Example:
+        >>> from secateur.score import Movement
+        >>> net = nn.Linear(4, 2).requires_grad_(False)
+        >>> without_frozen(plan(net), net, Recipe(Movement())).chosen
+        []
+    """
+    needs: list[Any] = list(recipe.criterion.needs)
+    if not any(getattr(n, "source", "") == "gradients" and n.samples is None for n in needs):
+        return found
+    reason = f"it is frozen, and {type(recipe.criterion).__name__} reads the gradients of training"
+    return Plan(
+        tuple(
+            replace(slot, reason=reason)
+            if slot.prunable and not slot.tensor(model).requires_grad
+            else slot
+            for slot in found.slots
+        )
+    )
 
 
 def require_something(plan: Plan, recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from secateur.core.batches import Batch, Data, count, default_loss, size_of, to_device
 from secateur.core.errors import DataError, NeedsData
 from secateur.core.slots import device_of
-from secateur.drive.training.finetune import Progress
+from secateur.drive.training.finetune import Progress, parameter_groups
 from secateur.drive.training.held import Held
 from secateur.experiments.terms import Training
 
@@ -157,18 +157,13 @@ def _one_step_(
 
 
 def optimizer_for(model: nn.Module, how: Training) -> torch.optim.Optimizer:
-    """A new optimizer; weight decay acts on parameters with two or more axes.
+    """A new optimizer over :func:`~secateur.drive.training.finetune.parameter_groups`.
 
     Example:
         >>> type(optimizer_for(nn.Linear(2, 2), Training(optimizer="adamw"))).__name__
         'AdamW'
     """
-    free = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in free if p.ndim > 1], "weight_decay": how.weight_decay},
-        {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(model, how.weight_decay)
     if how.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=how.lr)
     return torch.optim.SGD(groups, lr=how.lr, momentum=0.9, nesterov=True)

@@ -326,10 +326,13 @@ def stream_gradients(
     """
 
     def before(_: torch.optim.Optimizer) -> None:
+        if all(slot.tensor(model).grad is None for slot in slots):
+            return  # no backward pass came before this step
         for slot in slots:
-            gradient = slot.tensor(model).grad
-            if gradient is not None:
-                for need in needs:
-                    stats.update(need, slot.weight(model), gradient, 1)
+            parameter = slot.tensor(model)
+            # The loss does not depend on a weight that it left without a gradient.
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for need in needs:
+                stats.update(need, slot.weight(model), gradient, 1)
 
     return before_update(optimizer, before)

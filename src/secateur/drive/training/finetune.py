@@ -284,16 +284,35 @@ def _objective(
 
 
 def _optimizer(model: nn.Module, how: FineTune) -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": how.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
+    groups = parameter_groups(model, how.weight_decay)
     if how.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=how.lr)
     return torch.optim.SGD(groups, lr=how.lr, momentum=0.9, nesterov=True)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What an optimizer trains; weight decay acts on parameters with two or more axes.
+
+    Raises:
+        UsageError: Everything is frozen.
+
+    Example:
+        >>> [len(group["params"]) for group in parameter_groups(nn.Linear(2, 2), 0.1)]
+        [1, 1]
+    """
+    free = [p for p in model.parameters() if p.requires_grad]
+    if not free:
+        raise UsageError(
+            "training the network",
+            f"all {sum(1 for _ in model.parameters())} parameters are frozen (requires_grad=False)",
+            "there is nothing to train",
+            "call requires_grad_(True) on what may change, or leave out the training",
+        )
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in free if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _cosine(step: int, warmup: int, total: int) -> float:

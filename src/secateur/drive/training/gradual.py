@@ -25,7 +25,13 @@ from secateur.drive.decide import (
 )
 from secateur.drive.gather import gather
 from secateur.drive.money import money, uses
-from secateur.drive.plan import note_left_out, plan, require_finite, require_something
+from secateur.drive.plan import (
+    note_left_out,
+    plan,
+    require_finite,
+    require_something,
+    without_frozen,
+)
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import to_plain
@@ -114,7 +120,7 @@ class Gradual:
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self._data = as_data(data)
         self._per_epoch = steps_per_epoch or 1
-        self._plan = plan(model, recipe)
+        self._plan = without_frozen(plan(model, recipe), model, recipe)
         require_something(self._plan, recipe)
         require_finite(model)
         self._slots: list[Slot] = self._plan.chosen
