@@ -33,7 +33,7 @@ from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
 from secateur.formats import Surgery
 from secateur.frontends.remembered import remember_, surgery_of
-from secateur.frontends.surgery import surgery_for
+from secateur.frontends.surgery import cuts_of, surgery_for
 from secateur.recover import BatchNorm
 from secateur.stats.groups import wants_data
 from secateur.structure import Structure, apply_, couple, cuts_for
@@ -76,7 +76,7 @@ def shrink(
         (Linear(in_features=16, out_features=15, bias=True), Linear(in_features=15, out_features=4,
         bias=True))
     """
-    return shrink_(copy_of(model), recipe, example_inputs, data, progress=progress)
+    return _run(model, recipe, data, progress).run(example_inputs)
 
 
 def shrink_(
@@ -89,6 +89,9 @@ def shrink_(
     progress: Progress | None = None,
 ) -> Pruned:
     """Like :func:`shrink`, but cuts ``model`` itself, in the middle of training if need be.
+
+    All of the work is done on a copy. If it fails or is interrupted, model and optimizer are as
+    they were.
 
     Args:
         model: Changed in place. Its parameters stay the same objects.
@@ -107,20 +110,42 @@ def shrink_(
         >>> optimizer.state[net[0].weight]["momentum_buffer"].shape == net[0].weight.shape
         True
     """
-    run = _Run(network_of(model), recipe or ShrinkRecipe(), as_data(data), progress or _silent)
-    return run.run(example_inputs, optimizer)
+    model = network_of(model)
+    run = _run(model, recipe, data, progress)
+    pruned = run.run(example_inputs)
+    assert run.surgery is not None
+    apply_(model, cuts_of(run.surgery), optimizer)
+    _take_(model, pruned.model)
+    remember_(model, run.surgery)
+    return replace(pruned, model=model)
+
+
+def _run(
+    model: nn.Module, recipe: ShrinkRecipe | None, data: Any, progress: Progress | None
+) -> _Run:
+    recipe = recipe or ShrinkRecipe()
+    return _Run(copy_of(model), recipe, as_data(data), progress or _silent)
+
+
+def _take_(model: nn.Module, other: nn.Module) -> None:
+    """Give the parameters and buffers of ``model`` the memory of those of its twin."""
+    for own, new in (
+        *zip(model.parameters(), other.parameters(), strict=True),
+        *zip(model.buffers(), other.buffers(), strict=True),
+    ):
+        own.data = new.data
 
 
 @dataclass
 class _Run:
-    """One run from start to end."""
+    """One run from start to end, on a model of its own."""
 
     model: nn.Module
     recipe: ShrinkRecipe
     data: Data | None
     progress: Progress
 
-    def run(self, example: Any, optimizer: torch.optim.Optimizer | None) -> Pruned:
+    def run(self, example: Any) -> Pruned:
         begun = time.perf_counter()
         facts = self.facts = Facts(to_plain(self.recipe), self.recipe.fingerprint())
         facts.environment = environment()
@@ -141,7 +166,7 @@ class _Run:
                     self.structure = self._traced(example)
                 last = targets[-1] if len(targets) > 1 else None
                 recipe = replace(self.recipe, target=target, rounds=1)
-                self._round_(recipe, example, optimizer, last=last)
+                self._round_(recipe, example, last=last)
             self._refit_(dense)
             self._train_(dense)
         facts.measures["seconds"] = time.perf_counter() - begun
@@ -154,14 +179,7 @@ class _Run:
     def _budget(self, recipe: ShrinkRecipe, last: Target | None = None) -> ShrinkBudget:
         return ShrinkBudget(self.model, self.structure, recipe, self.facts, self.progress, last)
 
-    def _round_(
-        self,
-        recipe: ShrinkRecipe,
-        example: Any,
-        optimizer: torch.optim.Optimizer | None,
-        *,
-        last: Target | None,
-    ) -> None:
+    def _round_(self, recipe: ShrinkRecipe, example: Any, *, last: Target | None) -> None:
         """Score, choose, repair, cut and prove once."""
         keep = self._choice(recipe, example, last)
         while stuck := unrunnable(self.model, self.structure, keep, example):
@@ -173,7 +191,7 @@ class _Run:
             self.stuck |= set(stuck)
             keep = self._choice(recipe, example, last)
         surgery = surgery_for(self.model, cuts_for(self.model, self.structure, keep))
-        self._cut_(keep, example, optimizer)
+        self._cut_(keep, example)
         remember_(self.model, surgery)
         self.surgery = self.surgery.then(surgery) if self.surgery else surgery
         self._reestimate_()
@@ -242,9 +260,7 @@ class _Run:
 
     # -- cutting --------------------------------------------------------------------------------
 
-    def _cut_(
-        self, keep: dict[str, Tensor], example: Any, optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def _cut_(self, keep: dict[str, Tensor], example: Any) -> None:
         self._repair_(keep)
         cuts = cuts_for(self.model, self.structure, keep)
         begun = time.perf_counter()
@@ -257,7 +273,7 @@ class _Run:
             text = "all outputs are 0 on the example, so the proof says nothing about this cut"
             self.facts.note("vacuous", "", text)
         before = sum(p.numel() for p in self.model.parameters())
-        apply_(self.model, cuts, optimizer)
+        apply_(self.model, cuts)
         after = sum(p.numel() for p in self.model.parameters())
         told["parameters"] = [told.get("parameters", [before])[0], after]
         self._note_widths(keep)
