@@ -1,6 +1,8 @@
 """The masked network that a cut is proved against: what it reduces, normalises and draws."""
 
 import copy
+import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secateur
+from secateur.allocate.widths import UniformWidths
+from secateur.core.errors import DataError
 from secateur.structure import apply_, couple, cuts_for, prove
 
 
@@ -91,6 +95,73 @@ def test_a_wrong_cut_of_a_network_that_draws_is_found() -> None:
     small = copy.deepcopy(net)
     apply_(small, cuts_for(small, structure, {"a": torch.arange(16) >= 8}))
     assert prove(net, small, structure, keep, X).error > 0.1
+
+
+class Misread(nn.Module):
+    """Two widths, and a function of the first that is wrong after a cut of it."""
+
+    def __init__(self, middle: Callable[["Misread", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(8, 32), nn.Linear(32, 24), nn.Linear(24, 4)
+        self.middle, self.width = middle, 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.b(self.middle(self, self.a(x).relu())).relu())
+        return out
+
+
+MISREAD = {
+    "sum by width": lambda _, x: x * (x.sum(1, keepdim=True) / x.size(1)),
+    "root of width": lambda _, x: x * x.shape[1] ** -0.5,
+    "width as a float": lambda _, x: x * float(x.shape[1]),
+    "number of elements": lambda _, x: x / x.numel() * 100,
+    "literal slice": lambda _, x: torch.cat([x[:, :16].tanh(), x[:, 16:]], 1),
+    "attribute": lambda net, x: x.view(len(x), net.width) * math.sqrt(net.width),
+}
+
+
+@pytest.mark.parametrize("middle", MISREAD.values(), ids=MISREAD)
+def test_what_cannot_be_proved_is_pinned_with_a_note(
+    middle: Callable[[Misread, Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    recipe = secateur.ShrinkRecipe(
+        target=secateur.Target.parse("params=70%"), allocation=UniformWidths(), recovery=()
+    )
+    pruned = secateur.shrink(Misread(middle), recipe, x)
+    assert pruned.model.a.out_features == 32
+    assert pruned.model.b.out_features < 24
+    assert pruned.facts.measures["proof"] < 1e-5
+    told = [n.text for n in pruned.facts.notes if n.topic == "pinned" and n.where == "a"]
+    assert len(told) == 1, told
+    assert told[0].startswith("cut to ")
+    assert "differs from the masked one" in told[0] or "raises" in told[0]
+
+
+def test_a_network_that_differs_from_run_to_run_is_refused() -> None:
+    def noisy(_: Misread, x: Tensor) -> Tensor:
+        return x * random.random()
+
+    net = Misread(noisy)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(DataError, match="Two runs of the uncut network"):
+        secateur.shrink_(net, secateur.ShrinkRecipe(recovery=()), torch.randn(4, 8))
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+
+
+def test_widths_that_are_wrong_only_together_are_refused() -> None:
+    class Tied(Misread):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = super().forward(x)
+            both = self.a.out_features < 32 and self.b.out_features < 24
+            return out + 1 if both else out
+
+    recipe = secateur.ShrinkRecipe(
+        target=secateur.Target.parse("params=50%"), allocation=UniformWidths(), recovery=()
+    )
+    with pytest.raises(DataError, match="differs from the masked one"):
+        secateur.shrink(Tied(lambda _, x: x), recipe, torch.randn(4, 8))
 
 
 class Latent(nn.Module):

@@ -168,7 +168,7 @@ def require_proved(proof: Proof, model: nn.Module) -> None:
             "the proof of the cut",
             f"the cut network differs from the masked one by {proof.error:.2g} of its largest "
             f"output, and {worst:g} is allowed",
-            "an operator of the network is not understood",
+            "an operator, or a number that the code computes from a size, is not understood",
             "leave widths out with ignore= until it holds, and report the network, please; the "
             "model is as before this cut",
         )

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.batches import Data, as_data
 from secateur.core.budget import Target
-from secateur.core.errors import NeedsData, SelectorError, UsageError
+from secateur.core.errors import DataError, NeedsData, SelectorError, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
@@ -28,13 +28,13 @@ from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.refit import refit_
 from secateur.drive.structural.scores import group_scores
-from secateur.drive.structural.trial import unrunnable
+from secateur.drive.structural.trial import unproved, unrunnable
 from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
 from secateur.formats import Surgery
 from secateur.frontends.remembered import remember_, surgery_of
 from secateur.frontends.surgery import cuts_of, surgery_for
-from secateur.recover import BatchNorm
+from secateur.recover import BatchNorm, Compensation
 from secateur.stats.groups import wants_data
 from secateur.structure import Structure, apply_, couple, cuts_for
 
@@ -181,20 +181,44 @@ class _Run:
 
     def _round_(self, recipe: ShrinkRecipe, example: Any, *, last: Target | None) -> None:
         """Score, choose, repair, cut and prove once."""
-        keep = self._choice(recipe, example, last)
-        while stuck := unrunnable(self.model, self.structure, keep, example):
-            for name, why in stuck.items():
-                text = (
-                    f"cut to {int(keep[name].sum())} of {len(keep[name])} the network raises {why}"
-                )
-                self.facts.note("pinned", name, text)
-            self.stuck |= set(stuck)
-            keep = self._choice(recipe, example, last)
+        keep = self._workable(recipe, example, last)
         surgery = surgery_for(self.model, cuts_for(self.model, self.structure, keep))
         self._cut_(keep, example)
         remember_(self.model, surgery)
         self.surgery = self.surgery.then(surgery) if self.surgery else surgery
         self._reestimate_()
+
+    def _workable(
+        self, recipe: ShrinkRecipe, example: Any, last: Target | None
+    ) -> dict[str, Tensor]:
+        """A choice that runs and is proved: the widths that break the network are pinned."""
+        while True:
+            keep = self._choice(recipe, example, last)
+            found = unrunnable(self.model, self.structure, keep, example)
+            stuck = {name: f"raises {why}" for name, why in found.items()}
+            if not stuck:
+                try:
+                    self._prove(keep, example)
+                except DataError:
+                    stuck = unproved(self.model, self.structure, keep, example)
+                else:
+                    return keep
+            for name, why in stuck.items():
+                text = f"cut to {int(keep[name].sum())} of {len(keep[name])} the network {why}"
+                self.facts.note("pinned", name, text)
+            self.stuck |= set(stuck)
+
+    def _prove(self, keep: dict[str, Tensor], example: Any) -> None:
+        begun = time.perf_counter()
+        self.progress("proving", 0, 1)
+        cuts = cuts_for(self.model, self.structure, keep)
+        proof = proved(self.model, cuts, self.structure, keep, example)
+        told = self.facts.measures
+        told["proof"] = max(proof.error, told.get("proof", 0.0))
+        told["proof_seconds"] = time.perf_counter() - begun + told.get("proof_seconds", 0.0)
+        if not proof.scale:
+            text = "all outputs are 0 on the example, so the proof says nothing about this cut"
+            self.facts.note("vacuous", "", text)
 
     def _choice(self, recipe: ShrinkRecipe, example: Any, last: Target | None) -> dict[str, Tensor]:
         widths, around = self._chosen(), self.structure.widths
@@ -261,19 +285,12 @@ class _Run:
     # -- cutting --------------------------------------------------------------------------------
 
     def _cut_(self, keep: dict[str, Tensor], example: Any) -> None:
-        self._repair_(keep)
-        cuts = cuts_for(self.model, self.structure, keep)
-        begun = time.perf_counter()
-        self.progress("proving", 0, 1)
-        proof = proved(self.model, cuts, self.structure, keep, example)
+        if self.recipe.compensation is not None:
+            self._repair_(self.recipe.compensation, keep)
+            self._prove(keep, example)
         told = self.facts.measures
-        told["proof"] = max(proof.error, told.get("proof", 0.0))
-        told["proof_seconds"] = time.perf_counter() - begun + told.get("proof_seconds", 0.0)
-        if not proof.scale:
-            text = "all outputs are 0 on the example, so the proof says nothing about this cut"
-            self.facts.note("vacuous", "", text)
         before = sum(p.numel() for p in self.model.parameters())
-        apply_(self.model, cuts)
+        apply_(self.model, cuts_for(self.model, self.structure, keep))
         after = sum(p.numel() for p in self.model.parameters())
         told["parameters"] = [told.get("parameters", [before])[0], after]
         self._note_widths(keep)
@@ -287,10 +304,7 @@ class _Run:
             known[name] = replace(known.get(name, fresh), kept=kept)
         self.facts.widths = list(known.values())
 
-    def _repair_(self, keep: dict[str, Tensor]) -> None:
-        how = self.recipe.compensation
-        if how is None:
-            return
+    def _repair_(self, how: Compensation, keep: dict[str, Tensor]) -> None:
         if not self._has_data:
             self.facts.note("skipped", "Compensation", "no data was given to fit on")
             return

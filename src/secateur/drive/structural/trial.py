@@ -1,9 +1,9 @@
-"""A trial before a cut: does the network still run with the widths that were chosen?"""
+"""A trial before a cut: does the network still run with the chosen widths, and is the cut proved?"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.batches import forward, to_device
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import DataError, SecateurError, UsageError
 from secateur.core.slots import device_of
-from secateur.drive.structural.cutting import as_batch
+from secateur.drive.structural.cutting import as_batch, proved
 from secateur.structure import Structure, apply_, cuts_for
 
 
@@ -94,3 +94,59 @@ def _failure(
         first = (str(error).strip().splitlines() or [""])[0]
         return f"{type(error).__name__}: {first}"
     return None
+
+
+def unproved(
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> dict[str, str]:
+    """Widths whose cut does not compute what the masked network does: name -> how far it is off.
+
+    They are found by halves: where few of many are wrong, few proofs tell which.
+
+    Raises:
+        DataError: That holds only if several are cut together, or if nothing is cut.
+
+    Example:
+        >>> from secateur.structure import couple
+        >>> class Scaled(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a, self.b, self.c = nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        ...     def forward(self, x):
+        ...         return self.c(self.b(self.a(x)) / self.b.weight.shape[0])
+        >>> net, x, keep = Scaled(), torch.zeros(1, 2), torch.arange(8) < 4
+        >>> unproved(net, couple(net, x), {"a": keep}, x)
+        {}
+        >>> list(unproved(net, couple(net, x), {"a": keep, "b": keep}, x))
+        ['b']
+    """
+
+    def failure(names: Sequence[str]) -> DataError | None:
+        chosen = {name: keep[name] for name in names}
+        try:
+            proved(model, cuts_for(model, structure, chosen), structure, chosen, example)
+        except DataError as error:
+            return error
+        return None
+
+    def search(names: Sequence[str], why: DataError) -> dict[str, str]:
+        if len(names) == 1:
+            return {names[0]: f"{why.found.removeprefix('the cut network ')}; {why.why}"}
+        found: dict[str, str] = {}
+        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+            if (error := failure(half)) is not None:
+                found |= search(half, error)
+        return found
+
+    cut = [name for name, flags in keep.items() if not bool(flags.all())]
+    whole = failure(cut)
+    if whole is None:
+        return {}
+    if failure([]) is not None:
+        why = "two runs of the uncut network on the same inputs differ as well"
+        do = "remove what differs from run to run, such as noise that is not drawn with torch"
+        raise DataError(whole.asked, whole.found, why, do)
+    found = search(cut, whole)
+    if not found:
+        raise whole
+    return found
