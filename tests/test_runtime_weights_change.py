@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from secateur.runtime import accelerate, library, restore
+from secateur.runtime import accelerate, library, restore, torch_operators
 from secateur.runtime.torch_layers import SparseLayer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
@@ -82,3 +84,102 @@ def test_assigning_a_state_dict_brings_its_type() -> None:
     accelerate(net).load_state_dict(state, assign=True)
     with torch.no_grad():
         assert net(torch.randn(2, 64)).dtype == torch.float32
+
+
+# ---- biases
+
+
+@pytest.mark.parametrize("choose", ["first", "measured"])
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(4, 6, 3), nn.Linear(2048, 512)])
+def test_a_bias_may_change_in_any_way(layer: nn.Module, choose: Any) -> None:
+    net = pruned(copy.deepcopy(layer), 0.99)
+    x = (
+        torch.randn(1, 4, 9, 9)
+        if isinstance(layer, nn.Conv2d)
+        else torch.randn(2, layer.in_features)
+    )
+    held = len(torch_operators._PACKED)
+    bias = swapped(net, choose=choose).bias
+    assert bias is not None
+
+    def moved() -> float:
+        """The size of the output where the weights give nothing."""
+        return float(net(0 * x).mean())
+
+    with torch.no_grad():
+        for size in (3.0, 5.0, 5.0):
+            bias.data.fill_(size)
+            assert moved() == size
+        bias.fill_(7.0)
+        assert moved() == 7.0
+    assert len(torch_operators._PACKED) <= held + 1  # one form, however often the bias changes
+
+
+def test_a_bias_made_in_inference_mode_may_change() -> None:
+    with torch.inference_mode():
+        net = pruned(nn.Linear(64, 64))
+        layer, x = swapped(net, choose="first"), torch.randn(2, 64)
+        before = net(x)
+        assert layer.bias is not None
+        layer.bias.add_(3.0)
+        assert torch.allclose(net(x), before + 3.0, atol=1e-5)
+
+
+def test_a_bias_of_nan_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = pruned(nn.Linear(64, 64)), torch.randn(2, 64)
+    bias = swapped(net, choose="first").bias
+    assert bias is not None
+    with torch.no_grad():
+        bias.fill_(float("nan"))
+        assert net(x).isnan().all()
+        monkeypatch.setattr(torch_operators, "_way_of", None)  # packing again would call it
+        assert net(x).isnan().all()
+
+
+@pytest.mark.parametrize("choose", ["first", "measured"])
+def test_a_bias_and_a_weight_in_any_order_of_memory(choose: Any) -> None:
+    layer = nn.Linear(64, 64)
+    layer.bias = nn.Parameter(torch.arange(128.0)[::2])
+    strided = pruned(layer), pruned(nn.Linear(64, 64))
+    row = torch.randn(64) * (torch.arange(64) < 3)
+    strided[1].get_submodule("0").weight = nn.Parameter(row.expand(64, 64))
+    for net in strided:
+        x = torch.randn(600, 64)
+        wanted = net(x).detach()
+        accelerate(net, choose=choose)
+        with torch.no_grad():
+            assert torch.allclose(net(x), wanted, atol=1e-4)
+            assert torch.allclose(restore(net)(x), wanted, atol=1e-4)
+
+
+# ---- threads
+
+
+def test_restoring_while_other_threads_run() -> None:
+    failed: list[str] = []
+    done = threading.Event()
+
+    def nets() -> nn.Module:
+        layers = [nn.Linear(8, 8) for _ in range(40)]
+        for layer in layers:
+            layer.weight.data *= torch.rand_like(layer.weight) > 0.8
+        return accelerate(nn.Sequential(*layers).eval(), choose="first")
+
+    def until_done(work: Callable[[], object]) -> None:
+        while not done.is_set():
+            try:
+                with torch.no_grad():
+                    work()
+            except Exception as error:
+                failed.append(repr(error))
+
+    other = nets()
+    works = (lambda: nets()(torch.randn(2, 8)), lambda: restore(other))
+    threads = [threading.Thread(target=until_done, args=(work,)) for work in works * 2]
+    for thread in threads:
+        thread.start()
+    done.wait(2)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failed

@@ -87,7 +87,9 @@ class SparseLayer(nn.Module):
         self._shell: tuple[Dense] = (shell,)
         self._trainable = dense.weight.requires_grad
         self._known: _Known | None = None
-        self.shape, self._order = tuple(dense.weight.shape), dense.weight.stride()
+        self.shape = tuple(dense.weight.shape)
+        # Its order in memory, without the gaps and overlaps that a view may have.
+        self._order = torch.empty_like(dense.weight, device="meta").stride()
         for name in ("values", "index", "negative"):
             self.register_buffer(name, None, persistent=False)
         self._store_(dense.weight)

@@ -262,12 +262,14 @@ class Packed:
 
     Args:
         owners: The memory that it was made from, weakly.
+        bias: Its content, as bytes; None without one.
         ways: By kernel; None is dense, in PyTorch.
         chosen: The kernel for each size of input.
         lock: Held while either changes.
     """
 
     owners: tuple[StorageWeakRef, ...]
+    bias: Tensor | None = None
     ways: dict[Variant | None, Run] = field(default_factory=dict)
     chosen: dict[int, Variant | None] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -276,6 +278,12 @@ class Packed:
     def alive(self) -> bool:
         """Whether any tensor still uses that memory."""
         return not any(owner.expired() for owner in self.owners)
+
+    def holds(self, bias: Tensor | None) -> bool:
+        """Whether it can stand for the memory that it was made from, with this bias in it."""
+        same = bias is None or (self.bias is not None and torch.equal(self.bias, bias))
+        # Of dead memory another tensor may have got the address since.
+        return same and self.alive
 
     def run(self, stored: Operands, x: Tensor, positions: int, way: _Way) -> Tensor:
         """The output for an input with so many positions (of an image) or tokens."""
@@ -294,11 +302,12 @@ class Packed:
         best: Variant | None = kernels[0]
         if measure:
             kind = (stored.kind(), size, pool.threads)
-            if kind not in _CHOICES:
+            try:  # one step, not two: forget() may come between them
+                best = _CHOICES[kind]
+            except KeyError:
                 entrants = {k: self.ways.get(k) or _way_of(stored, k) for k in (None, *kernels)}
-                _CHOICES[kind] = _fastest(entrants, x, pool)
-                self.ways[_CHOICES[kind]] = entrants[_CHOICES[kind]]
-            best = _CHOICES[kind]
+                best = _CHOICES[kind] = _fastest(entrants, x, pool)
+                self.ways[best] = entrants[best]
         if best not in self.ways:
             self.ways[best] = _way_of(stored, best)
         self.chosen[size] = best
@@ -317,7 +326,7 @@ def _way_of(stored: Operands, kernel: Variant | None) -> Run:
     bias = None if stored.bias is None else stored.bias.detach()
     if kernel is None:
         return _dense(stored.spec, stored.dense(), bias)
-    wide = None if bias is None else bias.float()
+    wide = None if bias is None else bias.float().contiguous()
     given = (stored.values.detach().contiguous(), stored.index.detach().contiguous())
     layer = Layer.from_stored(Stored("bitmask", *given), stored.spec, kernel, wide)
     # Activations and sums are float32; in half precision the output is rounded once, at the end.
@@ -357,20 +366,28 @@ def _kernels(stored: Operands, positions: int) -> list[Variant]:
 _PACKED: dict[tuple[object, ...], Packed] = {}
 # The fastest kernel for each kind of layer, size of input and number of threads; None is dense.
 _CHOICES: dict[Hashable, Variant | None] = {}
-_CHANGING = threading.Lock()
+# Held while the first of them changes, or is walked through.
+_CHANGING = threading.RLock()
 
 
 def packed(stored: Operands) -> Packed:
     """The packed form of a weight; made once for as long as its memory lives and is unchanged."""
-    tensors = stored.tensors()
-    key = (stored.spec, *map(identity, tensors))
+    key: tuple[object, ...] = (stored.spec, identity(stored.values), identity(stored.index))
+    bias = None
+    if stored.bias is not None:
+        # Biases are changed through .data and in inference mode, too, which count no versions. They
+        # are small enough to be compared at every call: as bytes, where NaN is equal to itself.
+        key = (*key, _place(stored.bias))
+        bias = stored.bias.detach().contiguous().view(torch.uint8)
     found = _PACKED.get(key)
-    # A dead form is one whose memory another tensor may have got since.
-    if found is None or not found.alive:
+    if found is None or not found.holds(bias):
         with _CHANGING:
             forget()
-            owners = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
-            found = _PACKED.setdefault(key, Packed(owners))
+            found = _PACKED.get(key)
+            if found is None or not found.holds(bias):
+                owners = tuple(StorageWeakRef(t.untyped_storage()) for t in stored.tensors())
+                found = Packed(owners, None if bias is None else bias.clone())
+                _PACKED[key] = found
     return found
 
 
@@ -390,14 +407,18 @@ def forget(*, choices: bool = False) -> None:
     Args:
         choices: Forget also which kernels were fastest, so that they are timed anew.
     """
-    if choices:
-        _CHOICES.clear()
-    for key in [k for k, form in _PACKED.items() if not form.alive]:
-        _PACKED.pop(key, None)
+    with _CHANGING:
+        if choices:
+            _CHOICES.clear()
+        for key in [k for k, form in _PACKED.items() if not form.alive]:
+            del _PACKED[key]
 
 
 def identity(x: Tensor) -> tuple[object, ...]:
     """What changes when a tensor's memory or contents do, but not between its aliases."""
     # Tensors of inference mode count no versions: they cannot be written outside of it.
-    version = -1 if x.is_inference() else x._version
-    return x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.dtype, version
+    return *_place(x), -1 if x.is_inference() else x._version
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    return x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.dtype
