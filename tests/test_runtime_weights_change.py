@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from secateur.core.errors import UsageError
 from secateur.runtime import accelerate, library, restore, torch_operators
 from secateur.runtime.torch_layers import SparseLayer
 
@@ -183,3 +184,47 @@ def test_restoring_while_other_threads_run() -> None:
     for thread in threads:
         thread.join()
     assert not failed
+
+
+# ---- what stands in the way
+
+
+def test_assigning_the_weight_is_refused_with_a_way_out() -> None:
+    net = pruned(nn.Linear(8, 8))
+    layer = swapped(net)
+    for given in (nn.Parameter(torch.ones(8, 8)), torch.ones(8, 8), None):
+        with pytest.raises(UsageError, match=r"restore\(\)") as caught:
+            layer.weight = given  # type: ignore[assignment]
+        assert all(caught.value.parts().values())
+    layer.bias = nn.Parameter(torch.ones(8))
+    with torch.no_grad():
+        assert torch.equal(net(torch.zeros(1, 8)), torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("choose", ["first", "measured"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_type_that_dense_layers_give(choose: Any, weights: torch.dtype) -> None:
+    for layer, x in (
+        (nn.Linear(16, 2048), torch.randn(3, 16)),
+        (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 9, 9)),
+    ):
+        net = pruned(layer).to(weights)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for given in (x, x.bfloat16()):
+                wanted = restore(net)(given)
+                got = accelerate(net, choose=choose)(given)
+                assert got.dtype == wanted.dtype == torch.bfloat16
+                assert torch.allclose(got, wanted, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("choose", ["first", "measured"])
+def test_tracing(choose: Any) -> None:
+    net = pruned(nn.Linear(64, 64))
+    accelerate(net, choose=choose)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, torch.randn(1, 64))
+        for tokens in (1, 5):
+            x = torch.randn(tokens, 64)
+            assert torch.allclose(traced(x), net(x), atol=1e-5)

@@ -98,7 +98,7 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked anew at every use."""
+        """The dense weight, unpacked anew at every use: what is written into it is lost."""
         parts = {"values": self.values, "bitmask": self.index}
         value, _ = _BITMASK.unpack(parts, self.shape, self.values.dtype)
         if self.negative is not None:
@@ -106,9 +106,27 @@ class SparseLayer(nn.Module):
         whole = torch.empty_strided(self.shape, self._order, dtype=value.dtype, device=value.device)
         return whole.copy_(value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise UsageError(
+                "assigning the weight of an accelerated layer",
+                "it has no dense weight, only the values that are not zero",
+                "the kernels run from those",
+                "use load_state_dict, or restore() the module first and accelerate() it again",
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer computes, up to rounding."""
         self._require_inference(x)
+        if torch.is_autocast_enabled("cpu") and x.dtype in DTYPES:
+            # Types as a dense layer has them. The sums are float32, as ever.
+            with torch.autocast("cpu", enabled=False):
+                y = self._computed(x.to(self.values.dtype))
+            return y.to(torch.get_autocast_dtype("cpu"))
+        return self._computed(x)
+
+    def _computed(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.detach()
         stored = (self.values, self.index, bias)
         how = (self.threads, self.measure)
@@ -129,8 +147,11 @@ class SparseLayer(nn.Module):
         The operator would come to the same, but calling it takes as long as a small layer.
         """
         outputs, inputs = self.shape
-        fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs and x.numel()
-        if not fits or not self.measure or torch.compiler.is_compiling():
+        # One path is to serve all inputs of what is compiled or traced.
+        if not self.measure or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs
+        if not fits or not x.numel():
             return None
         key, known = torch_operators.identity(self.values), self._known
         if known is None or known.key != key:
