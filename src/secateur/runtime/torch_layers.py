@@ -148,7 +148,8 @@ class SparseLayer(nn.Module):
         """
         outputs, inputs = self.shape
         # One path is to serve all inputs of what is compiled or traced.
-        if not self.measure or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not self.measure or torch.compiler.is_compiling() or traced:
             return None
         fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs
         if not fits or not x.numel():
