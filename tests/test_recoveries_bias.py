@@ -1,0 +1,92 @@
+"""Bias correction, and BatchNorm statistics measured again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur import Recipe, Target, prune
+from secateur.recover import BatchNorm, BiasCorrection
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "grouped"])
+def test_bias_correction_keeps_the_mean_output(kind: str) -> None:
+    x = torch.randn(16, 8, 6) + torch.randn(8, 1) * 2
+    layer: nn.Module = (
+        nn.Linear(8, 8)
+        if kind == "linear"
+        else nn.Conv1d(8, 8, 3, padding=1, groups=2 if kind == "grouped" else 1)
+    )
+    net = nn.Sequential(layer)
+    x = x.transpose(1, 2) if kind == "linear" else x
+    recipe = Recipe(target=Target("sparsity", 0.6), recovery=(BiasCorrection(),))
+    pruned = prune(net, recipe, [x[:5], x[5:]])
+    axes = (0, 1) if kind == "linear" else (0, 2)
+    before, after = net(x).detach().mean(axes), pruned.model(x).detach().mean(axes)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    plain = prune(net, Recipe(target=Target("sparsity", 0.6))).model(x).detach().mean(axes)
+    assert float((plain - before).abs().max()) > 1e-2
+
+
+def test_bias_correction_without_a_bias_is_noted() -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    recipe = Recipe(target=Target("sparsity", 0.6), recovery=(BiasCorrection(),))
+    pruned = prune(net, recipe, [torch.randn(9, 8)])
+    assert any(note.topic == "bias" for note in pruned.facts.notes)
+
+
+def batchnorm_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 4, 1),
+        nn.BatchNorm2d(4, momentum=0.3),
+    )  # fmt: skip
+
+
+def test_batchnorm_by_hand() -> None:
+    net = batchnorm_net().eval()
+    with torch.no_grad():
+        net[1].running_mean.fill_(3.0)
+    batches = [torch.randn(5, 8, 6, 6), torch.randn(5, 8, 6, 6) + 1]
+    drift = BatchNorm().reestimate_(net, batches)
+    first = [net[0](x) for x in batches]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in first]).mean(0)
+    variance = torch.stack([y.var((0, 2, 3)) for y in first]).mean(0)
+    torch.testing.assert_close(net[1].running_mean, mean.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net[1].running_var, variance.detach(), atol=1e-5, rtol=1e-4)
+    # The second layer saw what the first gives in training mode, without dropout.
+    second = [
+        net[4](
+            torch.relu(nn.functional.batch_norm(y, None, None, net[1].weight, net[1].bias, True))
+        )
+        for y in first
+    ]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in second]).mean(0)
+    torch.testing.assert_close(net[5].running_mean, mean.detach(), atol=1e-5, rtol=1e-4)
+    assert net[5].momentum == 0.3
+    assert not net.training
+    assert drift["1"] > 1
+
+
+def test_batchnorm_that_no_data_reach_keeps_its_statistics() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    net = Net()
+    net.spare.running_mean.fill_(5.0)
+    BatchNorm().reestimate_(net, [torch.randn(4, 2)])
+    assert net.spare.running_mean.tolist() == [5.0, 5.0]
+
+
+def test_batchnorm_keeps_its_statistics_when_the_forward_pass_raises() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    net[0].running_mean.fill_(5.0)
+    with pytest.raises(RuntimeError, match="should contain 3"):
+        BatchNorm().reestimate_(net, [torch.randn(4, 3)])
+    assert net[0].running_mean.tolist() == [5.0, 5.0]
+    assert not net[0].training
