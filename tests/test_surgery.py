@@ -1,4 +1,4 @@
-"""Surgery: written down, read back, replayed on the original, and refused by everything else."""
+"""Surgery: written down, read back, and replayed on the original, with secateur and without."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from surgery_cases import EXAMPLE, build, cut_net, same, saved
 
 import secateur
-from secateur.core.errors import FormatError, SecateurError, UsageError
+from secateur.core.errors import UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.drive.pruned import Pruned
@@ -28,102 +26,13 @@ from secateur.formats import (
     fingerprint_of,
     parse_surgery,
     read_surgery,
-    same_bits,
     shapes_hash,
     surgery_text,
 )
-from secateur.formats.surgery_file import _sealed
 from secateur.frontends.surgery import cuts_of, replay_, surgery_for
 from secateur.structure import Cuts, apply_, couple, cuts_for
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = torch.zeros(1, 3, 8, 8)
-
-
-class Residual(nn.Module):
-    """A block that can be taken out, with a buffer that is not saved and a size of its own."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(width)
-        self.first = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.second = nn.Conv2d(2 * width, width, 1, bias=False)
-        self.width = width
-        self.register_buffer("gain", torch.linspace(1.0, 2.0, width), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.second(self.first(self.norm(x)).relu())
-        y = y.permute(0, 2, 3, 1).flatten(1).view(len(x), -1, self.width) * self.gain
-        return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class Net(nn.Module):
-    """Two residual blocks, and an output layer under two names."""
-
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3)
-        self.blocks = nn.ModuleList([Residual(width), Residual(width)])
-        self.head = nn.Linear(width, 4)
-        self.again = nn.Linear(width, 4)
-        self.again.weight = self.head.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        x = x.mean((2, 3))
-        return self.head(x) + self.again(x)
-
-
-class Other(Net):
-    """The same network under another name."""
-
-
-def build(seed: int = 0, width: int = 6) -> Net:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net(width).eval()
-
-
-def cut_net(seed: int = 0, blocks: tuple[BlockEdit, ...] = ()) -> tuple[Net, Surgery]:
-    """A cut network, and what was done to it."""
-    model = build(seed)
-    structure = couple(model, EXAMPLE)
-    generator = torch.Generator().manual_seed(seed)
-    keep = {}
-    for width in structure.widths:
-        flags = torch.rand(width.groups, generator=generator) > 0.4
-        flags[:2] = torch.tensor([True, False])
-        keep[width.name] = flags
-    cuts = cuts_for(model, structure, keep)
-    assert cuts.attributes["blocks.0"]["width"] < 6
-    surgery = surgery_for(model, cuts, blocks)
-    apply_(model, cuts)
-    for block in blocks:
-        name = block.module.rpartition(".")[2]
-        model.blocks[int(name)] = nn.Identity()
-    return model, surgery
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    """All parameters and buffers (saved or not), and all sizes, agree in every bit."""
-    left = {**dict(a.named_parameters()), **dict(a.named_buffers())}
-    right = {**dict(b.named_parameters()), **dict(b.named_buffers())}
-    return (
-        left.keys() == right.keys()
-        and all(x.shape == right[n].shape and same_bits(x, right[n]) for n, x in left.items())
-        and repr(a) == repr(b)
-        and [getattr(m, "width", 0) for m in a.modules()]
-        == [getattr(m, "width", 0) for m in b.modules()]
-    )
-
-
-def saved(folder: Path, seed: int = 0, blocks: tuple[BlockEdit, ...] = ()) -> tuple[Net, Path]:
-    model, surgery = cut_net(seed, blocks)
-    masks = Masks({"head.weight": torch.arange(4 * model.head.in_features).reshape(4, -1) % 3 > 0})
-    masks.apply_(model)
-    return model, Pruned(model, masks, Facts(), surgery).save(folder)
 
 
 # -- the file ---------------------------------------------------------------------------------------
@@ -262,173 +171,6 @@ def test_pruning_twice_is_one_surgery() -> None:
         parts[1].then(parts[0])
 
 
-# -- refusals ---------------------------------------------------------------------------------------
-
-
-def refused(model: nn.Module, surgery: Surgery, match: str, **options: Any) -> None:
-    before = copy.deepcopy(model)
-    with pytest.raises(UsageError, match=match) as caught:
-        replay_(model, surgery, **options)
-    assert all(caught.value.parts().values()), caught.value.parts()
-    assert "nothing was changed" in str(caught.value)
-    assert same(model, before)
-
-
-def test_other_models_are_refused() -> None:
-    _, surgery = cut_net()
-    refused(Other(), surgery, "Classes must be the same")
-    refused(build(width=5), surgery, "had 6 entries")
-    cut, _ = cut_net()
-    refused(cut, surgery, "entries")
-    deeper = build()
-    deeper.blocks.append(nn.Linear(1, 1))
-    refused(deeper, surgery, "names and shapes")
-    untied = build()
-    untied.again.weight = nn.Parameter(untied.head.weight.detach().clone())
-    refused(untied, surgery, "tied differently")
-    resized = build()
-    resized.blocks[0].width = 7
-    refused(resized, surgery, "'width' of 'blocks.0' is 7 here")
-    del resized.blocks[0].width
-    refused(resized, surgery, "no such attribute")
-
-
-def test_other_weights_are_refused_if_asked() -> None:
-    _, surgery = cut_net()
-    refused(build(seed=1), surgery, "SHA-256 of its weights", check_weights=True)
-    nudged = build()
-    with torch.no_grad():
-        nudged.blocks[1].norm.running_mean[2] += 1e-7
-    refused(nudged, surgery, "SHA-256 of its weights", check_weights=True)
-    unknown = replace(surgery, weights="")
-    refused(build(), unknown, "does not say which weights", check_weights=True)
-    replay_(build(seed=1), surgery)
-
-
-def test_unknown_blocks_are_refused() -> None:
-    _, surgery = cut_net()
-    refused(build(), replace(surgery, blocks=(BlockEdit("blocks.0", "magic"),)), "'magic'")
-    refused(build(), replace(surgery, blocks=(BlockEdit("blocks.9", "removed"),)), "no module")
-    details = BlockEdit("blocks.0", "removed", {"returns": "nonsense"})
-    refused(build(), replace(surgery, blocks=(details,)), "details")
-
-
-def test_a_wrong_result_is_undone() -> None:
-    """Everything fits and the last check fails: tensors, gradients, sizes and blocks come back."""
-    _, surgery = cut_net(blocks=(BlockEdit("blocks.1", "removed"),))
-    model = build()
-    model(torch.randn(2, 3, 8, 8)).sum().backward()
-    gradient = model.stem.weight.grad
-    refused(model, replace(surgery, result="0" * 64), "shapes that it leaves")
-    assert model.stem.weight.grad is gradient
-
-
-def test_files_of_two_bundles_do_not_mix(tmp_path: Path) -> None:
-    _, one = saved(tmp_path / "one", seed=0)
-    _, two = saved(tmp_path / "two", seed=1)
-    (two / "surgery.json").write_bytes((one / "surgery.json").read_bytes())
-    fresh = build()
-    before = copy.deepcopy(fresh)
-    with pytest.raises(FormatError, match="not those that surgery"):
-        secateur.load(fresh, two)
-    assert same(fresh, before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("surgery") / "b")[1]
-
-
-@pytest.mark.parametrize("name", ["surgery.json", "model.safetensors"])
-@settings(max_examples=150)
-@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
-def test_altered_bytes_change_nothing(folder: Path, name: str, place: float, value: int) -> None:
-    file = folder / name
-    good = file.read_bytes()
-    bad = bytearray(good)
-    bad[int(place * len(bad))] ^= value
-    fresh = build(seed=5)
-    before = copy.deepcopy(fresh)
-    try:
-        file.write_bytes(bad)
-        with pytest.raises(FormatError) as caught:
-            secateur.load(fresh, folder)
-    finally:
-        file.write_bytes(good)
-    assert name in str(caught.value)
-    assert same(fresh, before)
-
-
-@settings(max_examples=30)
-@given(st.floats(0, 1, exclude_max=True))
-def test_truncated_files_are_refused(folder: Path, share: float) -> None:
-    data = (folder / "surgery.json").read_bytes()
-    with pytest.raises(FormatError):
-        parse_surgery(data[: int(share * len(data))])
-
-
-FORGED: list[Any] = [
-    lambda d: d.update(version=2),
-    lambda d: d.update(version=True),
-    lambda d: d.update(extra=1),
-    lambda d: d.pop("library"),
-    lambda d: d["original"].update(shapes="ABC"),
-    lambda d: d["original"].update(weights="0" * 63),
-    lambda d: d["result"].update(shapes=""),
-    lambda d: d["selections"][0].update(size=2**60),
-    lambda d: d["selections"][0].update(runs=[]),
-    lambda d: d["selections"][0].update(runs=[[0, 1], [1, 2]]),
-    lambda d: d["selections"][0].update(runs=[[2, 3], [0, 1]]),
-    lambda d: d["selections"][0].update(runs=[[0, 0]]),
-    lambda d: d["selections"][0].update(runs=[[-1, 1]]),
-    lambda d: d["selections"][0].update(runs=[[0, 99]]),
-    lambda d: d["selections"][0].update(runs=[[0.0, 1]]),
-    lambda d: d["cuts"][0].update(selection=99),
-    lambda d: d["cuts"][0].update(selection=-1),
-    lambda d: d["cuts"][0].update(axis=-1),
-    lambda d: d["cuts"].append(d["cuts"][0]),
-    lambda d: d["attributes"].append(d["attributes"][0]),
-    lambda d: d["attributes"][0].update(name="__class__"),
-    lambda d: d["attributes"][0].update(name="a.b"),
-    lambda d: d["attributes"][0].update(after=-1),
-    lambda d: d["attributes"][0].update(after=1.5),
-    lambda d: d["blocks"].append({"module": "", "kind": "removed", "details": {}}),
-    lambda d: d["blocks"].extend([{"module": "a", "kind": "removed", "details": {}}] * 2),
-    lambda d: d["blocks"].append({"module": "a", "kind": "removed", "details": nested(20)}),
-    lambda d: d.update(blocks={}),
-]
-
-
-def nested(depth: int) -> dict[str, Any]:
-    return {"a": nested(depth - 1)} if depth else {}
-
-
-@pytest.mark.parametrize("number", range(len(FORGED)))
-def test_forged_files_are_refused(folder: Path, number: int) -> None:
-    """The hash is right, and something else is wrong."""
-    data = json.loads((folder / "surgery.json").read_text())
-    data["sha256"] = "0" * 64
-    assert parse_surgery(_sealed(json.dumps(data, separators=(",", ":"))).encode())
-    FORGED[number](data)
-    with pytest.raises(FormatError) as caught:
-        parse_surgery(_sealed(json.dumps(data, separators=(",", ":"))).encode())
-    assert all(caught.value.parts().values()), caught.value.parts()
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"version":1}', "[" * 100_000, "\xff"])
-def test_nonsense_is_refused(text: str) -> None:
-    with pytest.raises(FormatError):
-        parse_surgery(text.encode("latin-1"))
-
-
-def test_unwritable_surgery_is_refused() -> None:
-    hashes = {"shapes": "0" * 64, "result": "0" * 64}
-    with pytest.raises(SecateurError, match="plain values"):
-        surgery_text(Surgery("N", blocks=(BlockEdit("a", "b", {"c": object()}),), **hashes))
-    with pytest.raises(SecateurError, match="plain values"):
-        surgery_text(Surgery("N", attributes={"": {"__dict__": (1, 1)}}, **hashes))
-
-
 # -- without secateur -------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -456,7 +198,7 @@ def test_the_script_in_the_docs_replays_without_secateur(
     script = (ROOT / "docs" / "formats" / "replay.py").read_text()
     assert len(script.splitlines()) < 150
     (tmp_path / "replay.py").write_text(script)
-    source = Path(__file__).read_text()
+    source = Path(__file__).with_name("surgery_cases.py").read_text()
     classes = source[source.index("class Residual") : source.index("class Other")]
     header = "import torch\nfrom torch import nn, Tensor\n"
     (tmp_path / "net.py").write_text(header + classes)
