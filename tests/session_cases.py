@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from secateur.runtime.native import Spec, Variant, candidates  # noqa: E402
 from secateur.runtime.operators import opset, sparse_node  # noqa: E402
-from secateur.runtime.session import session  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,3 @@ def require_same(task: Problem, found: np.ndarray) -> None:
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     assert (abs(found - expected) <= bound).all(), float((abs(found - expected) / bound).max())
-
-
-def run(task: Problem, threads: int = 1, **more: object) -> np.ndarray:
-    return np.asarray(session(sparse_model(task, **more), threads).run(None, task.feeds)[0])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from session_cases import (
     CASES,
+    Problem,
     dense,
     dense_model,
     first_variant,
@@ -18,7 +19,6 @@ from session_cases import (
     onnxruntime,
     problem,
     require_same,
-    run,
     sparse_model,
 )
 
@@ -27,6 +27,10 @@ from secateur.runtime import library
 from secateur.runtime.native import FAMILIES, Spec, Variant, candidates, lanes
 from secateur.runtime.operators import is_sparse, sparse_node, spec_of, variant_of
 from secateur.runtime.session import THREADS_ENTRY, session, session_options
+
+
+def run(task: Problem, threads: int = 1, **more: object) -> np.ndarray:
+    return np.asarray(session(sparse_model(task, **more), threads).run(None, task.feeds)[0])
 
 
 @pytest.mark.parametrize("name", CASES)
