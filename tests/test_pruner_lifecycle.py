@@ -24,10 +24,14 @@ from secateur import (
     prune_,
     recipes,
 )
-from secateur.core.errors import UsageError
+from secateur.core.errors import NonFinite, UsageError
 from secateur.core.masks import Masks
-from secateur.pattern import Rows
-from secateur.schedule import Polynomial
+from secateur.drive.training.learned import Learned
+from secateur.drive.training.regrow import TopKast
+from secateur.learn import Leap
+from secateur.pattern import PerRow, Rows
+from secateur.schedule import OneShot, Polynomial
+from secateur.score import Wanda
 
 HALF = Target("sparsity", 0.5)
 
@@ -270,3 +274,119 @@ def test_no_step_follows_an_early_end(how: Any) -> None:
     pruner.finalize(early=True)
     with pytest.raises(UsageError, match=r"step\(\): finalize\(\) was called before"):
         train(model, optimizer, [pruner], 3)
+
+
+# -- what an error leaves behind ------------------------------------------------------------------
+
+BATCHES = [(torch.randn(8, 6), torch.arange(8) % 3) for _ in range(3)]
+NAN = [(x * float("nan"), y) for x, y in BATCHES]
+WRONG = [(x, y + 50) for x, y in BATCHES]  # labels that the loss cannot take
+
+
+def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return {
+        "state": {n: v.clone() for n, v in model.state_dict().items()},
+        "attributes": [set(vars(m)) for m in model.modules()],
+        "classes": [type(m) for m in model.modules()],
+        "hooks": [len(h) for h in hooks],
+        "parameters": [id(p) for p in model.parameters()],
+        "groups": [[id(p) for p in g["params"]] for g in optimizer.param_groups],
+    }
+
+
+def assert_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key, value in before.items():
+        if key != "state":
+            assert value == after[key], key
+    assert list(before["state"]) == list(after["state"])
+    assert all(torch.equal(v, after["state"][n]) for n, v in before["state"].items())
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Recipe(Wanda(), PerRow(), HALF, schedule=OneShot(unit="steps")),
+        Recipe(Wanda(), PerRow(), HALF, regrow=Regrow(frequency=2, start="criterion")),
+        Recipe(Wanda(), PerRow(), HALF, regrow=TopKast(0.1, frequency=2)),
+    ],
+    ids=["oneshot", "rigl", "topkast"],
+)
+def test_a_pruner_that_cannot_begin_leaves_no_trace(wanted: Recipe) -> None:
+    model = net()
+    optimizer = sgd(model)
+    before = everything(model, optimizer)
+    with pytest.raises(NonFinite):
+        Gradual(model, optimizer, wanted, steps=8, data=NAN)
+    assert_untouched(before, everything(model, optimizer))
+    Gradual(model, optimizer, wanted, steps=8, data=BATCHES)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [Recipe(target=HALF, recovery=(FineTune(1),)), recipes.gmp(0.5, epochs=1)],
+    ids=["finetune", "gmp"],
+)
+def test_a_training_that_fails_leaves_no_masks_on_the_model(wanted: Recipe) -> None:
+    model = net()
+    names = list(model.state_dict())
+    with pytest.raises(IndexError):
+        prune_(model, wanted, WRONG)
+    assert list(model.state_dict()) == names
+    earlier = net()
+    attach_(earlier, Masks({"0.weight": torch.ones(12, 6, dtype=torch.bool)}))
+    with pytest.raises(IndexError):
+        prune_(earlier, wanted, WRONG)
+    assert list(masks_of(earlier)) in (["0.weight"], [])  # rounds have taken them off already
+
+
+class OneGroup(torch.optim.SGD):
+    def add_param_group(self, group: Any) -> None:
+        if self.param_groups:
+            raise ValueError("one group only")
+        super().add_param_group(group)
+
+
+def muon(model: nn.Module) -> Any:
+    return torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda m: OneGroup(m.parameters(), 0.1), r"OneGroup: it refuses .*one group only"),
+        (muon, "Muon: it refuses"),
+        (lambda m: torch.optim.LBFGS(m.parameters()), "LBFGS: it refuses"),
+    ],
+    ids=["one-group", "muon", "lbfgs"],
+)
+def test_an_optimizer_that_cannot_learn_masks_is_refused(make: Any, words: str) -> None:
+    model = net()
+    optimizer = make(model)
+    before = everything(model, optimizer)
+    with pytest.raises(UsageError, match=words):
+        Learned(model, optimizer, Leap.short(0.5))
+    assert_untouched(before, everything(model, optimizer))
+
+
+def test_a_weight_has_one_mask() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    pruner = Gradual(model, optimizer, recipe(scope=only("0")))
+    before = everything(model, optimizer)
+    with pytest.raises(
+        UsageError, match=r"learning a mask for '0\.weight': the weight carries a mask"
+    ):
+        Learned(model, optimizer, Leap.short(0.5))
+    assert_untouched(before, everything(model, optimizer))
+    learned = Learned(model, optimizer, Leap.short(0.5), scope=only("2"))  # another weight
+    before = everything(model, optimizer)
+    with pytest.raises(UsageError, match=r"pruning '2\.weight': it has a learned mask"):
+        Learned(model, optimizer, Leap.short(0.5), scope=Scope(ignore=("0",)))
+    assert_untouched(before, everything(model, optimizer))
+    learned.harden(early=True)
+    pruner.finalize(early=True)
+    assert [name for name, _ in model.named_parameters()] == [
+        name for name, _ in net().named_parameters()
+    ]
+    Learned(model, optimizer, Leap.short(0.5))

@@ -164,12 +164,16 @@ class _Run:
         note_left_out(self.facts, self.plan)
         if self.recipe.finetune is not None and self.recipe.distills and self.dense is None:
             self.dense = copy.deepcopy(self.model)
+        earlier = set(masks_of(self.model))
         on = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(sorted(on, key=str)):  # the caller's random state stays
             torch.manual_seed(self.recipe.seed)
             trains = self.recipe.schedule.unit != "rounds"
-            masks = self._gradual() if trains else self._rounds()
-            masks = self._after(masks)
+            try:
+                masks = self._after(self._gradual() if trains else self._rounds())
+            except BaseException:  # weights may have changed, but the model has its form again
+                detach_(self.model, set(masks_of(self.model)) - earlier)
+                raise
         self.facts.measures["seconds"] = time.perf_counter() - start
         diagnose(self.facts)
         return Pruned(self.model, masks, self.facts)

@@ -140,6 +140,9 @@ class Grouped:
         masks.apply_(self._model)
         return masks
 
+    def drop_(self) -> None:
+        """Nothing: no parameter was added to the model."""
+
     def facts(self) -> dict[str, Any]:
         """Groups and kept channels of every convolution, and the β that met the target."""
         branches, beta = self._prune()

@@ -35,6 +35,9 @@ class Learning(Protocol):
     def harden_(self) -> Masks:
         """Take everything off the model, leave exact zeros, and give the masks."""
 
+    def drop_(self) -> None:
+        """Take everything off the model, and leave its weights as they are."""
+
     def facts(self) -> dict[str, Any]:
         """What the result knows beside its masks, as plain data."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -97,6 +97,7 @@ class MaskedWeights:
         chosen = [slot for slot in slots if slot.prunable]
         for slot in chosen:
             _require_plain(model, slot)
+        self._orders = {s.module: list(model.get_submodule(s.module)._parameters) for s in chosen}
         parts = {slot.name: maker.part(slot, slot.tensor(model)) for slot in chosen}
         for slot in chosen:  # only now: nothing was changed if a part could not be made
             owner = model.get_submodule(slot.module)
@@ -128,11 +129,24 @@ class MaskedWeights:
     def harden_(self) -> Masks:
         """Write the masked weights into the plain parameters and remove the masks."""
         masks = self.masks()
+        self._remove_(leave_masked=True)
+        return masks
+
+    def drop_(self) -> None:
+        """Remove the masks; the weights are what they were."""
+        self._remove_(leave_masked=False)
+
+    def _remove_(self, *, leave_masked: bool) -> None:
         for name in self._parts:
             path, _, attribute = name.rpartition(".")
             owner = self._model.get_submodule(path)
-            parametrize.remove_parametrizations(owner, attribute, leave_parametrized=True)
-        return masks
+            parametrize.remove_parametrizations(owner, attribute, leave_parametrized=leave_masked)
+        for path, order in self._orders.items():
+            # torch puts them back at the end; states of optimizers go by the order of parameters.
+            owner = self._model.get_submodule(path)
+            known = dict(owner._parameters)
+            owner._parameters.clear()
+            owner._parameters.update({key: known[key] for key in order})
 
     def facts(self) -> dict[str, Any]:
         """Nothing beside the masks."""
@@ -164,6 +178,30 @@ def obstacle(model: nn.Module, slot: Slot) -> str:
     if isinstance(model.get_submodule(slot.module), nn.RNNBase):
         return "a mask does not reach the list of weights that recurrent layers keep"
     return ""
+
+
+def require_unlearned(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise if one of the parameters is part of a learned mask, or the weight behind one.
+
+    Raises:
+        UsageError: The weight is named.
+
+    Example:
+        >>> require_unlearned(nn.Linear(2, 1), ["weight"])
+    """
+    names = list(names)
+    for path, module in model.named_modules():
+        lists = module.parametrizations if parametrize.is_parametrized(module) else {}
+        for attribute, parts in lists.items():
+            inside = ".".join(filter(None, (path, "parametrizations", attribute, "")))
+            ours = any(hasattr(part, "mask") for part in parts)
+            if ours and any(name.startswith(inside) for name in names):
+                raise UsageError(
+                    f"pruning {'.'.join(filter(None, (path, attribute)))!r}",
+                    "it has a learned mask",
+                    "two masks of one weight would not know each other",
+                    "call harden() on the first Learned before, or leave the weight out with ignore=",
+                )
 
 
 def _require_plain(model: nn.Module, slot: Slot) -> None:

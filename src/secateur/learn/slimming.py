@@ -143,6 +143,9 @@ class Slimmed:
         masks.apply_(self._model)
         return masks
 
+    def drop_(self) -> None:
+        """Nothing: no parameter was added to the model."""
+
     def facts(self) -> dict[str, Any]:
         """Scores ``|γ|`` and keep flags of all channels (before they were zeroed)."""
         scores = getattr(self, "_found", None) or self._scores()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import Batch, Data, as_data, default_loss, evaluating, take, to_device
 from secateur.core.errors import NeedsData, UsageError
@@ -138,17 +139,36 @@ class Gradual:
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
         # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.
         self._names = frozenset([*own, *unheld(model)])
+        self._updated = False  # whether the optimizer has taken a step yet
+        self._stream: RemovableHandle | None = None
+        self._watch: RemovableHandle | None = None
+        self._regrowing: Regrowing | None = None
+        self._superset: Superset | None = None
+        self._uses = self._count_uses()
         attach_(model, Masks(fresh))
-        self._held = Held(model, optimizer, self._names)
+        try:
+            self._begin_()
+        except BaseException:  # the caller may correct something and try again
+            self._take_hooks_off()
+            detach_(model, fresh)
+            raise
+
+    def _begin_(self) -> None:
+        self._held = Held(self.model, self.optimizer, self._names)
         self._regrowing, self._superset = self._regrowth()
         seen = self._slots if self._streamed else []
-        self._stream = stream_gradients(optimizer, model, seen, self._streamed, self._stats)
-        self._updated = False  # whether the optimizer has taken a step yet
-        self._watch = before_update(optimizer, self._note_update)
-        self._uses = self._count_uses()
+        self._stream = stream_gradients(
+            self.optimizer, self.model, seen, self._streamed, self._stats
+        )
+        self._watch = before_update(self.optimizer, self._note_update)
         # A schedule may start before the first step.
         if not self._streamed or self._starts_at_random:
             self._maybe_update()
+
+    def _take_hooks_off(self) -> None:
+        for part in (self._stream, self._watch, self._regrowing, self._superset):
+            if part is not None:
+                part.remove()
 
     def _regrowth(self) -> tuple[Regrowing | None, Superset | None]:
         part, optimizer, per_epoch = self.recipe.regrow, self.optimizer, self._per_epoch
@@ -385,9 +405,7 @@ class Gradual:
                 "train longer, correct steps=, or call finalize(early=True)",
             )
         self._held.hold_()
-        for part in (self._stream, self._watch, self._regrowing, self._superset):
-            if part is not None:
-                part.remove()
+        self._take_hooks_off()
         masks = detach_(self.model, self._names)
         self._finalized = True
         self.facts.layers = [

@@ -22,8 +22,9 @@ from secateur.drive.plan import note_left_out, plan, require_finite
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, Scope, describe
 from secateur.drive.training.finetune import FineTune, finetune
+from secateur.drive.training.held import masks_of
 from secateur.learn import Distill, Learner, Learning
-from secateur.learn.masked import obstacle
+from secateur.learn.masked import obstacle, require_unlearned
 
 # A target is reached if the masks come this close to it.
 CLOSE = 0.01
@@ -79,13 +80,30 @@ class Learned:
         self.facts.environment = environment()
         note_left_out(self.facts, replace(found, slots=tuple(slots)))
         taking = [s for s in slots if s.prunable or _wanted(s, scope or Scope())]
+        _require_bare(model, [slot.name for slot in taking])
         self._learning: Learning = _begin(how, model, taking)
-        self._own = self._learning.groups()
-        for group in self._own:
-            optimizer.add_param_group(group)
+        self._own = self._join_optimizer_()
         self.steps = 0
         self._asked = False
         self._hardened = False
+
+    def _join_optimizer_(self) -> list[dict[str, Any]]:
+        """Give the optimizer groups of what is learned; if it cannot take them, nothing has changed."""
+        groups, before = self._learning.groups(), len(self.optimizer.param_groups)
+        try:
+            for group in groups:
+                _require_takes(self.optimizer)
+                self.optimizer.add_param_group(group)
+        except Exception as error:
+            del self.optimizer.param_groups[before:]
+            self._learning.drop_()
+            raise UsageError(
+                f"learning masks with the optimizer {type(self.optimizer).__name__}",
+                f"it refuses the parameters of the masks ({str(error)[:200]})",
+                "they are trained by the same optimizer, in groups of their own",
+                "use AdamW or another optimizer that takes parameters of any shape",
+            ) from error
+        return groups
 
     def _fingerprint(self, slots: list[Slot]) -> str:
         names = [s.name for s in slots if s.prunable]
@@ -300,6 +318,27 @@ class _Stepping:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learned.load_state_dict(state["learned"])
         self._seen = [float(x) for x in state["seen"]]
+
+
+def _require_takes(optimizer: torch.optim.Optimizer) -> None:
+    # Both take the group, and fail at their first step.
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("it has one group")
+    if isinstance(optimizer, torch.optim.Muon):
+        raise ValueError("it trains matrices only")
+
+
+def _require_bare(model: nn.Module, names: list[str]) -> None:
+    """Raise if one of the weights has a mask already."""
+    require_unlearned(model, names)
+    masked = list(masks_of(model, names))
+    if masked:
+        raise UsageError(
+            f"learning a mask for {masked[0]!r}",
+            "the weight carries a mask",
+            "two masks of one weight would not know each other",
+            "finalize the other pruner or call detach_ first, or leave the weight out with ignore=",
+        )
 
 
 def _begin(how: Learner, model: nn.Module, slots: list[Slot]) -> Learning:
