@@ -390,3 +390,63 @@ def test_a_weight_has_one_mask() -> None:
         name for name, _ in net().named_parameters()
     ]
     Learned(model, optimizer, Leap.short(0.5))
+
+
+# -- learned masks and schedules of learning rates ------------------------------------------------
+
+LR = torch.optim.lr_scheduler
+SCHEDULES: dict[str, Any] = {
+    "lambda": lambda o: LR.LambdaLR(o, lambda t: 0.99**t),
+    "cyclic": lambda o: LR.CyclicLR(o, 0.001, 0.01, cycle_momentum=False),
+    "onecycle": lambda o: LR.OneCycleLR(o, 0.02, total_steps=40),
+    "cosine": lambda o: LR.CosineAnnealingLR(o, 40),
+    "warm": lambda o: LR.SequentialLR(
+        o, [LR.LinearLR(o, 0.1, total_iters=3), LR.ExponentialLR(o, 0.9)], [3]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_schedule_made_after_learned_outlives_harden(name: str, fused: bool) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+    learned = Learned(model, optimizer, Leap.short(0.5))
+    rate = SCHEDULES[name](optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(BATCHES[0][0]), BATCHES[0][1])
+        (loss + (learned.penalty() if not hardened else 0)).backward()
+        optimizer.step()
+        rate.step()
+
+    hardened = False
+    for _ in range(5):
+        step()
+        learned.step()
+    learned.harden()
+    hardened = True
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == set(
+        map(id, model.parameters())
+    )
+    assert set(map(id, optimizer.state)) == set(map(id, model.parameters()))
+    before = optimizer.param_groups[0]["lr"]
+    for _ in range(3):
+        step()
+    assert optimizer.param_groups[0]["lr"] != before
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_made_before_learned_is_refused(name: str) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    SCHEDULES[name](optimizer)
+    before = everything(model, optimizer)
+    with pytest.raises(UsageError, match="Make Learned first and the schedule afterwards"):
+        Learned(model, optimizer, Leap.short(0.5))
+    assert_untouched(before, everything(model, optimizer))
+    for group in optimizer.param_groups:
+        group.pop("initial_lr")
+    Learned(model, optimizer, Leap.short(0.5))

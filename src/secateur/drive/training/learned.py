@@ -40,7 +40,8 @@ class Learned:
 
     Args:
         model: Trained in place by the caller.
-        optimizer: The caller's optimizer; it gets one more group.
+        optimizer: The caller's optimizer; it gets more groups. Make schedules of learning rates
+            afterwards, so that they know these too. The groups are empty after :meth:`harden`.
         how: A learner, e.g. :class:`~secateur.learn.Leap`.
         scope: Which weights take part.
         data: Only its loss is used, by learners that compute the loss of a batch once more.
@@ -90,6 +91,15 @@ class Learned:
     def _join_optimizer_(self) -> list[dict[str, Any]]:
         """Give the optimizer groups of what is learned; if it cannot take them, nothing has changed."""
         groups, before = self._learning.groups(), len(self.optimizer.param_groups)
+        if groups and any("initial_lr" in group for group in self.optimizer.param_groups):
+            self._learning.drop_()
+            raise UsageError(
+                "learning masks with an optimizer whose learning rates follow a schedule",
+                f"the schedule was made for its {before} groups; {len(groups)} for the masks would join",
+                "most schedules have one entry a group, and fail at a group that they do not know",
+                "make Learned first and the schedule afterwards; after a schedule that has ended, take "
+                "'initial_lr' out of optimizer.param_groups",
+            )
         try:
             for group in groups:
                 _require_takes(self.optimizer)
@@ -182,10 +192,13 @@ class Learned:
         return Pruned(self.model, masks, self.facts)
 
     def _leave_optimizer_(self) -> None:
-        """Training may go on with the same optimizer: it forgets what is no longer there."""
+        """Training may go on with the same optimizer: it forgets what is no longer there.
+
+        The groups stay, empty: schedules of learning rates have an entry for each.
+        """
         gone = {id(p) for group in self._own for p in group["params"]}
-        groups = self.optimizer.param_groups
-        groups[:] = [g for g in groups if not g["params"] or id(g["params"][0]) not in gone]
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
         for parameter in [p for p in self.optimizer.state if id(p) in gone]:
             del self.optimizer.state[parameter]
 
