@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -113,6 +114,14 @@ class Target:
                 "there is no such unit",
                 f"the units are {', '.join(UNITS)}",
                 "write e.g. sparsity: 0.9 or macs: 50%",
+            )
+        given: object = self.value  # a recipe is often written by hand
+        if type(given) is bool or not isinstance(given, Real):
+            raise BudgetError(
+                f"{self.unit}={given!r}",
+                f"a {type(given).__name__}",
+                "the value of a target is a number",
+                "write 0.9, or Target.parse('90%') where it is a text",
             )
         if self.unit == "sparsity" and not 0 <= self.value < 1:
             hint = (

@@ -28,7 +28,7 @@ from secateur.drive.money import money, uses
 from secateur.drive.network import copy_of, network_of
 from secateur.drive.plan import Plan, note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
-from secateur.drive.recipe import Recipe
+from secateur.drive.recipe import Recipe, require_recipe
 from secateur.drive.recipe_file import to_plain
 from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress, parameter_groups
 from secateur.drive.training.gradual import Gradual, mean_loss
@@ -112,6 +112,7 @@ def prune_(
         True
     """
     saved = as_checkpoints(checkpoint)
+    require_recipe(recipe)
     return _Run(network_of(model), recipe or Recipe(), as_data(data), dense, progress, saved).run()
 
 

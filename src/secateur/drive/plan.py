@@ -14,7 +14,7 @@ from secateur.core.facts import Facts
 from secateur.core.selectors import matches, require_hits
 from secateur.core.slots import Slot
 from secateur.drive.network import network_of
-from secateur.drive.recipe import Recipe
+from secateur.drive.recipe import Recipe, require_recipe
 from secateur.frontends import discover
 
 
@@ -41,6 +41,7 @@ def plan(model: nn.Module, recipe: Recipe | None = None) -> Plan:
         >>> [(s.name, s.prunable) for s in slots]
         [('weight', True), ('bias', False)]
     """
+    require_recipe(recipe)
     recipe = recipe or Recipe()
     scope = recipe.scope
     slots = discover(network_of(model))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from secateur.allocate import Allocation, ErdosRenyi, Ranked, Uniform
+from secateur.core.arguments import require_kind, require_part
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UsageError
 from secateur.drive.training.finetune import FineTune
@@ -43,10 +45,23 @@ from secateur.score import (
 )
 
 Step = Recovery | BatchNorm | FineTune
-_WHOLE = (
-    BatchNorm,
-    FineTune,
-)  # they need the whole network; all others repair one weight at a time
+# Field -> attributes that its value must have, what it is in words, and an example.
+_PARTS = {
+    "criterion": (
+        ("needs", "__call__"),
+        "an object that scores weights",
+        "e.g. criterion=Magnitude()",
+    ),
+    "pattern": (("fold", "unfold", "quota"), "a pattern", "e.g. pattern=NM(2, 4)"),
+    "allocation": (("needs_scores", "__call__"), "an allocation", "e.g. allocation=Ranked()"),
+    "schedule": (
+        ("share", "unit", "end"),
+        "a schedule",
+        "e.g. schedule=Polynomial(begin=0, end=10, frequency=1, unit='epochs')",
+    ),
+}
+# They need the whole network; all others repair one weight at a time.
+_WHOLE = (BatchNorm, FineTune)
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,20 @@ class Scope:
         for name in ("include", "ignore"):
             value: Any = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
+
+# Field -> its type or types, what it is in words, and an example.
+_KINDS: dict[str, tuple[Any, str, str]] = {
+    "target": (
+        (Target, type(None)),
+        "a target",
+        "target=Target('sparsity', 0.9) or Target.parse('90%')",
+    ),
+    "scope": (Scope, "a scope", "e.g. scope=Scope(include=('layer1.*',))"),
+    "sequential": (bool, "True or False", "e.g. sequential=True"),
+    "seed": (Integral, "an integer", "e.g. seed=0"),
+    "regrow": ((Regrow, TopKast, type(None)), "how weights come back", "e.g. regrow=Regrow()"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +147,7 @@ class Recipe:
         steps: Any = self.recovery
         single = not isinstance(steps, (tuple, list))
         object.__setattr__(self, "recovery", (steps,) if single else tuple(steps))
+        _require_parts(self)
         if self.regrow is not None and self.schedule == OneShot():
             object.__setattr__(self, "schedule", OneShot(unit="steps"))
         if self.regrow is not None and self.schedule.unit == "rounds":
@@ -169,6 +199,49 @@ class Recipe:
         """A hash of everything that differs from the defaults; names runs."""
         text = json.dumps(describe(self), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _require_parts(recipe: Recipe) -> None:
+    """Refuse what is no part of a recipe: texts, numbers, classes in place of objects."""
+    for name, (has, what, write) in _PARTS.items():
+        require_part(f"Recipe({name}=...)", getattr(recipe, name), has, what=what, write=write)
+    for step in recipe.recovery:
+        if not isinstance(step, _WHOLE):
+            write = "e.g. recovery=(LeastSquares(), FineTune(epochs=2))"
+            require_part("Recipe(recovery=...)", step, ("needs",), what="recoveries", write=write)
+    if recipe.rounding is not None:
+        what, write = "a rounding", "e.g. rounding=Integer(8)"
+        require_part("Recipe(rounding=...)", recipe.rounding, ("fit",), what=what, write=write)
+    require_settings(recipe, _KINDS)
+
+
+def require_recipe(given: object) -> None:
+    """Raise unless a recipe (or ``None``, the default one) was given.
+
+    Example:
+        >>> require_recipe(magnitude)
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: the recipe: the function magnitude, and not its result, was \
+given. It is a Recipe. Write e.g. Recipe(target=Target('sparsity', 0.9)) or recipes.magnitude(0.9).
+    """
+    write = "e.g. Recipe(target=Target('sparsity', 0.9)) or recipes.magnitude(0.9)"
+    require_kind("the recipe", given, (Recipe, type(None)), what="a Recipe", write=write)
+
+
+def require_settings(recipe: Any, kinds: Mapping[str, tuple[Any, str, str]]) -> None:
+    """Refuse fields of a recipe that are not of their type.
+
+    Args:
+        recipe: Of pruning or of shrinking.
+        kinds: Field -> its type or types, what it is in words, and an example.
+
+    Example:
+        >>> require_settings(Recipe(), {"seed": (int, "an integer", "seed=0")})
+    """
+    for name, (kind, what, write) in kinds.items():
+        asked = f"{type(recipe).__name__}({name}=...)"
+        require_kind(asked, getattr(recipe, name), kind, what=what, write=write)
 
 
 def _require_order(steps: Sequence[Step], *, trains: bool) -> None:

@@ -6,18 +6,47 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from secateur.allocate.widths import RankedWidths, UniformWidths, WidthAllocation
+from secateur.core.arguments import require_kind, require_part
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UnknownName, UsageError
-from secateur.drive.recipe import Scope, describe, recovery_named, require_one_training
+from secateur.drive.recipe import (
+    Scope,
+    describe,
+    recovery_named,
+    require_one_training,
+    require_settings,
+)
 from secateur.drive.training.finetune import FineTune
 from secateur.recover import BatchNorm, Compensation
 from secateur.score import GroupCriterion, Grouped, Magnitude
 
 CutStep = Compensation | BatchNorm | FineTune
 _ORDER = (Compensation, BatchNorm, FineTune)
+_PARTS = {
+    "criterion": (
+        ("needs", "__call__"),
+        "an object that scores groups",
+        "e.g. criterion=Grouped(Magnitude())",
+    ),
+    "allocation": (
+        ("needs_scores", "__call__"),
+        "an allocation of widths",
+        "e.g. allocation=RankedWidths()",
+    ),
+}
+_KINDS: dict[str, tuple[Any, str, str]] = {
+    "target": (Target, "a target", "target=Target('macs', 0.5) or Target.parse('macs=50%')"),
+    "scope": (Scope, "a scope", "e.g. scope=Scope(ignore=('stem',))"),
+    "uniform": (bool, "True or False", "e.g. uniform=True"),
+    "align": (Integral, "an integer", "e.g. align=8"),
+    "rounds": (Integral, "an integer", "e.g. rounds=1"),
+    "seed": (Integral, "an integer", "e.g. seed=0"),
+    "engine": (str, "a name", "e.g. engine='torch'"),
+}
 ENGINES = ("", "onnxruntime", "torch")
 
 
@@ -72,6 +101,7 @@ class ShrinkRecipe:
         steps: Any = self.recovery
         single = not isinstance(steps, (tuple, list))
         object.__setattr__(self, "recovery", (steps,) if single else tuple(steps))
+        _require_parts(self)
         _require_order(self.recovery)
         if self.target.unit == "sparsity":
             raise BudgetError(
@@ -115,9 +145,19 @@ class ShrinkRecipe:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _require_parts(recipe: ShrinkRecipe) -> None:
+    for name, (has, what, write) in _PARTS.items():
+        asked = f"ShrinkRecipe({name}=...)"
+        require_part(asked, getattr(recipe, name), has, what=what, write=write)
+    write = "e.g. recovery=(Compensation(), BatchNorm())"
+    for step in recipe.recovery:
+        require_kind("ShrinkRecipe(recovery=...)", step, _ORDER, what="recoveries", write=write)
+    require_settings(recipe, _KINDS)
+
+
 def _require_order(steps: tuple[CutStep, ...]) -> None:
     require_one_training(steps)
-    given = [_ORDER.index(type(step)) for step in steps if type(step) in _ORDER]
+    given = [_ORDER.index(type(step)) for step in steps]
     if given != sorted(set(given)):
         raise UsageError(
             recovery_named(steps),

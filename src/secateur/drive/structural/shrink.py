@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from secateur.core.arguments import require_kind
 from secateur.core.batches import Data, as_data
 from secateur.core.budget import Target
 from secateur.core.errors import DataError, NeedsData, SelectorError, UsageError
@@ -123,6 +124,9 @@ def shrink_(
 def _run(
     model: nn.Module, recipe: ShrinkRecipe | None, data: Any, progress: Progress | None
 ) -> _Run:
+    write = "e.g. ShrinkRecipe(target=Target('macs', 0.5))"
+    kinds = (ShrinkRecipe, type(None))
+    require_kind("the recipe", recipe, kinds, what="a ShrinkRecipe", write=write)
     recipe = recipe or ShrinkRecipe()
     return _Run(copy_of(model), recipe, as_data(data), progress or _silent)
 

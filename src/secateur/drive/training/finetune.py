@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import is_number
 from secateur.core.batches import (
     Batch,
     Data,
@@ -77,9 +78,15 @@ class FineTune:
     on_nan: str = "raise"
 
     def __post_init__(self) -> None:
+        numbers = ("epochs", "lr", "weight_decay", "distill", "temperature")
+        odd = next((name for name in numbers if not is_number(getattr(self, name))), None)
         wrong = ""
-        if self.epochs <= 0 or self.lr <= 0 or self.temperature <= 0:
+        if odd is not None:
+            wrong = f"{odd} is a finite number, not {getattr(self, odd)!r}"
+        elif self.epochs <= 0 or self.lr <= 0 or self.temperature <= 0:
             wrong = "epochs, lr and temperature must be positive"
+        elif self.weight_decay < 0:
+            wrong = f"weight_decay is 0 or more, not {self.weight_decay:g}"
         elif self.optimizer not in ("sgd", "adamw"):
             wrong = f"optimizer is 'sgd' or 'adamw', not {self.optimizer!r}"
         elif self.on_nan not in ("raise", "rollback"):

@@ -1,0 +1,78 @@
+"""Checks of what a caller passes. Each raises an error that says what was given and what to write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+from secateur.core.errors import UsageError
+
+
+def is_number(value: object) -> bool:
+    """Whether something is a finite number; ``True`` is none, and neither is ``"3"``.
+
+    Example:
+        >>> is_number(0.5), is_number("0.5"), is_number(float("nan")), is_number(True)
+        (True, False, False, False)
+    """
+    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
+
+
+def require_kind(
+    asked: str, value: object, kind: type | tuple[type, ...], *, what: str, write: str
+) -> None:
+    """Raise unless a value is of a type.
+
+    Args:
+        asked: The argument, as an error names it.
+        value: What was given.
+        kind: Type, or types.
+        what: What is expected, in words.
+        write: An example that would do.
+
+    Raises:
+        UsageError: It is not. ``True`` is no integer here.
+
+    Example:
+        >>> require_kind("seed", "a", int, what="an integer", write="seed=0")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: seed: 'a', a str, was given. It is an integer. Write seed=0.
+    """
+    expected = kind if isinstance(kind, tuple) else (kind,)
+    truth = isinstance(value, bool) and bool not in expected
+    if truth or not isinstance(value, expected):
+        _refuse(asked, value, what, write)
+
+
+def require_part(asked: str, value: object, has: Sequence[str], *, what: str, write: str) -> None:
+    """Raise unless a value is an object with the given attributes, and not a class of such objects.
+
+    Args:
+        asked: The argument, as an error names it.
+        value: What was given.
+        has: Attributes that it must have.
+        what: What is expected, in words.
+        write: An example that would do.
+
+    Raises:
+        UsageError: It is not.
+
+    Example:
+        >>> require_part("pattern", "2:4", ("fold", "unfold"), what="a pattern", write="NM(2, 4)")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: pattern: '2:4', a str, was given. It is a pattern. Write NM(2, 4).
+    """
+    if isinstance(value, type) or not all(hasattr(value, name) for name in has):
+        _refuse(asked, value, what, write)
+
+
+def _refuse(asked: str, value: object, what: str, write: str) -> None:
+    kind = f"{value!r:.60}, a {type(value).__name__}," if value is not None else "None"
+    if isinstance(value, type):
+        kind = f"the class {value.__name__}, and not an object of it,"
+    elif type(value).__name__ == "function":
+        kind = f"the function {getattr(value, '__name__', '')}, and not its result,"
+    raise UsageError(asked, f"{kind} was given", f"it is {what}", f"write {write}")

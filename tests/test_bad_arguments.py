@@ -1,0 +1,121 @@
+"""Mistakes that people make: each is an error in four parts that says what to write."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from secateur import FineTune, Recipe, ShrinkRecipe, Target, plan, prune, recipes, shrink
+from secateur.allocate import Ranked
+from secateur.core.errors import BudgetError, UsageError
+from secateur.experiments import Training
+from secateur.pattern import NM
+from secateur.recover import LeastSquares
+from secateur.schedule import OneShot
+from secateur.score import Magnitude, Wanda
+
+GIVEN = torch.Generator().manual_seed(0)
+BATCHES = [(x, x[:, :4].argmax(1)) for x in torch.randn(4, 16, 16, generator=GIVEN)]
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
+    )
+
+
+def whole(error: pytest.ExceptionInfo[Any]) -> str:
+    """The message, all of whose parts are there."""
+    assert error.value.asked
+    assert error.value.found
+    assert error.value.why
+    assert error.value.do
+    return str(error.value)
+
+
+# -- recipes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("target", 0.9, "Target('sparsity', 0.9)"),
+        ("target", "90%", "'90%', a str"),
+        ("criterion", Magnitude, "the class Magnitude"),
+        ("criterion", Wanda, "the class Wanda"),
+        ("criterion", "magnitude", "criterion=Magnitude()"),
+        ("pattern", "2:4", "NM(2, 4)"),
+        ("pattern", NM, "the class NM"),
+        ("allocation", Ranked, "the class Ranked"),
+        ("allocation", "global", "allocation=Ranked()"),
+        ("schedule", OneShot, "the class OneShot"),
+        ("schedule", 3, "3, a int"),
+        ("recovery", FineTune, "the class FineTune"),
+        ("recovery", (LeastSquares, FineTune(1)), "the class LeastSquares"),
+        ("recovery", "finetune", "'finetune', a str"),
+        ("scope", "0.*", "Scope(include="),
+        ("rounding", "int8", "Integer(8)"),
+        ("regrow", "gradient", "Regrow()"),
+        ("sequential", "yes", "True or False"),
+        ("seed", "a", "an integer"),
+        ("seed", 1.5, "an integer"),
+    ],
+)
+def test_fields_of_a_recipe(field: str, value: Any, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Recipe(**{field: value})
+    assert f"Recipe({field}=...)" in whole(error)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target", 0.5),
+        ("criterion", Magnitude),
+        ("criterion", "magnitude"),
+        ("allocation", Ranked),
+        ("recovery", FineTune),
+        ("recovery", LeastSquares()),
+        ("scope", "0.*"),
+        ("align", 2.5),
+        ("rounds", "2"),
+        ("uniform", 1),
+        ("engine", 3),
+    ],
+)
+def test_fields_of_a_recipe_of_shrinking(field: str, value: Any) -> None:
+    with pytest.raises(UsageError) as error:
+        ShrinkRecipe(**{field: value})
+    assert f"ShrinkRecipe({field}=...)" in whole(error)
+
+
+@pytest.mark.parametrize("given", [0.9, "magnitude", recipes.magnitude, Recipe, ShrinkRecipe()])
+def test_what_is_no_recipe(given: Any) -> None:
+    for call in (lambda: prune(mlp(), given), lambda: plan(mlp(), given)):
+        with pytest.raises(UsageError) as error:
+            call()
+        assert "recipes.magnitude(0.9)" in whole(error)
+    if not isinstance(given, ShrinkRecipe):
+        with pytest.raises(UsageError) as error:
+            shrink(mlp(), given, torch.zeros(1, 16))
+        assert "ShrinkRecipe(" in whole(error)
+
+
+def test_targets_are_numbers() -> None:
+    for value in ("90%", None, True):
+        with pytest.raises(BudgetError) as error:
+            Target("sparsity", value)  # type: ignore[arg-type]
+        assert "Target.parse('90%')" in whole(error)
+    with pytest.raises(BudgetError, match=r"Target\.parse"):
+        recipes.magnitude("90%")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [FineTune, Training])
+@pytest.mark.parametrize("field", ["epochs", "lr", "weight_decay"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "3", None, -1])
+def test_settings_of_a_training(kind: Any, field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=field):
+        kind(**{field: value})
