@@ -8,7 +8,7 @@ from elsewhere: an attribute of the module, or a number in its code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,15 +113,24 @@ class Counted(int):
         return int, (int(self),)
 
 
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "pow")
+
+
 @contextmanager
 def counting(
-    sources: Callable[[Tensor], Mapping[int, Source]], stated: Callable[[Sizes | None], None]
+    sources: Callable[[Tensor], Mapping[int, Source]],
+    stated: Callable[[Sizes | None], None],
+    *,
+    used: Callable[[int], object],
+    kinds: Iterable[type[int]],
 ) -> Iterator[None]:
     """Make tensors give counted sizes.
 
     Args:
         sources: Tensor -> axis -> where its size is from, for the axes with units.
         stated: Told the numbers of a shape before a method that takes one runs, ``None`` after it.
+        used: Told the sizes with which the code computes,
+        kinds: if they are of one of these types.
     """
     own_shape = torch._C.TensorBase.shape.__get__  # type: ignore[attr-defined]
 
@@ -148,6 +157,15 @@ def counting(
 
         return run
 
+    def computed(method: Any) -> Any:
+        def run(*args: Any) -> Any:
+            for number in args:
+                if isinstance(number, int):
+                    used(number)
+            return method(*args)
+
+        return run
+
     changes: list[tuple[Any, str, Any]] = [
         (Tensor, "shape", property(shape)),
         (Tensor, "size", size),
@@ -163,6 +181,13 @@ def counting(
     changes += [(torch, name, told(getattr(torch, name), _made)) for name in makes]
     whole = ("view", "reshape", "expand", "broadcast_to", *(f"new_{name}" for name in makes))
     changes += [(Tensor, name, told(getattr(Tensor, name), _whole)) for name in whole]
+    signs = [f"__{side}{name}__" for name in _ARITHMETIC for side in ("", "r")]
+    changes += [(Tensor, name, computed(getattr(Tensor, name))) for name in signs]
+    # Sums and products of sizes are sizes; these make other numbers of them.
+    makes_other = ("__float__", "__truediv__", "__rtruediv__", "__pow__", "__rpow__")
+    changes += [
+        (kind, name, computed(getattr(int, name))) for kind in kinds for name in makes_other
+    ]
     own = [(place, name, vars(place).get(name)) for place, name, _ in changes]
     try:
         for place, name, value in changes:

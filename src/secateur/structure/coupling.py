@@ -53,6 +53,26 @@ class Structure:
             flags[torch.cat(dead)] = False
         return flags[self.root]
 
+    def doubt(self, name: str) -> str:
+        """What may be wrong with a cut of a width though nothing forbids it; empty if nothing is known.
+
+        Example:
+            >>> class Scaled(nn.Sequential):
+            ...     def forward(self, x):
+            ...         x = self[0](x)
+            ...         return self[1](x / x.shape[1])
+            >>> structure = couple(Scaled(nn.Linear(2, 8), nn.Linear(8, 2)), torch.zeros(1, 2))
+            >>> structure.doubt("0")
+            'its code computes with their number, 8'
+        """
+        units = self.by_name[name].units
+        told = list(self.trace.doubts)
+        for use in self.trace.sizes:
+            for attribute in use.site.attributes:
+                if (use.site.module, attribute) in self.trace.valued:
+                    told.append((use.units, f"its code computes with the value of {attribute}"))
+        return next((why for ids, why in told if bool(torch.isin(self.root[ids], units).any())), "")
+
 
 def couple(model: nn.Module, example: Any) -> Structure:
     """Trace ``model`` and find what must be cut together.

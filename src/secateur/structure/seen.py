@@ -36,6 +36,8 @@ class Trace:
         reductions: Operators that reduce over units, so that they see only the kept ones.
         ratios: Pairs of attributes whose quotient the code computes.
         names: Modules and attributes that were seen in a statement of a size.
+        valued: Modules and attributes with whose values the code computes.
+        doubts: Units, and what may be wrong with a cut of them, though nothing forbids it.
         meta: Whether it ran without arithmetic.
         operators: How many operators ran.
     """
@@ -47,6 +49,8 @@ class Trace:
     reductions: Mapping[str, str]
     ratios: list[Quotient]
     names: set[tuple[str, str]]
+    valued: set[tuple[str, str]]
+    doubts: list[tuple[Tensor, str]]
     meta: bool
     operators: int
 
@@ -60,4 +64,6 @@ class Seen:
     reductions: dict[str, str] = field(default_factory=dict)
     ratios: list[Quotient] = field(default_factory=list)
     names: set[tuple[str, str]] = field(default_factory=set)
+    valued: set[tuple[str, str]] = field(default_factory=set)
+    doubts: list[tuple[Tensor, str]] = field(default_factory=list)
     operators: int = 0

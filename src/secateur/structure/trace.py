@@ -24,7 +24,7 @@ from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
 from secateur.structure.counted import Counted, Sizes, Source, counting, follow, rows_along
 from secateur.structure.counted import plain as plain_number
-from secateur.structure.labels import along, fill, own_shape, varying
+from secateur.structure.labels import along, fill, narrowed, own_shape, varying
 from secateur.structure.named import Named, naming
 from secateur.structure.named_sizes import count_named, names_in
 from secateur.structure.outputs import require_predictions
@@ -188,6 +188,23 @@ class Tracer(TorchDispatchMode):
             self._stated = sizes
             self.seen.names.update(*(names_in(size, self.stack) for size in sizes or ()))
 
+    def used(self, number: int) -> None:
+        """Note that the code computes with a size: what it computes changes with a cut."""
+        if self._busy:
+            return
+        if isinstance(number, Counted) and number.source:
+            self.doubt(number.source.rows, f"its code computes with their number, {number}")
+        self.seen.valued |= names_in(number, self.stack)
+
+    def literal(self, value: int) -> bool:
+        """Whether the code gave a size as a plain number."""
+        return any(type(size) is int and size == value for size in self._stated or ())
+
+    def doubt(self, label: Tensor, reason: str) -> None:
+        """Note what may be wrong with a cut, to be told if the proof of it fails."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            self.seen.doubts.append((narrowed(label).reshape(-1).unique(), reason))
+
     def counted(self, x: Tensor) -> dict[int, Source]:
         """The units along the axes of a tensor, if it is the network that asks for its sizes."""
         if self._busy:
@@ -350,6 +367,8 @@ def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
         seen.reductions,
         seen.ratios,
         seen.names,
+        seen.valued,
+        seen.doubts,
         device == "meta",
         seen.operators,
     )
@@ -383,6 +402,7 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
         stack.enter_context(paths(model, tracer.stack))
         args, kwargs = positional(example)
         stack.enter_context(naming(model))
-        stack.enter_context(counting(tracer.counted, tracer.state))
+        kinds = (Counted, Named)
+        stack.enter_context(counting(tracer.counted, tracer.state, used=tracer.used, kinds=kinds))
         stack.enter_context(tracer)
         return torch.func.functional_call(model, state, args, kwargs, tie_weights=False)

@@ -131,7 +131,8 @@ def unproved(
 
     def search(names: Sequence[str], why: DataError) -> dict[str, str]:
         if len(names) == 1:
-            return {names[0]: f"{why.found.removeprefix('the cut network ')}; {why.why}"}
+            reason = structure.doubt(names[0]) or why.why
+            return {names[0]: f"{why.found.removeprefix('the cut network ')}; {reason}"}
         found: dict[str, str] = {}
         for half in (names[: len(names) // 2], names[len(names) // 2 :]):
             if (error := failure(half)) is not None:
