@@ -155,10 +155,10 @@ class Target:
                     "give one unit",
                 )
             ((unit, value),) = text.items()
-            return Target(str(unit), number(value))
+            return Target(str(unit), _amount(str(unit), value))
         if isinstance(text, str) and "=" in text:
             unit, _, value = text.partition("=")
-            return Target(unit.strip(), number(value))
+            return Target(unit.strip(), _amount(unit.strip(), value))
         if isinstance(text, (str, int, float)) and not isinstance(text, bool):
             return Target("sparsity", number(text))
         raise UsageError(
@@ -170,6 +170,19 @@ class Target:
 
 
 UNITS = ("sparsity", "params", "macs", "bytes", "latency")
+
+
+def _amount(unit: str, value: str | float | int) -> float:
+    """A count, or a share below 1; a share of 1 or more would be taken for a count."""
+    found = number(value)
+    if unit != "sparsity" and found >= 1 and str(value).strip().endswith(("%", "x")):
+        raise BudgetError(
+            f"{unit}={value}",
+            f"that is {found:g} times what the dense network has",
+            "nothing would be removed",
+            "write a share below 100%, or a count without a sign",
+        )
+    return found
 
 
 def number(value: str | float | int) -> float:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
+from secateur.core.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Call:
@@ -53,6 +55,34 @@ def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def require_python(model: nn.Module) -> None:
+    """Refuse a network that hides its modules or its operators.
+
+    Raises:
+        UsageError: It is wrapped for several devices, or compiled to TorchScript.
+
+    Example:
+        >>> require_python(nn.DataParallel(nn.Linear(1, 1)))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: tracing DataParallel: it wraps a Linear for several devices...
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UsageError(
+            f"tracing {type(model).__name__}",
+            f"it wraps a {type(model.module).__name__} for several devices",
+            "the network is cut, not its wrapper",
+            "pass its .module, and wrap the result anew",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"tracing {type(model).__name__}",
+            "it was compiled to TorchScript",
+            "compiled code does not show which modules and attributes it uses",
+            "pass the network as it was before torch.jit",
+        )
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

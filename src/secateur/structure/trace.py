@@ -34,6 +34,7 @@ from secateur.structure.running import (
     plain_attention,
     plain_recurrence,
     positional,
+    require_python,
     run_plainly,
     run_without_values,
     shared_copy,
@@ -321,7 +322,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         example: Inputs: a tensor, a tuple of positional arguments, or a mapping of named ones.
 
     Raises:
-        UsageError: The model fails on this example.
+        UsageError: The model fails on this example, is wrapped for several devices, or compiled.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -329,6 +330,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         >>> found.meta, found.ledger.settle()[found.axes["2.weight", 1]].tolist()
         (True, [0, 1, 2])
     """
+    require_python(model)
     with suppress(Exception):  # whatever the model does that needs values: they are computed then
         return _trace_on(model, example, "meta")
     if any(x.is_meta for x in model.parameters()):
@@ -390,8 +392,8 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
             if not device and not isinstance(x, nn.Parameter):
                 twin = twin.clone()  # a forward pass may write into a buffer
             twins[id(x)] = twin
-            unit = x.ndim and x.dtype.is_floating_point and name not in state
-            if unit and (isinstance(x, nn.Parameter) or (x.ndim == 1 and len(x) > 1)):
+            unit = isinstance(x, nn.Parameter) or (x.ndim == 1 and len(x) > 1)
+            if unit and x.dtype.is_floating_point and name not in state:
                 tracer.own(name, twin)
         state[name] = twin
     with ExitStack() as stack:

@@ -29,7 +29,7 @@ from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.refit import refit_
 from secateur.drive.structural.scores import group_scores
-from secateur.drive.structural.trial import unproved, unrunnable
+from secateur.drive.structural.trial import require_runs, unproved, unrunnable
 from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
 from secateur.formats import Surgery
@@ -38,6 +38,7 @@ from secateur.frontends.surgery import cuts_of, surgery_for
 from secateur.recover import BatchNorm, Compensation
 from secateur.stats.groups import wants_data
 from secateur.structure import Structure, apply_, couple, cuts_for
+from secateur.structure.running import require_python
 
 
 def shrink(
@@ -154,7 +155,9 @@ class _Run:
         facts = self.facts = Facts(to_plain(self.recipe), self.recipe.fingerprint())
         facts.environment = environment()
         self._check()
+        require_python(self.model)
         example = example_of(example, self.data)
+        require_runs(self.model, example)
         dense = copy.deepcopy(self.model)
         self.surgery: Surgery | None = None  # of this run alone
         self.settled: frozenset[str] = frozenset()

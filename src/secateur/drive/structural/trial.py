@@ -15,6 +15,44 @@ from secateur.core.errors import DataError, SecateurError, UsageError
 from secateur.core.slots import device_of
 from secateur.drive.structural.cutting import as_batch, proved
 from secateur.structure import Structure, apply_, cuts_for
+from secateur.structure.outputs import require_predictions
+
+
+def require_runs(model: nn.Module, example: Any) -> None:
+    """Run a copy of the uncut network, so that what is wrong with the example is told as such.
+
+    A trace without values does not see all of it, e.g. a token beyond the vocabulary.
+
+    Raises:
+        UsageError: It fails, or returns no number at all.
+
+    Example:
+        >>> require_runs(nn.Embedding(3, 2), torch.tensor([7]))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: running Embedding on the example: its own forward fails
+        (IndexError: index out of range in self). ...
+    """
+    asked = f"running {type(model).__name__} on the example"
+    try:
+        output = _run(copy.deepcopy(model), example, training=False)
+    except SecateurError:
+        raise
+    except Exception as error:
+        types = sorted({str(p.dtype) for p in model.parameters()})
+        raise UsageError(
+            asked,
+            f"its own forward fails ({_line(error)[:300]})",
+            "it is run to find what is cut together, and to prove the cut",
+            f"pass example inputs on which it runs; its parameters are {', '.join(types)}",
+        ) from error
+    if all(x.numel() == 0 for x in require_predictions(output, model)):
+        raise UsageError(
+            asked,
+            "its outputs are empty",
+            "a cut is proved by comparing them",
+            "pass example inputs with at least one sample",
+        )
 
 
 def unrunnable(
@@ -80,20 +118,29 @@ def _failure(
     """What a forward pass of the cut network raises, in a line; ``None`` if it runs."""
     small = copy.deepcopy(model)
     apply_(small, cuts_for(small, structure, keep))
-    small.train(training)
-    for module in small.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()  # an example of one sample has no statistics of its own
-    device = device_of(small)
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            forward(small, to_device(as_batch(example), device))
+        _run(small, example, training=training)
     except SecateurError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        return f"{type(error).__name__}: {first}"
+        return _line(error)
     return None
+
+
+def _run(net: nn.Module, example: Any, *, training: bool) -> Any:
+    """The output of a network that is not needed afterwards; random states stay as they are."""
+    net.train(training)
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # an example of one sample has no statistics of its own
+    device = device_of(net)
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return forward(net, to_device(as_batch(example), device))
+
+
+def _line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def unproved(
