@@ -81,3 +81,9 @@ class Scaled(nn.Module):
 
 def test_a_single_number_that_is_used_is_not_called_unreached() -> None:
     assert couple(Scaled(), X).unreached == ("idle",)
+
+
+def test_a_network_without_parameters_has_nothing_to_cut() -> None:
+    assert couple(nn.ReLU(), X).widths == ()
+    with pytest.raises(UsageError, match="none of 0 widths"):
+        secateur.shrink(nn.Sequential(nn.ReLU()), None, X)

@@ -182,6 +182,8 @@ def _widths(
     model: nn.Module, found: Trace, root: Tensor, reasons: Mapping[int, str]
 ) -> tuple[Width, ...]:
     keys = list(found.axes)
+    if not keys:
+        return ()
     where = torch.cat([torch.full((len(found.axes[k]),), i) for i, k in enumerate(keys)])
     place = torch.cat([torch.arange(len(found.axes[k])) for k in keys])
     own = root[torch.cat([found.axes[k] for k in keys])]

@@ -67,7 +67,8 @@ def shrink(
     Raises:
         UsageError: The model does not run on the example, or nothing can be cut.
         BudgetError: The target is below what is pinned; the floor is named.
-        DataError: The cut network does not compute what the masked one does. Nothing is returned.
+        DataError: The cut network does not compute what the masked one does, and no width alone is
+            at fault. Nothing is returned.
 
     Example:
         >>> import secateur
