@@ -38,6 +38,19 @@ def note_damping(facts: Facts, slot: Slot, how: Compensation, used: float) -> No
         facts.note("damped", slot.name, text)
 
 
+def bias_of(model: nn.Module, slot: Slot) -> Tensor | None:
+    """What is added to the product with a weight; a recurrent layer has one for each of its weights.
+
+    Example:
+        >>> net = nn.LSTM(2, 1)
+        >>> bias_of(net, discover(net)[0]) is net.bias_ih_l0
+        True
+    """
+    name = slot.parameter.replace("weight", "bias")
+    bias = getattr(model.get_submodule(slot.module), name, None)
+    return bias if isinstance(bias, Tensor) else None
+
+
 @torch.no_grad()
 def compensate_(
     model: nn.Module,
@@ -130,22 +143,20 @@ def _refit_(
     context: tuple[Compensation, Mapping[str, str], Facts],
 ) -> None:
     how, norms, facts = context
-    module: Any = model.get_submodule(slot.module)
-    norm = norms.get(slot.module)
-    biased = getattr(module, "bias", None) is not None
+    norm, bias = norms.get(slot.module), bias_of(model, slot)
     weight = slot.weight(dense)
     assert slot.axes is not None
     matrix = weight.matrix()
     grouped = matrix.reshape(slot.axes.groups, -1, matrix.shape[1])
-    new, shift, damping = how.solve(grouped, moments, centred=biased or norm is not None)
+    new, shift, damping = how.solve(grouped, moments, centred=bias is not None or norm is not None)
     note_damping(facts, slot, how, damping)
     full = torch.zeros_like(matrix, dtype=torch.float64)
     full[:, columns.to(matrix.device)] = new.flatten(0, 1)
     target = slot.tensor(model)
     target.copy_(weight.like(full.to(target.dtype)))
     moved = shift.flatten()
-    if biased:
-        module.bias.add_(moved.to(module.bias.dtype))
+    if bias is not None:
+        bias.add_(moved.to(bias.dtype))
     elif norm is not None:  # the mean of what the norm reads moves the other way
         running: Any = model.get_submodule(norm)
         running.running_mean.sub_(moved.to(running.running_mean.dtype))

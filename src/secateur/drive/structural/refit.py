@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch
 from secateur.core.slots import Slot
-from secateur.drive.structural.compensate import Told, note_damping
+from secateur.drive.structural.compensate import Told, bias_of, note_damping
 from secateur.drive.structural.layer_inputs import Both, calls_in_order, following_norms
 from secateur.formats import Surgery
 from secateur.frontends import discover
@@ -112,22 +112,20 @@ def _fit_(
     """Fit one layer; the damping that was used."""
     (surgery, moments), (how, norm) = data, context
     assert slot.axes is not None
-    module: Any = model.get_submodule(slot.module)
-    before: Any = dense.get_submodule(slot.module)
+    bias, before = bias_of(model, slot), bias_of(dense, slot)
     target, matrix = slot.tensor(model), slot.weight(dense).matrix()
     left = _left(surgery, slot.name, slot.axes.names.index("out"), len(matrix))
     rows = torch.tensor(left, device=target.device)
-    biased = getattr(module, "bias", None) is not None
     if moments.alike:  # nothing before this layer has changed
         new, moved, damping = matrix[rows], torch.zeros(len(rows), device=target.device), 0.0
     else:
         found, shift, damping = how.solve(
-            matrix[rows][None], moments, centred=biased or norm is not None
+            matrix[rows][None], moments, centred=bias is not None or norm is not None
         )
         new, moved = found[0], shift[0]
     target.copy_(slot.weight(model).like(new.to(target.dtype)))
-    if biased:
-        module.bias.copy_((before.bias[rows] + moved).to(module.bias.dtype))
+    if bias is not None and before is not None:
+        bias.copy_((before[rows] + moved).to(bias.dtype))
     elif norm is not None:  # the mean of what the norm reads moves the other way
         running: Any = model.get_submodule(norm)
         running.running_mean.sub_(moved.to(running.running_mean.dtype))

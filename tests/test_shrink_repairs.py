@@ -1,0 +1,80 @@
+"""Repair with data of layers whose weight or bias is not simply called so."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur.core.facts import Facts
+from secateur.drive.structural.compensate import Told, compensate_
+from secateur.drive.structural.refit import refit_
+from secateur.recover import Compensation
+from secateur.structure import couple
+
+X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
+BATCHES = [(torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(i)), torch.arange(16) % 4)
+           for i in range(4)]  # fmt: skip
+CELLS: Any = [nn.LSTM, nn.GRU, nn.RNN]
+OPTIONS: Any = [{}, {"bias": False}, {"bidirectional": True, "num_layers": 2}]
+
+
+class Reader(nn.Module):
+    """A recurrent layer that reads a width which can be cut."""
+
+    def __init__(self, cell: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.cell = cell(32, 16, batch_first=True, **options)
+        self.head = nn.Linear(32 if "bidirectional" in options else 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.cell(self.embed(x).relu())[0][:, -1])
+        return y
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_layers_are_repaired(cell: Any, options: dict[str, Any]) -> None:
+    net = Reader(cell, options)
+    target = secateur.Target("params", 0.5)
+    pruned = secateur.shrink(net, secateur.ShrinkRecipe(target=target), X, BATCHES)
+    assert pruned.facts.measures["proof"] < 1e-5
+    assert pruned.facts.measures["refitted_layers"] >= 3
+    assert all(bool(p.isfinite().all()) for p in pruned.model.parameters())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_a_constant_unit_gave_moves_into_the_bias_of_the_gates(cell: Any) -> None:
+    """Its column goes, and what it added to each gate goes into the bias of these products."""
+    net = Reader(cell, {}).eval()
+    net.embed.weight.data[0] = 0
+    net.embed.bias.data[0] = 2
+    keep = {"embed": torch.arange(32) > 0}
+    small = copy.deepcopy(net)
+    compensate_(
+        small,
+        couple(net, X),
+        keep,
+        [x for x, _ in BATCHES],
+        how=Compensation(1e-9),
+        told=Told(Facts()),
+    )
+    moved = small.cell.bias_ih_l0 - net.cell.bias_ih_l0
+    torch.testing.assert_close(moved, 2 * net.cell.weight_ih_l0[:, 0], rtol=1e-3, atol=1e-4)
+    assert torch.equal(small.cell.bias_hh_l0, net.cell.bias_hh_l0)
+    torch.testing.assert_close(small(X), net(X), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_refitting_finds_the_biases_of_the_gates(cell: Any) -> None:
+    net = Reader(cell, {}).eval()
+    spoilt = copy.deepcopy(net)
+    spoilt.embed.bias.data += 1
+    spoilt.cell.bias_ih_l0.data += 1
+    refit_(spoilt, net, None, [x for x, _ in BATCHES], how=Compensation(1e-9), told=Told(Facts()))
+    torch.testing.assert_close(spoilt(X), net(X), rtol=1e-3, atol=1e-3)
