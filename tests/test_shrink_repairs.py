@@ -14,7 +14,7 @@ from secateur.core.facts import Facts
 from secateur.drive.structural.compensate import Told, compensate_
 from secateur.drive.structural.refit import refit_
 from secateur.recover import Compensation
-from secateur.structure import couple
+from secateur.structure import couple, mask_
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 BATCHES = [(torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(i)), torch.arange(16) % 4)
@@ -78,3 +78,24 @@ def test_refitting_finds_the_biases_of_the_gates(cell: Any) -> None:
     spoilt.cell.bias_ih_l0.data += 1
     refit_(spoilt, net, None, [x for x, _ in BATCHES], how=Compensation(1e-9), told=Told(Facts()))
     torch.testing.assert_close(spoilt(X), net(X), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("normed", [0, 1, 2])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_layers_with_a_weight_norm_are_repaired(normed: int, dim: int | None) -> None:
+    layers = [nn.Linear(8, 32), nn.Linear(32, 24), nn.Linear(24, 4)]
+    layers[normed] = nn.utils.parametrizations.weight_norm(layers[normed], dim=dim)
+    net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    recipe = secateur.ShrinkRecipe(target=secateur.Target("params", 0.5))
+    pruned = secateur.shrink(net, recipe, X, BATCHES)
+    assert pruned.facts.measures["proof"] < 1e-5
+    assert all(bool(p.isfinite().all()) for p in pruned.model.parameters())
+
+
+def test_a_masked_weight_norm_gives_zeros() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), nn.Linear(6, 2))
+    structure = couple(net, X)
+    mask_(net, structure, {structure.widths[0].name: torch.arange(6) > 1})
+    weight: Any = net[0].weight
+    assert torch.equal(weight.isfinite().all(1) & (weight != 0).any(1), torch.arange(6) > 1)
+    assert net(X).isfinite().all()

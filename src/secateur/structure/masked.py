@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from secateur.core.batches import evaluating
+from secateur.core.widths import Slices
 from secateur.structure.coupling import Structure
 from secateur.structure.kept_units import SameDraws, run_on_kept
 from secateur.structure.outputs import predictions
@@ -27,6 +29,8 @@ from secateur.structure.trace import Call, Tracer, run_traced
 def mask_(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> None:
     """Set every slice of the groups that are not kept to zero, in place.
 
+    Of a weight with a weight norm the lengths become zero, and the directions stay.
+
     Example:
         >>> from secateur.structure import couple
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -35,11 +39,27 @@ def mask_(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) ->
         (0.0, [0.0, 0.0])
     """
     for name, kept in keep.items():
-        for part in structure.by_name[name].slices:
+        slices = structure.by_name[name].slices
+        for part in slices:
+            if _points(model, part, slices):
+                continue
             path, _, attribute = part.parameter.rpartition(".")
             x: Tensor = getattr(model.get_submodule(path), attribute)
             gone = part.index[~kept.cpu()].reshape(-1).to(x.device)
             x.data.index_fill_(part.axis, gone, 0)
+
+
+def _points(model: nn.Module, part: Slices, slices: Sequence[Slices]) -> bool:
+    """Whether it is the directions of a weight norm whose lengths become zero as well.
+
+    That is enough, and a direction of zeros is zero divided by zero.
+    """
+    path, _, attribute = part.parameter.rpartition(".")
+    normed = any(isinstance(m, _WeightNorm) for m in model.get_submodule(path).children())
+    lengths = f"{path}.original0", part.axis
+    return (
+        normed and attribute == "original1" and lengths in {(s.parameter, s.axis) for s in slices}
+    )
 
 
 def run_masked(
