@@ -237,6 +237,35 @@ class Squeeze(nn.Module):
         return out
 
 
+class Inverted(nn.Module):
+    """A block of MobileNet v3: wide inside, depthwise, gated by hard sigmoids."""
+
+    def __init__(self, width: int, inside: int) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(
+            nn.Conv2d(width, inside, 1, bias=False),
+            nn.BatchNorm2d(inside),
+            nn.Hardswish(inplace=True),
+            nn.Conv2d(inside, inside, 5, padding=2, groups=inside, bias=False),
+            nn.BatchNorm2d(inside),
+        )
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(inside, 4, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, inside, 1),
+            nn.Hardsigmoid(),
+        )
+        self.narrow = nn.Sequential(
+            nn.Hardswish(), nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(x)
+        out: Tensor = x + self.narrow(y * self.gate(y))
+        return out
+
+
 class PixelShuffle(nn.Module):
     """Channels become pixels and pixels channels."""
 
@@ -331,6 +360,9 @@ NETWORKS: dict[str, Build] = {
     "GRU": _tokens(lambda: Recurrent(nn.GRU, both_ways=False)),
     "GRU both ways": _tokens(lambda: Recurrent(nn.GRU, both_ways=True)),
     "squeeze and excitation": _images(Squeeze),
+    "MobileNet v3": _images(
+        lambda: nn.Sequential(conv(3, 8), Inverted(8, 20), Inverted(8, 12), nn.Hardswish(), Head(8))
+    ),
     "pixel shuffle": _images(PixelShuffle),
     "weight tying": _tokens(Tied),
     "weight norm": lambda: (WeightNorm(), (torch.randn(3, 6),)),

@@ -64,9 +64,17 @@ def rule_for(func: Any) -> Entry | None:
         for name in _FILES:
             _loaded[name] = importlib.import_module(f"{__name__}.{name}")
     found = _RULES.get(func.overloadpacket)
-    if found is None and torch.Tag.pointwise in func.tags:
+    if found is None and _is_elementwise(func):
         return Entry(_loaded["elementwise"].elementwise)
     return found
+
+
+def _is_elementwise(func: Any) -> bool:
+    """By its tag. Of some operators that work in place (``mish_``) only the other form has it."""
+    space, _, name = func._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
+    plain = getattr(packet, func._overloadname, func)
+    return torch.Tag.pointwise in func.tags or torch.Tag.pointwise in plain.tags
 
 
 _loaded: dict[str, Any] = {}

@@ -48,11 +48,18 @@ rule(
     "aten.native_dropout",
     "aten.bernoulli",
     "aten.bernoulli_",
+    "aten.exponential_",
     "aten.normal_",
     "aten.uniform_",
-    "aten.exponential_",
     "aten.isin",
     "aten.bucketize",
+    "aten.floor_divide",
+    "aten.hardswish",
+    "aten.hardswish_",
+    "aten.log_sigmoid_forward",
+    "aten.rrelu_with_noise",
+    "aten.rrelu_with_noise_",
+    "aten.fake_quantize_per_tensor_affine_cachemask",
 )(elementwise)
 
 

@@ -1,4 +1,4 @@
-"""Pooling and resizing: channels go through untouched."""
+"""Pooling, resizing and turning: channels go through untouched."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def pooled(tracer: Tracer, call: Call) -> None:
                 label = first_along(label, axis)
             labels.append(label.expand(out.shape))
         tracer.put(out, labels)
+
+
+@rule("aten.rot90")
+def rotated(tracer: Tracer, call: Call) -> None:
+    """Turning pixels is fine; along units it is not the same after a cut."""
+    axes = call.argument(2, "dims", (0, 1))
+    labels = list(tracer.labels(call.args[0]))
+    for axis in (axis % call.out.ndim for axis in axes):
+        labels = tracer.fixed(labels, axis, "they are turned around by a fixed step")
+        labels = [first_along(label, axis) for label in labels]
+    tracer.put(call.out, [label.expand(call.out.shape) for label in labels])
