@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.core.atomic import new_file
 from secateur.core.batches import (
     Batch,
     evaluating,
     inputs_of,
-    logits_of,
     narrow,
     size_of,
     to_device,
 )
+from secateur.core.difference import largest_error
 from secateur.core.errors import DataError, MissingExtra, UsageError
 from secateur.core.slots import device_of
 
@@ -260,7 +260,7 @@ def _difference(session: Any, call: _Call, asked: str) -> float:
         many = [_repeated(x, repeat, shorter=shorter) for x in call.args]
         named = {k: _repeated(v, repeat, shorter=shorter) for k, v in call.kwargs.items()}
         try:
-            expected = logits_of(call.model(*many, **named)).float().cpu()
+            expected = _tensors(call.model(*many, **named))
         except Exception:
             if not shorter:
                 raise
@@ -268,7 +268,7 @@ def _difference(session: Any, call: _Call, asked: str) -> float:
         tensors = [x for x in (*many, *named.values()) if isinstance(x, Tensor)]
         feed = {n: x.cpu().numpy() for n, x in zip(names, tensors, strict=True)}
         try:
-            got = torch.from_numpy(session.run(None, feed)[0]).float()
+            got = [torch.from_numpy(y) for y in session.run(None, feed)]
         except Exception as error:  # its classes have no common one of their own
             raise DataError(
                 asked,
@@ -276,11 +276,13 @@ def _difference(session: Any, call: _Call, asked: str) -> float:
                 "the exporter took something that follows from the input for a constant",
                 "report the model to PyTorch; the file was not kept",
             ) from error
-        if got.shape != expected.shape:
-            return float("inf")
-        scale = float(expected.abs().max()) or 1.0
-        worst = max(worst, float((got - expected).abs().max()) / scale)
+        worst = max(worst, largest_error(expected, got))
     return worst
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """In the order in which the exporter writes them."""
+    return [leaf.cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _repeated(x: Any, times: int, *, shorter: bool) -> Any:

@@ -7,7 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from secateur.core import difference
 from secateur.core.errors import DataError
 from secateur.runtime.compiler.graph import Graph
 from secateur.runtime.compiler.sample import Sample, not_running
@@ -19,16 +22,10 @@ TOLERANCE = 1e-3
 HALF_TOLERANCE = 3e-2
 # Samples that predictions are compared on.
 _SAMPLES = 8
-# Two numbers that differ by rounding may fall on either side of a decision (the largest class, a
-# threshold), so of whole numbers a few may differ.
-_DECISIONS = 0.01
 
 
 def largest_error(expected: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> float:
-    """Largest difference of any output, relative to its largest number.
-
-    Shapes that differ, a NaN on one side only, or more than 1 % of whole numbers that differ, are
-    an infinite error.
+    """Largest difference of any output; see :func:`secateur.core.difference.largest_error`.
 
     Example:
         >>> largest_error([np.array([1.0, -4.0])], [np.array([1.0, -4.2])])
@@ -36,23 +33,11 @@ def largest_error(expected: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> 
         >>> largest_error([np.ones(3)], [np.ones(4)])
         inf
     """
-    worst = 0.0
-    for a, b in zip(expected, got, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return float("inf")
-        if a.dtype.kind != "f":
-            if a.size and np.mean(a != b) > _DECISIONS:
-                return float("inf")
-            continue
-        a, b = a.astype(np.float64), b.astype(np.float64)  # noqa: PLW2901 - to the end of the loop
-        finite = np.isfinite(a)
-        if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-            return float("inf")
-        if not np.isfinite(b[finite]).all():
-            return float("inf")
-        scale = float(np.abs(a[finite]).max(initial=0.0)) or 1.0
-        worst = max(worst, float(np.abs(a - b)[finite].max(initial=0.0)) / scale)
-    return round(worst, 12)
+    return difference.largest_error(_tensors(expected), _tensors(got))
+
+
+def _tensors(outputs: Sequence[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(y) for y in outputs]
 
 
 def compiled_error(
