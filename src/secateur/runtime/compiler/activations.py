@@ -20,8 +20,10 @@ NONE, RELU, CLIP, GELU, SILU, HARDSWISH = range(6)
 NAMES = ("none", "relu", "clip", "gelu", "silu", "hardswish")
 # More nodes than any known way to write an activation.
 _MOST_NODES = 16
-# Relative, but absolute below 0.1. Constants are stored as float32: that moves a bound of HardSwish
-# by 5e-8. The approximations of GELU (with tanh, with a sigmoid) differ by 5e-4 and more.
+# Relative, but absolute below 0.1 for the smooth ones. Constants are stored as float32: that moves a
+# bound of HardSwish by 5e-8. The approximations of GELU (with tanh, with a sigmoid) differ by 5e-4
+# and more. Where all of them are 0 a result must be 0, and a bound must be that very number: what
+# divides by max(x, 1e-8), or takes its logarithm, sees the difference.
 _TOLERANCE, _SMALL = 1e-6, 0.1
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -114,18 +116,21 @@ def recognise(x: np.ndarray, y: np.ndarray) -> Activation | None:
     if not np.isfinite(y).all():
         return None
     for kind, definition in {NONE: lambda x: x, **_DEFINITIONS}.items():
-        if _agree(definition(x), y):
+        if (
+            _agree(definition(x), y, 0.0 if kind in (NONE, RELU) else _SMALL)
+            and not y[x == 0].any()
+        ):
             return Activation(kind)
     low, high = float(y[x.argmin()]), float(y[x.argmax()])
-    if not low < high or not _agree(np.clip(x, low, high), y):
+    if not low < high or not _agree(np.clip(x, low, high), y, 0.0):
         return None
     # A bound at the end of the samples is none.
     limit = float(np.finfo(np.float32).max)
     return Activation(CLIP, -limit if low == x.min() else low, limit if high == x.max() else high)
 
 
-def _agree(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool((np.abs(a - b) <= _TOLERANCE * np.maximum(np.abs(a), _SMALL)).all())
+def _agree(a: np.ndarray, b: np.ndarray, small: float) -> bool:
+    return bool((np.abs(a - b) <= _TOLERANCE * np.maximum(np.abs(a), small)).all())
 
 
 def _samples(graph: Graph, value: str) -> np.ndarray:
@@ -145,7 +150,7 @@ def _samples(graph: Graph, value: str) -> np.ndarray:
         frontier = [o for node in users for o in node.output if o not in seen][:8]
         seen.update(frontier)
     around = [s * c * f for c in near for s in (1, -1) for f in (0.5, 0.999, 1.0, 1.001, 2.0)]
-    return np.unique(np.concatenate([-wide, wide, fine, np.array(around or [0.0])]))
+    return np.unique(np.concatenate([-wide, wide, fine, np.array([*around, 0.0])]))
 
 
 def _next(
