@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ ort = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - only where it is installed
 
 from secateur.runtime import available, compile_onnx, session  # noqa: E402
+from secateur.runtime.compiler import compile as compiling  # noqa: E402
 from secateur.runtime.compiler.activations import recognise  # noqa: E402
 from secateur.runtime.compiler.compile import Compiled  # noqa: E402
 
@@ -115,3 +118,69 @@ def test_what_only_resembles_a_bound_is_no_activation() -> None:
     assert recognise(x, 6 * (relu / 6)).name == "relu"  # type: ignore[union-attr]
     for y in (relu + 1e-8, np.where(x < 0, 1e-9 * x, x), x + 1e-9, x / (1 + np.exp(-x)) + 1e-9):
         assert recognise(x, y) is None
+
+
+# ---- models without anything to replace, functions, constants
+
+
+@pytest.mark.parametrize("choose", ["first", "measure"])
+def test_a_model_with_nothing_to_replace_stays_dense(
+    tmp_path: Path, choose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_WHOLE", 0.2)
+    unpruned = model([node("MatMul", ["x", "w"], ["y"])], {"w": numbers(16, 8)})
+    done = close(tmp_path, unpruned, {"x": numbers(3, 16)}, choose=choose)
+    assert not done.layers
+    assert any("not tried: 1 of 1" in note for note in done.notes)
+    cube = model(
+        [node("Conv", ["x", "w"], ["y"])], {"w": weight(4, 2, 3, 3, 3)}, [("x", ["N", 2, 5, 6, 7])]
+    )
+    assert not close(tmp_path, cube, {"x": numbers(2, 2, 5, 6, 7)}, choose=choose).layers
+
+
+def test_local_functions_are_inlined(tmp_path: Path) -> None:
+    body = [node("MatMul", ["a", "b"], ["q"]), node("Relu", ["q"], ["o"])]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    function = helper.make_function("mine", "F", ["a", "b"], ["o"], body, opsets[:1])
+    made = model(
+        [node("F", ["x", "w"], ["y"], domain="mine")],
+        {"w": W},
+        opset_imports=opsets,
+        functions=[function],
+    )
+    path = tmp_path / "f.onnx"
+    path.write_bytes(made.SerializeToString())
+    code = "import sys; from secateur.runtime import compile_onnx as c; c(*sys.argv[1:], choose='first')"
+    # In a process of its own: onnx.inliner is there as soon as anything else imports it.
+    subprocess.run([sys.executable, "-c", code, path, tmp_path / "s.onnx"], check=True)
+    assert close(tmp_path, made, {"x": numbers(3, 16)}).layers[0].fused == ("MatMul", "Relu")
+
+
+def test_constants_without_an_axis_are_timed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_WHOLE", 0.2)
+    monkeypatch.setattr(compiling, "_LAYERS", 0.2)
+    made = model(
+        [
+            node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+            node("Dropout", ["c", "ratio", "training"], ["d"]),
+            node("Relu", ["d"], ["e"]),
+            node("Max", ["e", "least"], ["y"]),
+        ],
+        {"w": weight(16, 16, 3, 3), "ratio": np.float32(0.5), "training": np.array(False)},
+        [("x", ["N", 16, 9, 9]), ("least", [])],
+    )
+    feeds = {"x": numbers(2, 16, 9, 9), "least": np.array(0.1, np.float32)}
+    close(tmp_path, made, feeds, choose="measure")
+
+
+@pytest.mark.parametrize("axis", [-2, -1, 0, 1, 2])
+def test_flatten_counts_its_axis_from_either_end(tmp_path: Path, axis: int) -> None:
+    rows = 16 if axis in (-1, 1) else 1 if axis in (-2, 0) else 128
+    made = model(
+        [node("Flatten", ["w"], ["flat"], axis=axis), node("MatMul", ["x", "flat"], ["y"])],
+        {"w": W},
+        [("x", ["N", rows])],
+    )
+    assert close(tmp_path, made, {"x": numbers(4, rows)}).layers

@@ -41,7 +41,7 @@ def runner(opened: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
     """A function that runs a session once; inputs and outputs stay where they are."""
     binding = opened.io_binding()
     for item in opened.get_inputs():
-        binding.bind_cpu_input(item.name, np.ascontiguousarray(feeds[item.name]))
+        binding.bind_cpu_input(item.name, np.asarray(feeds[item.name], order="C"))
     for item in opened.get_outputs():
         binding.bind_output(item.name)
 

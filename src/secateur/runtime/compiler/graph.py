@@ -65,7 +65,9 @@ def read_model(path: str | Path) -> Any:
     if not model.graph.node or not model.opset_import:
         raise FormatError(asked, "it holds no graph", "it is not an ONNX file, or cut", "copy anew")
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        from onnx import inliner
+
+        model = inliner.inline_local_functions(model)
     version = opset(model)
     if 0 < version < OLDEST_OPSET:
         raise UsageError(
@@ -267,7 +269,8 @@ def _unsqueeze(node: Any, parts: list[np.ndarray]) -> np.ndarray | None:
 
 
 def _flatten(node: Any, parts: list[np.ndarray]) -> np.ndarray | None:
-    axis = attribute(node, "axis", 1) % (parts[0].ndim + 1)
+    axis = attribute(node, "axis", 1)
+    axis += parts[0].ndim if axis < 0 else 0
     return parts[0].reshape(math.prod(parts[0].shape[:axis]), -1)
 
 

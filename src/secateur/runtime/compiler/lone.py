@@ -41,7 +41,7 @@ class Lone:
         for name in (name for node in nodes for name in node.input):
             held = self.graph.constant(name)
             if held is not None and name not in made:
-                weights[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(held), name)
+                weights[name] = onnx.numpy_helper.from_array(np.asarray(held, order="C"), name)
         return self._model(nodes, list(weights.values()), self.graph.model.opset_import)
 
     def sparse(self, variant: Variant, positions: int) -> Any:

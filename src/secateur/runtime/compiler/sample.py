@@ -175,10 +175,12 @@ def concrete_shapes(
     import onnx
     import onnxruntime
 
+    wanted = sorted(set(names))
+    if not wanted:
+        return {}
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     del model.graph.output[:]
-    wanted = sorted(set(names))
     for i, name in enumerate(wanted):
         out = f"secateur.shape.{i}"
         model.graph.node.append(onnx.helper.make_node("Shape", [name], [out]))
