@@ -175,6 +175,32 @@ def test_constants_without_an_axis_are_timed_as_they_are(
     close(tmp_path, made, feeds, choose="measure")
 
 
+# ---- inputs
+
+
+@pytest.mark.parametrize("ir", [3, 4, 8])
+def test_a_weight_that_a_caller_may_replace_stays_an_input(tmp_path: Path, ir: int) -> None:
+    made = model(
+        [
+            node("MatMul", ["x", "w"], ["a"]),
+            node("Add", ["a", "b"], ["c"]),
+            node("MatMul", ["c", "v"], ["y"]),
+        ],
+        {"w": W, "b": numbers(8), "v": weight(8, 40), "spare": numbers(1)},
+        [X, ("w", [16, 8]), ("b", [8]), ("spare", [1])] + [("v", [8, 40])] * (ir == 3),
+        ir_version=ir,
+        opset_imports=[helper.make_opsetid("", 8)],
+    )
+    feeds = {"x": numbers(3, 16)}
+    done = close(tmp_path, made, feeds)
+    if ir == 3:  # every weight had to be listed
+        assert [layer.weight for layer in done.layers] == ["w", "v"]
+        return
+    assert [layer.weight for layer in done.layers] == ["v"]
+    assert any("1 layer" in note and "input of the model" in note for note in done.notes)
+    close(tmp_path, made, feeds | {"w": numbers(16, 8), "b": numbers(8), "spare": numbers(1)})
+
+
 @pytest.mark.parametrize("axis", [-2, -1, 0, 1, 2])
 def test_flatten_counts_its_axis_from_either_end(tmp_path: Path, axis: int) -> None:
     rows = 16 if axis in (-1, 1) else 1 if axis in (-2, 0) else 128

@@ -16,7 +16,7 @@ from secateur.core.facts import environment
 from secateur.runtime.compiler import choose as choosing
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.fuse import sites
-from secateur.runtime.compiler.graph import Graph, packages, read_model, standard
+from secateur.runtime.compiler.graph import Graph, packages, read_model, replaceable, standard
 from secateur.runtime.compiler.sample import Sample, concrete_shapes
 from secateur.runtime.compiler.verify import (
     HALF_TOLERANCE,
@@ -314,6 +314,18 @@ def _notes(graph: Graph, found: Sequence[Any], plan: Plan) -> tuple[str, ...]:
     notes = []
     layers = [n for n in graph.nodes if standard(n, "Conv", "Gemm", "MatMul", "ConvTranspose")]
     own = [n for n in layers if any(graph.constant(name) is not None for name in n.input[1:2])]
+    inputs = replaceable(graph.model)
+    given = [n for n in layers if any(name in inputs for name in n.input[1:2])]
+    if given:
+        word = (
+            "layer whose weight is an input"
+            if len(given) == 1
+            else "layers whose weights are inputs"
+        )
+        notes.append(
+            f"not tried: {len(given)} {word} of the model, which a caller may replace; leave the "
+            "initializers out of the inputs to have them compiled"
+        )
     if len(own) > len(found):
         notes.append(
             f"not tried: {len(own) - len(found)} of {len(own)} layers, with fewer than 20 % zeros "

@@ -38,10 +38,10 @@ def packages(purpose: str) -> tuple[Any, Any]:
 
 
 def read_model(path: str | Path) -> Any:
-    """Read an ONNX file; local functions are inlined, and weights are never inputs.
+    """Read an ONNX file; local functions are inlined.
 
-    Files of IR version 3 list every weight as an input, too, so that a caller may replace it. A
-    weight that may be replaced cannot be packed: here they are constants.
+    Before IR version 4 every weight had to be listed as an input, too: there they are constants.
+    Since then an input with a weight is one that a caller may replace, and stays one.
 
     Raises:
         FileError: It cannot be opened.
@@ -76,13 +76,19 @@ def read_model(path: str | Path) -> Any:
             f"before version {OLDEST_OPSET} they had other meanings",
             "convert it with onnx.version_converter",
         )
-    held = {tensor.name for tensor in model.graph.initializer}
-    inputs = [i for i in model.graph.input if i.name not in held]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    # The first version with weights that are not inputs.
-    model.ir_version = max(4, model.ir_version)
+    if model.ir_version < 4:
+        held = {tensor.name for tensor in model.graph.initializer}
+        inputs = [i for i in model.graph.input if i.name not in held]
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        model.ir_version = 4
     return model
+
+
+def replaceable(model: Any) -> frozenset[str]:
+    """Inputs that have a value already, which a caller may replace."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    return frozenset(i.name for i in model.graph.input) & held
 
 
 def opset(model: Any) -> int:
@@ -140,6 +146,7 @@ class Graph:
                 producer[name] = index
             for name in uses(node):
                 users.setdefault(name, []).append(index)
+        inputs = replaceable(model)
         return Graph(
             model,
             nodes,
@@ -148,7 +155,7 @@ class Graph:
             frozenset(o.name for o in model.graph.output),
             _shapes(model),
             opset(model),
-            {tensor.name: tensor for tensor in model.graph.initializer},
+            {t.name: t for t in model.graph.initializer if t.name not in inputs},
         )
 
     def constant(self, name: str) -> np.ndarray | None:
@@ -309,7 +316,9 @@ def _outline(model: Any) -> Any:
     out, graph = onnx.ModelProto(), model.graph
     out.ir_version = model.ir_version
     out.opset_import.extend(model.opset_import)
-    large = [t for t in graph.initializer if math.prod(t.dims) > _LARGE]
+    inputs = replaceable(model)
+    held = [t for t in graph.initializer if t.name not in inputs]
+    large = [t for t in held if math.prod(t.dims) > _LARGE]
     out.graph.name = "outline"
     out.graph.node.extend(graph.node)
     out.graph.input.extend(graph.input)
@@ -318,7 +327,7 @@ def _outline(model: Any) -> Any:
         out.graph.input.append(value)
     out.graph.output.extend(graph.output)
     out.graph.value_info.extend(graph.value_info)
-    out.graph.initializer.extend(t for t in graph.initializer if math.prod(t.dims) <= _LARGE)
+    out.graph.initializer.extend(t for t in held if math.prod(t.dims) <= _LARGE)
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.runtime.compiler.graph import Graph, uses
+from secateur.runtime.compiler.graph import Graph, replaceable, uses
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.native import Spec, Variant
 from secateur.runtime.operators import DOMAIN, sparse_node
@@ -165,6 +165,7 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
     inner.input.extend(source.graph.input)
     inner.output.extend(source.graph.output)
     needed = {name for node in nodes for name in uses(node)} | graph.outputs
+    needed |= replaceable(source)  # without their values they would have to be given
     inner.initializer.extend(t for t in source.graph.initializer if t.name in needed)
     inner.sparse_initializer.extend(source.graph.sparse_initializer)
     inner.initializer.extend(held.values())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import UsageError
-from secateur.runtime.compiler.graph import Graph, standard
+from secateur.runtime.compiler.graph import Graph, replaceable, standard
 
 _IMAGE, _SEQUENCE = 224, 128
 # An embedding that nobody can be seen to look up still has this many rows.
@@ -38,12 +38,13 @@ class Sample:
     seed: int = 0
 
     def feeds(self, graph: Graph) -> dict[str, np.ndarray]:
-        """One array for each input of a graph.
+        """One array for each input of a graph that has no value of its own.
 
         Raises:
             UsageError: A shape or value was given for an input that is not there, or does not fit.
         """
-        inputs = {i.name: i for i in graph.model.graph.input}
+        given = replaceable(graph.model)
+        inputs = {i.name: i for i in graph.model.graph.input if i.name not in given}
         for name in (*self.shapes, *self.values):
             if name not in inputs:
                 raise UsageError(
