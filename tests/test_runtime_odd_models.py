@@ -15,10 +15,13 @@ ort = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - only where it is installed
 
+from secateur.core.errors import UsageError  # noqa: E402
 from secateur.runtime import available, compile_onnx, session  # noqa: E402
 from secateur.runtime.compiler import compile as compiling  # noqa: E402
 from secateur.runtime.compiler.activations import recognise  # noqa: E402
 from secateur.runtime.compiler.compile import Compiled  # noqa: E402
+from secateur.runtime.compiler.rebuild import dense_model  # noqa: E402
+from secateur.runtime.compiler.sample import Sample  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
 
@@ -201,6 +204,31 @@ def test_a_weight_that_a_caller_may_replace_stays_an_input(tmp_path: Path, ir: i
     close(tmp_path, made, feeds | {"w": numbers(16, 8), "b": numbers(8), "spare": numbers(1)})
 
 
+def test_axes_that_are_negative_are_open(tmp_path: Path) -> None:
+    made = model(
+        [
+            node("MatMul", ["x", "w"], ["a"]),
+            node("Add", ["a", "r"], ["b"]),
+            node("Relu", ["b"], ["y"]),
+        ],
+        {"w": W},
+        [("x", [-1, 16]), ("r", [-1, 8])],
+    )
+    done = close(tmp_path, made, {"x": numbers(3, 16), "r": numbers(1, 8)})
+    assert done.inputs == {"x": (1, 16), "r": (1, 8)}
+    assert done.layers[0].fused == ("MatMul",)
+
+
+@pytest.mark.parametrize(
+    "sample", [Sample(batch=-1), Sample(batch=0), Sample(shapes={"x": (-2, 16)})]
+)
+def test_sizes_that_cannot_be_are_refused(tmp_path: Path, sample: Sample) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": W})
+    with pytest.raises(UsageError, match=r"-1|0|-2") as caught:
+        compiled(tmp_path, made, sample=sample)
+    assert all(caught.value.parts().values())
+
+
 @pytest.mark.parametrize("axis", [-2, -1, 0, 1, 2])
 def test_flatten_counts_its_axis_from_either_end(tmp_path: Path, axis: int) -> None:
     rows = 16 if axis in (-1, 1) else 1 if axis in (-2, 0) else 128
@@ -210,3 +238,37 @@ def test_flatten_counts_its_axis_from_either_end(tmp_path: Path, axis: int) -> N
         [("x", ["N", rows])],
     )
     assert close(tmp_path, made, {"x": numbers(4, rows)}).layers
+
+
+# ---- names
+
+
+def test_names_that_a_file_already_uses_are_left_alone(tmp_path: Path) -> None:
+    table = weight(50, 16)
+    tied = model(
+        [
+            node("Gather", ["head.weight", "ids"], ["h"]),
+            node("Relu", ["h"], ["head.0"]),
+            node("Gemm", ["head.0", "head.weight"], ["y"], name="head", transB=1),
+        ],
+        {"head.weight": table},
+        [("ids", ["N"], TensorProto.INT64)],
+    )
+    tall = model(
+        [
+            node("Conv", ["x", "w"], ["y"], name="q", pads=[1, 1]),
+            node("Relu", ["y"], ["y.tall_y"]),
+            node("Tanh", ["y"], ["q.tall_x"]),
+        ],
+        {"w": weight(8, 4, 3)},
+        [("x", ["N", 4, 20])],
+        ("y", "y.tall_y", "q.tall_x"),
+    )
+    for made, feeds in ((tied, {"ids": np.arange(5)}), (tall, {"x": numbers(2, 4, 20)})):
+        close(tmp_path, made, feeds)
+        again = dense_model(onnx.load(tmp_path / "sparse.onnx"))
+        (tmp_path / "again.onnx").write_bytes(again.SerializeToString())
+        for a, b in zip(
+            *both(tmp_path / "dense.onnx", tmp_path / "again.onnx", feeds), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

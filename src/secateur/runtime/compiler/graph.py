@@ -332,6 +332,7 @@ def _outline(model: Any) -> Any:
 
 
 def _axis(axis: Any) -> Axis:
+    # Some exporters write an open axis as -1 or 0.
     if axis.HasField("dim_value"):
-        return int(axis.dim_value)
+        return int(axis.dim_value) if axis.dim_value > 0 else None
     return axis.dim_param or None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import FormatError
-from secateur.runtime.compiler.graph import attribute, opset
+from secateur.runtime.compiler.graph import attribute, opset, uses
 from secateur.runtime.native import Spec
 from secateur.runtime.operators import DOMAIN, is_sparse, spec_of
 from secateur.runtime.stored import LAYOUTS
@@ -33,12 +33,14 @@ def dense_model(model: Any) -> Any:
     out.CopyFrom(model)
     held = {tensor.name: tensor for tensor in model.graph.initializer}
     version = opset(model)
+    taken = {name for node in model.graph.node for name in (*uses(node), *node.output)}
+    taken |= {i.name for i in model.graph.input} | set(held)
     del out.graph.node[:]
     for node in model.graph.node:
         if not is_sparse(node):
             out.graph.node.append(node)
             continue
-        nodes, weights = _ordinary(node, held, version)
+        nodes, weights = _unique(node, held, version, taken)
         out.graph.node.extend(nodes)
         out.graph.initializer.extend(weights)
     used = {name for node in out.graph.node for name in node.input}
@@ -98,12 +100,28 @@ def _smallest(largest: int) -> np.dtype[Any]:
     return np.dtype("u1" if largest <= 0xFF else "<u2" if largest <= 0xFFFF else "<i4")
 
 
-def _ordinary(node: Any, held: Mapping[str, Any], version: int) -> tuple[list[Any], list[Any]]:
-    """One node of ours as nodes of the standard."""
+def _unique(
+    node: Any, held: Mapping[str, Any], version: int, taken: set[str]
+) -> tuple[list[Any], list[Any]]:
+    """One node of ours as nodes of the standard, which make no value that is there already."""
+    weight, name = dense_weight(node, held), node.name
+    while True:
+        nodes, weights = _ordinary(node, name, weight, version)
+        made = {tensor.name for tensor in weights} | {out for n in nodes for out in n.output}
+        made.discard(node.output[0])
+        if not made & taken:
+            taken |= made
+            return nodes, weights
+        name = f"{name}+"
+
+
+def _ordinary(
+    node: Any, name: str, weight: np.ndarray, version: int
+) -> tuple[list[Any], list[Any]]:
+    """One node of ours as nodes of the standard; their values are called after ``name``."""
     from onnx import helper, numpy_helper
 
-    spec, name = spec_of(node), node.name
-    weight = dense_weight(node, held)
+    spec = spec_of(node)
     parts = [*node.input, "", ""][:5]
     x, bias, residual = parts[0], parts[3], parts[4]
     steps: list[tuple[str, list[str], dict[str, Any]]] = []

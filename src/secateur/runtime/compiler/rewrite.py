@@ -17,8 +17,9 @@ from secateur.runtime.operators import opset as sparse_opset
 
 #: The family of kernels that multiply float16, and are given such weights.
 HALF = "half"
-# What the initializers of a sparse node are called after it.
-_PARTS = (".values", ".index", ".bias")
+# What the initializers of a sparse node are called after it, and the values around it.
+_TALL = (".tall_x", ".tall_y", ".tall_residual")
+_PARTS = (".values", ".index", ".bias", *_TALL, *(f"{part}.axes" for part in _TALL))
 
 
 def spec(site: Site) -> Spec:
@@ -55,11 +56,11 @@ def replacement(
     after: list[Any] = []
     weights: list[Any] = []
     if site.flat:
-        x, y = f"{site.y}.tall_x", f"{site.y}.tall_y"
+        x, y = f"{site.name}.tall_x", f"{site.name}.tall_y"
         before.append(_tall("Unsqueeze", site.x, x, version, weights))
         after.append(_tall("Squeeze", y, site.y, version, weights))
         if site.residual is not None:
-            residual = f"{site.y}.tall_residual"
+            residual = f"{site.name}.tall_residual"
             before.append(_tall("Unsqueeze", site.residual, residual, version, weights))
     node, held = sparse_node(
         site.weight,
@@ -91,6 +92,7 @@ def sparse_model(graph: Graph, chosen: Sequence[tuple[Site, Variant, int]]) -> A
     gone = {i for site, _, _ in chosen for i in site.nodes}
     names = {node.name for i, node in enumerate(graph.nodes) if i not in gone}
     values = {name for node in graph.nodes for name in (*uses(node), *node.output)}
+    values |= {i.name for i in graph.model.graph.input}
     for site, variant, positions in chosen:
         named = _renamed(site, names, values)
         nodes, weights = replacement(named, variant, positions, graph.opset)

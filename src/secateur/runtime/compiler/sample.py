@@ -43,6 +43,13 @@ class Sample:
         Raises:
             UsageError: A shape or value was given for an input that is not there, or does not fit.
         """
+        if self.batch < 1:
+            raise UsageError(
+                f"a batch of {self.batch}",
+                "it is below 1",
+                "a run needs a sample",
+                "give 1 or more",
+            )
         given = replaceable(graph.model)
         inputs = {i.name: i for i in graph.model.graph.input if i.name not in given}
         for name in (*self.shapes, *self.values):
@@ -79,20 +86,21 @@ class Sample:
         if name in self.shapes:
             given = tuple(self.shapes[name])
             fits = len(given) == len(declared) and all(
-                not d.dim_value or d.dim_value == n for d, n in zip(declared, given, strict=True)
+                (d.dim_value <= 0 or d.dim_value == n) and n >= 0
+                for d, n in zip(declared, given, strict=True)
             )
             if not fits:
                 known = "x".join(d.dim_param or str(d.dim_value or "?") for d in declared)
                 raise UsageError(
                     f"the shape {'x'.join(map(str, given))} for the input {name!r}",
                     f"the model declares {known}",
-                    "fixed axes cannot change",
+                    "fixed axes cannot change, and none is below 0",
                     "give a shape that fits",
                 )
             return given
         rank = len(declared)
         return tuple(
-            d.dim_value or axes.get(d.dim_param, self._open(i, rank))
+            d.dim_value if d.dim_value > 0 else axes.get(d.dim_param, self._open(i, rank))
             for i, d in enumerate(declared)
         )
 
