@@ -168,6 +168,6 @@ def test_a_state_of_another_recipe_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     state = Gradual(model, optimizer, recipe()).state_dict()
-    other = Gradual(net(), optimizer, recipe(sparsity=0.5))
+    other = Gradual(model, optimizer, recipe(sparsity=0.5))
     with pytest.raises(UsageError, match="Another recipe"):
         other.load_state_dict(state)

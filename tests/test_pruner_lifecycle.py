@@ -244,6 +244,47 @@ def test_masks_of_ours_survive_copies_and_state_dicts() -> None:
         assert attributes == [set(vars(module)) for module in net().modules()]
 
 
+# -- the optimizer --------------------------------------------------------------------------------
+
+SPARSE = Recipe(target=HALF, regrow=Regrow("gradient", frequency=2))
+
+
+@pytest.mark.parametrize("wanted", [recipe(), SPARSE], ids=["gradual", "rigl"])
+def test_the_optimizer_of_a_copy_is_refused_and_nothing_changes(wanted: Recipe) -> None:
+    model = net()
+    twin = sgd(copy.deepcopy(model))
+    names = set(model.state_dict())
+    with pytest.raises(UsageError, match=r"\(SGD\): it does not train '0\.weight'"):
+        Gradual(model, twin, wanted, steps=8)
+    head: Any = torch.optim.SGD(model[4].parameters(), 0.1)  # trains none that is pruned
+    with pytest.raises(UsageError, match=r"nor another of the 2 weights"):
+        Gradual(model, head, wanted, steps=8)
+    for alien in ("x", None, model):
+        with pytest.raises(UsageError, match=r"no torch\.optim\.Optimizer"):
+            Gradual(model, alien, wanted, steps=8)  # type: ignore[arg-type]
+    assert set(model.state_dict()) == names
+    assert not twin._optimizer_step_pre_hooks
+    assert not twin._optimizer_step_post_hooks
+
+
+def test_an_optimizer_of_some_of_the_weights_will_do() -> None:
+    model = net()
+    part = torch.optim.SGD(model[2:].parameters(), 0.1)
+    pruner = Gradual(model, part, recipe())
+    train(model, part, [pruner], 8)
+    assert pruner.finalize().masks.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_frozen_weights_may_be_pruned_while_others_train() -> None:
+    model = net()
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    head = torch.optim.SGD(model[4].parameters(), 0.1)
+    pruner = Gradual(model, head, recipe())
+    train(model, head, [pruner], 8)
+    assert pruner.finalize().masks.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 # -- the end --------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,7 @@ from secateur.drive.training.held import (
     detach_,
     masks_of,
     require_free,
+    require_trains,
     reset_momentum_,
     unheld,
 )
@@ -135,6 +136,7 @@ class Gradual:
         self._streamed, self._measured = self._split_needs()
         own = [slot.name for slot in self._slots]
         require_free(model, own)
+        require_trains(model, optimizer, own)
         already = masks_of(model, own)
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
         # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.

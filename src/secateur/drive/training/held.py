@@ -8,6 +8,7 @@ runs under autocast, and its ``state_dict()`` has the same parameter names as be
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -82,6 +83,39 @@ of its own. ...
                 "rename it in the module, make that pruning permanent (torch.nn.utils.prune.remove), "
                 "or leave the weight out with ignore=",
             )
+
+
+def require_trains(model: nn.Module, optimizer: Any, names: list[str]) -> None:
+    """Raise if an optimizer is certainly that of another model.
+
+    Frozen weights need none, and one that trains only some of the weights will do.
+
+    Raises:
+        UsageError: It trains none of those of ``names`` that are not frozen, or is no optimizer.
+
+    Example:
+        >>> net, twin = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> require_trains(net, torch.optim.SGD(net.parameters(), 0.1), ["weight"])
+        >>> require_trains(net, torch.optim.SGD(twin.parameters(), 0.1), ["weight"])
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: pruning with this optimizer (SGD): it does not train \
+'weight', nor ...
+    """
+    asked = f"pruning with this optimizer ({type(optimizer).__name__})"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        why = "momenta and moments of pruned weights are in its state"
+        raise UsageError(asked, "it is no torch.optim.Optimizer", why, "pass that of the model")
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    free = [name for name in names if model.get_parameter(name).requires_grad]
+    if free and not any(id(model.get_parameter(name)) in trained for name in free):
+        raise UsageError(
+            asked,
+            f"it does not train {free[0]!r}, nor another of the {len(free)} weights to be pruned",
+            "momenta of pruned weights are kept at zero, in the optimizer that trains them; this one may "
+            "be that of a copy",
+            "make the optimizer from the parameters of this model",
+        )
 
 
 def detach_(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
