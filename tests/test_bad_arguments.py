@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 from secateur import FineTune, Recipe, ShrinkRecipe, Target, plan, prune, recipes, shrink
 from secateur.allocate import Ranked
@@ -119,3 +120,42 @@ def test_targets_are_numbers() -> None:
 def test_settings_of_a_training(kind: Any, field: str, value: Any) -> None:
     with pytest.raises(UsageError, match=field):
         kind(**{field: value})
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def normed() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        net = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 4))
+    return net
+
+
+def pruned_by_torch() -> nn.Module:
+    net = mlp()
+    torch_prune.random_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: mlp().state_dict(), "load_state_dict"),
+        (lambda: None, "None"),
+        (lambda: nn.Linear, "the class Linear"),
+        (lambda: "net.pt", "a str"),
+        (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8)), "'0.weight' has no shape yet"),
+        (lambda: mlp().to("meta"), "'0.weight' is on the device 'meta'"),
+        (lambda: torch.jit.trace(mlp(), BATCHES[0][0]), "TorchScript"),
+        (normed, "remove_weight_norm"),
+        (pruned_by_torch, "0.weight is computed from other tensors"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`torch.jit")
+def test_what_is_no_network(make: Any, said: str) -> None:
+    model = make()
+    calls = (lambda: prune(model), lambda: shrink(model, None, torch.zeros(1, 16)))
+    for call in calls:
+        with pytest.raises(UsageError) as error:
+            call()
+        assert said in whole(error)

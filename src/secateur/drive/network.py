@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from secateur.core.errors import UsageError
 from secateur.drive.training import ranks
 
 
@@ -15,21 +19,79 @@ def network_of(model: nn.Module) -> nn.Module:
     Its weights have their plain names, so what is saved loads into the plain network; and its
     modules can be watched, which compiled code does not allow.
 
+    Raises:
+        UsageError: It is no network, or none with values and layers that can be seen.
+
     Example:
         >>> import torch
         >>> net = nn.Linear(2, 1)
         >>> network_of(torch.compile(net, backend="eager")) is net
         True
     """
-    return ranks.bare(model)
+    if isinstance(model, nn.Module):
+        model = ranks.bare(model)
+    found = _obstacle(model)
+    if found is not None:
+        raise UsageError("the model", *found)
+    return model
+
+
+def _obstacle(model: object) -> tuple[str, str, str] | None:
+    """What was found, why that cannot be pruned, and what to do; ``None`` if nothing is wrong."""
+    if isinstance(model, type):
+        return f"the class {model.__name__}", "it is no network yet", f"write {model.__name__}(...)"
+    if isinstance(model, Mapping):
+        found, why = f"a {type(model).__name__}", "weights alone do not say what computes with them"
+        return found, why, "build the network and call load_state_dict"
+    if not isinstance(model, nn.Module):
+        found = "None" if model is None else f"a {type(model).__name__}"
+        return found, "a network is a torch.nn.Module", "pass the module itself"
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            found = f"{name!r} is TorchScript" if name else "it is TorchScript"
+            return (
+                found,
+                "its layers cannot be seen or changed",
+                "prune the network it was made from",
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            found, why = (
+                f"{name!r} has no shape yet",
+                "lazy modules get theirs from the first batch",
+            )
+            return found, why, "run the network once on a batch"
+        if tensor.is_meta:
+            found, why = f"{name!r} is on the device 'meta'", "it has no values to compare"
+            return found, why, "load the weights first, e.g. with load_state_dict(..., assign=True)"
+    return None
+
+
+def _require_copyable(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise UsageError(
+                    "a copy of the model",
+                    f"{path + '.' if path else ''}{name} is computed from other tensors, with its graph",
+                    "torch does not copy such tensors; the old weight_norm, spectral_norm and "
+                    "torch.nn.utils.prune leave them behind",
+                    "remove these first (remove_weight_norm, remove_spectral_norm, prune.remove), or "
+                    "use torch.nn.utils.parametrizations; detach what the network keeps for itself",
+                )
 
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy of :func:`network_of`, to be changed.
+
+    Raises:
+        UsageError: It holds tensors with their graph, which torch does not copy.
 
     Example:
         >>> net = nn.Linear(2, 1)
         >>> copy_of(net) is net
         False
     """
-    return copy.deepcopy(network_of(model))
+    plain = network_of(model)
+    _require_copyable(plain)
+    return copy.deepcopy(plain)
