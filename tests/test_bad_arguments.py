@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from secateur import FineTune, Recipe, ShrinkRecipe, Target, plan, prune, recipes, shrink
+from secateur import Data, FineTune, Recipe, ShrinkRecipe, Target, plan, prune, recipes, shrink
 from secateur.allocate import Ranked
 from secateur.core.errors import BudgetError, UsageError
 from secateur.experiments import Training
@@ -159,3 +159,70 @@ def test_what_is_no_network(make: Any, said: str) -> None:
         with pytest.raises(UsageError) as error:
             call()
         assert said in whole(error)
+
+
+# -- data and losses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"training": BATCHES}, "data key 'training'"),
+        (5, "a int"),
+        (BATCHES[0], "a single batch"),
+        (BATCHES[0][0], "rows would be taken for batches"),
+    ],
+)
+def test_what_is_no_data(given: Any, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        prune(mlp(), recipes.wanda(0.5), given)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("value", [1.5, -1, 0, "10"])
+def test_calibration_counts_samples(value: Any) -> None:
+    with pytest.raises(UsageError) as error:
+        Data(train=BATCHES, calibration=value)
+    assert "1 or more" in whole(error)
+
+
+def test_a_loss_of_outputs_is_no_loss_of_a_model() -> None:
+    with pytest.raises(UsageError, match="lambda model, batch") as error:
+        Data(train=BATCHES, loss=nn.CrossEntropyLoss())
+    whole(error)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, b: None,
+        lambda m, b: m(b[0]).mean().item(),
+        lambda m, b: m(b[0]).mean(0),
+        lambda m, b: m(b[0]).mean().detach(),
+    ],
+)
+def test_losses_without_a_gradient(loss: Any) -> None:
+    for recipe in (Recipe(recovery=FineTune(1)), recipes.obd(0.5)):
+        with pytest.raises(UsageError, match="the loss of a batch") as error:
+            prune(mlp(), recipe, Data(train=BATCHES, loss=loss))
+        whole(error)
+
+
+def test_training_needs_no_gradients_of_the_caller() -> None:
+    recipe = Recipe(recovery=FineTune(1))
+    with torch.no_grad():
+        inside = prune(mlp(), recipe, BATCHES)
+    assert torch.equal(inside.model[0].weight, prune(mlp(), recipe, BATCHES).model[0].weight)
+
+
+def test_scalars_in_a_batch_are_not_samples() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) * scale
+
+    data = Data(train=[(torch.tensor(2.0), x, y) for x, y in BATCHES], calibration=20)
+    assert prune(Scaled(), recipes.wanda(0.5), data).facts.sparsity == 0.5

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.errors import DataError, NeedsData
+from secateur.core.arguments import require_kind
+from secateur.core.errors import DataError, NeedsData, UnknownName, UsageError
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -45,6 +47,25 @@ class Data:
     loss: Loss | None = None
     metric: Metric | None = None
     calibration: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            _require_batches(f"Data({name}=...)", getattr(self, name))
+        asked, write = "Data(calibration=...)", "e.g. calibration=1024"
+        what = "how many samples are measured, 1 or more"
+        require_kind(asked, self.calibration, Integral, what=what, write=write)
+        if self.calibration < 1:
+            raise UsageError(
+                asked, f"{self.calibration} was given", f"it is {what}", f"write {write}"
+            )
+        if isinstance(self.loss, nn.modules.loss._Loss):
+            kind = type(self.loss).__name__
+            raise UsageError(
+                "Data(loss=...)",
+                f"a {kind}() was given, which takes outputs and targets",
+                "a loss is a function of the model and a batch, because it runs the model",
+                f"write loss=lambda model, batch: nn.{kind}()(model(batch[0]), batch[1])",
+            )
 
     def sample(self) -> list[Batch]:
         """The first ``calibration`` samples of ``train``, as a list of batches."""
@@ -80,8 +101,36 @@ def as_data(data: Data | Iterable[Batch] | Mapping[str, Any] | None) -> Data | N
     if data is None or isinstance(data, Data):
         return data
     if isinstance(data, Mapping):
+        unknown = next((str(key) for key in data if key not in _FIELDS), None)
+        if unknown is not None:
+            raise UnknownName("data key", unknown, _FIELDS)
         return Data(**data)
     return Data(train=data)
+
+
+_FIELDS = tuple(f.name for f in fields(Data))
+
+
+def _require_batches(asked: str, batches: object) -> None:
+    found = ""
+    if isinstance(batches, Tensor):
+        found = f"a tensor of shape {tuple(batches.shape)}, whose rows would be taken for batches,"
+    elif isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
+        found = "a tuple of tensors, which is a single batch,"
+    elif batches is not None and not isinstance(batches, Iterable) and not _indexed(batches):
+        found = f"a {type(batches).__name__}"
+    if found:
+        raise UsageError(
+            asked,
+            f"{found} was given",
+            "it is an iterable of batches",
+            "write [batch], e.g. [(inputs, targets)], or pass a DataLoader",
+        )
+
+
+def _indexed(batches: object) -> bool:
+    """Whether something can be iterated in the old way, by numbers."""
+    return hasattr(batches, "__getitem__")
 
 
 def length_of(batches: Iterable[Batch]) -> int | None:
@@ -116,16 +165,16 @@ def size_of(batch: Batch) -> int:
 
 
 def first_tensor(batch: Batch) -> Tensor:
-    """The first tensor inside a batch."""
+    """The first tensor inside a batch that has an axis of samples."""
     if isinstance(batch, Tensor):
         return batch
     items = batch.values() if isinstance(batch, Mapping) else batch
     for item in items:
-        if isinstance(item, Tensor):
+        if isinstance(item, Tensor) and item.ndim:
             return item
     raise DataError(
         "a batch",
-        f"a {type(batch).__name__} without any tensor",
+        f"a {type(batch).__name__} without any tensor of samples",
         "batches are a tensor, a tuple (inputs, targets) or a mapping of keyword arguments",
         "change what the loader yields",
     )
@@ -134,7 +183,7 @@ def first_tensor(batch: Batch) -> Tensor:
 def narrow(batch: Batch, size: int, start: int = 0) -> Batch:
     """Samples ``start .. start + size`` of a batch."""
     if isinstance(batch, Tensor):
-        return batch[start : start + size]
+        return batch[start : start + size] if batch.ndim else batch
     if isinstance(batch, Mapping):
         return {k: narrow(v, size, start) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return tuple(narrow(v, size, start) if isinstance(v, Tensor) else v for v in batch)
@@ -286,6 +335,33 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss if it returns one, else cross-entropy on ``(inputs, targets)``."""
     return loss_of(forward(model, batch), batch)
+
+
+def differentiable(loss: object) -> Tensor:
+    """A loss, if it is a scalar that gradients flow through.
+
+    Raises:
+        UsageError: It is none, e.g. a number or a vector.
+
+    Example:
+        >>> differentiable(torch.zeros(2))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: the loss of a batch: it is a tensor of shape (2,). ...
+    """
+    found = ""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"it is {_outline(loss)}"
+    elif not loss.requires_grad:
+        found = "no gradient flows through it (it was detached, or computed without gradients)"
+    if isinstance(loss, Tensor) and not found:
+        return loss
+    raise UsageError(
+        "the loss of a batch",
+        found,
+        "training and gradients need a scalar tensor that depends on the weights",
+        "return e.g. cross_entropy(model(x), y), without item(), detach() or reduction='none'",
+    )
 
 
 def loss_of(output: Any, batch: Batch) -> Tensor:

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, count, default_loss, size_of, to_device
+from secateur.core.batches import (
+    Batch,
+    Data,
+    count,
+    default_loss,
+    differentiable,
+    size_of,
+    to_device,
+)
 from secateur.core.errors import DataError, NeedsData
 from secateur.core.slots import device_of
 from secateur.drive.training.finetune import Progress, parameter_groups
@@ -142,7 +150,7 @@ def _one_step_(
     narrow = torch.autocast(kind, dtype=torch.bfloat16) if how.bfloat16 else None
     optimizer.zero_grad(set_to_none=True)
     with narrow or contextlib.nullcontext():
-        loss = loss_of(model, batch)
+        loss = differentiable(loss_of(model, batch))
     value = float(loss.detach())
     if not math.isfinite(value):
         raise DataError(

@@ -18,6 +18,7 @@ from secateur.core.batches import (
     Batch,
     Loss,
     default_loss,
+    differentiable,
     evaluating,
     forward,
     micro_batches,
@@ -275,7 +276,7 @@ def _collect_gradients(
     parameters = [slot.tensor(model) for slot in slots]
     with requiring_grad(parameters), torch.enable_grad():
         for batch in batches:
-            value = loss(model, batch)
+            value = differentiable(loss(model, batch))
             found = torch.autograd.grad(value, parameters, allow_unused=True)
             for slot, gradient in zip(slots, found, strict=True):
                 weight = slot.weight(model)

@@ -18,6 +18,7 @@ from secateur.core.batches import (
     Data,
     count,
     default_loss,
+    differentiable,
     evaluating,
     forward,
     logits_of,
@@ -171,6 +172,7 @@ class Loop:
     checkpoint: Checkpoints | str | Path | None = None
     start: str = ""
 
+    @torch.enable_grad()
     def run(self) -> list[dict[str, Any]]:
         """Train, and return the history."""
         model, how, data = self.model, self.how, self.data
@@ -209,7 +211,7 @@ class Loop:
                     batch = to_device(drawn, device)
                     optimizer.zero_grad(set_to_none=True)
                     with _autocast(device, how.bfloat16):
-                        loss = _objective(model, batch, how, self.teacher, data)
+                        loss = differentiable(_objective(model, batch, how, self.teacher, data))
                     value = float(loss.detach())
                     if not math.isfinite(value):
                         recorder.back_(value)
