@@ -44,10 +44,12 @@ def test_an_example_that_does_not_run_is_told_as_such(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_wrapped_and_compiled_networks_are_refused() -> None:
+def test_wrapped_and_compiled_networks() -> None:
+    with pytest.raises(UsageError, match=r"wraps a Sequential .*Pass its \.module"):
+        couple(nn.DataParallel(net()), X)
+    wrapped = secateur.shrink(nn.DataParallel(net()), None, X)  # looks through the wrapper
+    assert isinstance(wrapped.model, nn.Sequential)
     for check in (couple, lambda model, x: secateur.shrink(model, None, x)):
-        with pytest.raises(UsageError, match=r"wraps a Sequential .*Pass its \.module"):
-            check(nn.DataParallel(net()), X)
         for scripted in (torch.jit.script(net()), torch.jit.trace(net(), X)):
             with pytest.raises(UsageError, match=r"TorchScript.*as it was before torch\.jit"):
                 check(scripted, X)
