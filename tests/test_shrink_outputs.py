@@ -164,3 +164,15 @@ def test_differences_of_any_type_count() -> None:
     assert compare([wave], [wave]).error == 0
     assert compare([wave.conj()], [wave]).error > 1
     assert compare([torch.zeros(0)], [torch.zeros(0)]).error == 0
+
+
+def test_scores_that_are_masked_out_agree() -> None:
+    hidden = torch.tensor([True] * 3 + [False] * 7)
+    pruned = shrunk(Returns(lambda y, h: y.masked_fill(hidden, float("-inf"))))
+    assert pruned.facts.measures["proof"] < 1e-5
+    inf = torch.tensor([float("inf"), 2.0])
+    assert compare([inf], [inf]).error == 0
+    assert compare([inf.neg()], [inf]).error == float("inf")
+    assert compare([inf + 1], [inf]).error == pytest.approx(0.5)
+    assert compare([inf.nan_to_num()], [inf]).error == float("inf")
+    assert compare([inf * float("nan")], [inf]).error == float("inf")

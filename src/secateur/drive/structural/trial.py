@@ -191,8 +191,8 @@ def unproved(
     if whole is None:
         return {}
     if failure([]) is not None:
-        why = "two runs of the uncut network on the same inputs differ as well"
-        do = "remove what differs from run to run, such as noise that is not drawn with torch"
+        why = "two runs of the uncut network differ as well, or its outputs are no numbers"
+        do = "remove noise that is not drawn with torch, and see that its outputs are not NaN"
         raise DataError(whole.asked, whole.found, why, do)
     found = search(cut, whole)
     if not found:
