@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ ort = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - only where it is installed
 
-from secateur.core.errors import UsageError  # noqa: E402
+from secateur.core.errors import FileError, UsageError  # noqa: E402
 from secateur.runtime import available, compile_onnx, session  # noqa: E402
 from secateur.runtime.compiler import compile as compiling  # noqa: E402
 from secateur.runtime.compiler.activations import recognise  # noqa: E402
 from secateur.runtime.compiler.compile import Compiled  # noqa: E402
 from secateur.runtime.compiler.rebuild import dense_model  # noqa: E402
 from secateur.runtime.compiler.sample import Sample  # noqa: E402
+from secateur.runtime.compiler.verify import largest_error  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
 
@@ -272,3 +274,140 @@ def test_names_that_a_file_already_uses_are_left_alone(tmp_path: Path) -> None:
             *both(tmp_path / "dense.onnx", tmp_path / "again.onnx", feeds), strict=True
         ):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- outputs and inputs that are no arrays of numbers
+
+
+def sequence_output() -> Any:
+    kind = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
+    split = node("SplitToSequence", ["a"], ["y"], axis=1)
+    return model([node("MatMul", ["x", "w"], ["a"]), split], {"w": W}, outputs=(kind,))
+
+
+def map_output() -> Any:
+    numbers_of = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    pairs = helper.make_map_type_proto(TensorProto.INT64, numbers_of)
+    kind = helper.make_value_info("y", helper.make_sequence_type_proto(pairs))
+    zipped = node("ZipMap", ["a"], ["y"], domain="ai.onnx.ml", classlabels_int64s=list(range(8)))
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    return model(
+        [node("MatMul", ["x", "w"], ["a"]), zipped], {"w": W}, outputs=(kind,), opset_imports=opsets
+    )
+
+
+@pytest.mark.parametrize("made", [sequence_output, map_output])
+def test_sequences_and_maps_are_compared(
+    tmp_path: Path, made: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, dense, sparse = compiled(tmp_path, made())
+    assert done.error < 1e-5
+    (a,), (b,) = both(dense, sparse, {"x": numbers(3, 16)})
+    assert largest_error([a], [b]) < 1e-5
+    assert largest_error([a], [a[:-1]]) == np.inf
+    assert largest_error([[{0: 1.0, 1: 2.0}]], [[{0: 1.0, 1: 2.5}]]) == 0.25
+
+
+def test_text_is_not_compared_and_a_note_says_so(tmp_path: Path) -> None:
+    text = helper.make_tensor_value_info("t", TensorProto.STRING, None)
+    made = model(
+        [node("MatMul", ["x", "w"], ["y"]), node("Cast", ["y"], ["t"], to=TensorProto.STRING)],
+        {"w": W},
+        outputs=("y", text),
+    )
+    done, _, _ = compiled(tmp_path, made)
+    assert done.layers[0].kernel is not None
+    assert any("'t'" in note and "text" in note for note in done.notes)
+
+
+def test_types_that_numpy_lacks_are_refused_as_such(tmp_path: Path) -> None:
+    kind = TensorProto.BFLOAT16
+    out = helper.make_tensor_value_info("y", kind, None)
+    last = model(
+        [node("MatMul", ["x", "w"], ["a"]), node("Cast", ["a"], ["y"], to=kind)],
+        {"w": W},
+        outputs=(out,),
+    )
+    first = model(
+        [node("Cast", ["x"], ["f"], to=TensorProto.FLOAT), node("MatMul", ["f", "w"], ["y"])],
+        {"w": W},
+        [("x", ["N", 16], kind)],
+    )
+    for made, name in ((last, "y"), (first, "x")):
+        with pytest.raises(UsageError, match=f"'{name}'.*bfloat16") as caught:
+            compiled(tmp_path, made)
+        assert all(caught.value.parts().values())
+        assert "Cast" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample(values={"x": [1.0] * 16}),  # type: ignore[dict-item]
+        Sample(shapes={"x": (10**12, 16)}),
+        Sample(shapes={"x": (10**30, 16)}),
+    ],
+)
+def test_inputs_that_cannot_be_made_are_refused(tmp_path: Path, sample: Sample) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": W})
+    with pytest.raises(UsageError, match="'x'") as caught:
+        compiled(tmp_path, made, sample=sample)
+    assert all(caught.value.parts().values())
+
+
+def test_a_sequence_as_input_is_refused(tmp_path: Path) -> None:
+    made = model(
+        [node("SequenceAt", ["s", "i"], ["x"]), node("MatMul", ["x", "w"], ["y"])],
+        {"w": W, "i": np.int64(0)},
+    )
+    kind = helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, ["N", 16])
+    made.graph.input[0].CopyFrom(kind)
+    for sample in (Sample(), Sample(values={"s": [numbers(2, 16)]})):  # type: ignore[dict-item]
+        with pytest.raises(UsageError, match="'s'"):
+            compiled(tmp_path, made, sample=sample)
+
+
+# ---- files that cannot be read
+
+
+def refusal(tmp_path: Path, made: Any) -> str:
+    with pytest.raises(FileError) as caught:
+        compiled(tmp_path, made)
+    assert all(caught.value.parts().values())
+    return str(caught.value)
+
+
+def test_what_is_not_known_is_not_called_damaged(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["y"])]
+    newer = model(nodes, {"w": W}, opset_imports=[helper.make_opsetid("", 99)])
+    assert "newer" in refusal(tmp_path, newer)
+    assert "newer" in refusal(tmp_path, model(nodes, {"w": W}, ir_version=99))
+    foreign = model(
+        [*nodes, node("Foo", ["y"], ["z"], domain="acme")],
+        {"w": W},
+        outputs=("z",),
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("acme", 1)],
+    )
+    said = refusal(tmp_path, foreign)
+    assert "acme:Foo" in said
+    assert "library" in said
+    assert "damaged" not in said
+
+
+@pytest.mark.parametrize("content", [None, b"abc"])
+def test_weights_in_another_file_are_missed_by_name(tmp_path: Path, content: bytes | None) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": weight(64, 64)}, [("x", ["N", 64])])
+    onnx.save(
+        made,
+        str(tmp_path / "m.onnx"),
+        save_as_external_data=True,
+        location="m.bin",
+        size_threshold=0,
+    )
+    assert compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx", choose="first").error < 1e-5
+    (tmp_path / "m.bin").unlink()
+    if content is not None:
+        (tmp_path / "m.bin").write_bytes(content)
+    with pytest.raises(FileError, match=r"other files.*Copy") as caught:
+        compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx", choose="first")
+    assert all(caught.value.parts().values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError
+from secateur.runtime.operators import DOMAIN
 
 #: Under this key of a session's options our operators find how many threads it has. ONNX Runtime
 #: itself does not tell them; without it they ask the operating system for its processors.
@@ -80,9 +81,27 @@ def session(
         raise FormatError(
             f"opening {'a model in memory' if isinstance(path, bytes) else repr(path)}",
             f"ONNX Runtime refuses it: {str(error).strip()}",
-            "the file is damaged, or this version does not know what it contains",
-            "copy it again from where it came, or write it again: secateur compile",
+            *_reason(str(error)),
         ) from error
+
+
+def _reason(said: str) -> tuple[str, str]:
+    """Why ONNX Runtime refuses a file, and what to do."""
+    if "max supported IR version" in said or "under development" in said:
+        return (
+            "the file is newer than this ONNX Runtime",
+            "install a newer onnxruntime, or write the file for an older version",
+        )
+    # Ours are registered: one that is not known is of another version, or was altered.
+    if "is not a registered function/op" in said and f" {DOMAIN}:" not in said:
+        return (
+            "the operator belongs to another library, which is not registered",
+            "register it in the options of a session; only models without such operators compile",
+        )
+    return (
+        "the file is damaged, or this version does not know what it contains",
+        "copy it again from where it came, or write it again: secateur compile",
+    )
 
 
 def session_options(threads: int | None = None, options: Any = None) -> Any:

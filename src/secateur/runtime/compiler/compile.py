@@ -165,6 +165,7 @@ def compile_onnx(  # noqa: PLR0913 - one call says how a file is made
     packages(asked)
     graph = read_graph(path, sample)
     _require_fit(asked, graph.model)
+    _require_arrays(asked, graph.model)
     half = precision == "float16"
     feeds = sample.feeds(graph)
     found = sites(graph)
@@ -275,6 +276,21 @@ def _require_known(precision: str, choose: str) -> None:
         )
 
 
+def _require_arrays(asked: str, model: Any) -> None:
+    import onnx
+
+    lacking = {onnx.TensorProto.BFLOAT16: "bfloat16"}
+    for value in (*model.graph.input, *model.graph.output):
+        kind = lacking.get(value.type.tensor_type.elem_type)
+        if kind is not None:
+            raise UsageError(
+                asked,
+                f"the type of {value.name!r} is {kind}",
+                "ONNX Runtime takes and gives no such arrays in Python, so nothing can be compared",
+                "end the model in a Cast to float, or begin with one from it",
+            )
+
+
 def _require_fit(asked: str, model: Any) -> None:
     if is_compiled(model):
         raise UsageError(
@@ -331,9 +347,18 @@ def _notes(graph: Graph, found: Sequence[Any], plan: Plan) -> tuple[str, ...]:
             f"not tried: {len(own) - len(found)} of {len(own)} layers, with fewer than 20 % zeros "
             "or of a kind that has no sparse operator"
         )
+    text = [o.name for o in graph.model.graph.output if _is_text(o)]
+    if text:
+        notes.append(f"not compared with the dense model, as text: {', '.join(map(repr, text))}")
     if plan.name == DENSE:
         notes.append("nothing was faster than the dense model on this machine: it was kept")
     return tuple(notes)
+
+
+def _is_text(value: Any) -> bool:
+    import onnx
+
+    return bool(value.type.tensor_type.elem_type == onnx.TensorProto.STRING)
 
 
 def _written(model: Any, compiled: Compiled) -> Compiled:

@@ -52,15 +52,26 @@ def read_model(path: str | Path) -> Any:
     path = Path(path)
     asked = f"reading {str(path)!r}"
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise FileError(
             asked, error.strerror or str(error), "the model is read from it", "check the path"
         ) from error
     except Exception as error:
-        first = (str(error).splitlines() or ["no message"])[0][:200]
         raise FormatError(
-            asked, f"it cannot be decoded ({first})", "it is not an ONNX file, or cut", "copy anew"
+            asked,
+            f"it cannot be decoded ({_first(error)})",
+            "it is not an ONNX file, or cut",
+            "copy anew",
+        ) from error
+    try:
+        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise FileError(
+            asked,
+            f"its weights lie in other files, and one is missing or cut ({_first(error)})",
+            "it names them relative to its own folder",
+            "copy them there as well",
         ) from error
     if not model.graph.node or not model.opset_import:
         raise FormatError(asked, "it holds no graph", "it is not an ONNX file, or cut", "copy anew")
@@ -89,6 +100,10 @@ def replaceable(model: Any) -> frozenset[str]:
     """Inputs that have a value already, which a caller may replace."""
     held = {tensor.name for tensor in model.graph.initializer}
     return frozenset(i.name for i in model.graph.input) & held
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0][:200]
 
 
 def opset(model: Any) -> int:

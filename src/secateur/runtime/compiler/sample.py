@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from secateur.runtime.compiler.graph import Graph, replaceable, standard
 _IMAGE, _SEQUENCE = 224, 128
 # An embedding that nobody can be seen to look up still has this many rows.
 _FEW = 2
+# Numbers of an input: beyond any memory, and still below what numpy can count.
+_MOST = 2**40
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Sample:
                 "a run needs a sample",
                 "give 1 or more",
             )
-        given = replaceable(graph.model)
-        inputs = {i.name: i for i in graph.model.graph.input if i.name not in given}
+        replaced = replaceable(graph.model)
+        inputs = {i.name: i for i in graph.model.graph.input if i.name not in replaced}
         for name in (*self.shapes, *self.values):
             if name not in inputs:
                 raise UsageError(
@@ -60,14 +63,22 @@ class Sample:
                     "there is none of that name",
                     "use one of these names",
                 )
+        for name, given in self.values.items():
+            if not isinstance(given, np.ndarray):
+                raise _not_made_up(name, type(given).__name__)
         rng = np.random.default_rng(self.seed)
         axes = _names(inputs, self)
         made = {}
         for name, value in inputs.items():
             shape = self._shape(name, value, axes)
-            made[name] = (
-                self.values[name] if name in self.values else _filled(graph, value, shape, rng)
-            )
+            if math.prod(shape) > _MOST:
+                raise _too_large(name, shape)
+            try:
+                made[name] = (
+                    self.values[name] if name in self.values else _filled(graph, value, shape, rng)
+                )
+            except MemoryError as error:
+                raise _too_large(name, shape) from error
         return made
 
     def larger(self, graph: Graph) -> Sample | None:
@@ -154,8 +165,17 @@ def _not_made_up(name: str, kind: object) -> UsageError:
     return UsageError(
         f"a value for the input {name!r}",
         f"its type is {kind}",
-        "only arrays of numbers can be made up",
-        "from Python, give it: Sample(values={...})",
+        "only arrays of numbers can be made up, and only arrays given",
+        "from Python, give an array: Sample(values={...})",
+    )
+
+
+def _too_large(name: str, shape: tuple[int, ...]) -> UsageError:
+    return UsageError(
+        f"the shape {'x'.join(map(str, shape))} for the input {name!r}",
+        f"that is {math.prod(shape):.3g} numbers",
+        "they do not fit into memory",
+        "give a smaller shape",
     )
 
 
