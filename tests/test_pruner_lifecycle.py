@@ -24,7 +24,7 @@ from secateur import (
     prune_,
     recipes,
 )
-from secateur.core.errors import NonFinite, UsageError
+from secateur.core.errors import BudgetError, NonFinite, UsageError
 from secateur.core.masks import Masks
 from secateur.drive.training.learned import Learned
 from secateur.drive.training.regrow import TopKast
@@ -491,3 +491,26 @@ def test_a_schedule_made_before_learned_is_refused(name: str) -> None:
     for group in optimizer.param_groups:
         group.pop("initial_lr")
     Learned(model, optimizer, Leap.short(0.5))
+
+
+# -- the target -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "data"),
+    [
+        (Target("bytes", 10), None),
+        (Target("params", 5), None),
+        (Target("macs", 3), BATCHES),
+        (Target("latency", 0.5), None),
+    ],
+    ids=["bytes", "params", "macs", "latency"],
+)
+def test_a_target_below_the_floor_is_refused_before_training(target: Target, data: Any) -> None:
+    model = net()
+    optimizer = sgd(model)
+    before = everything(model, optimizer)
+    late = recipe(schedule=Polynomial(10, 20, 5), target=target)
+    with pytest.raises(BudgetError, match=r"Ask for more than|Use shrink"):
+        Gradual(model, optimizer, late, data=data)
+    assert_untouched(before, everything(model, optimizer))

@@ -79,6 +79,10 @@ class Gradual:
         steps: Optimizer steps of the whole training, which :class:`Regrow` must know; by default the
             epochs of the recipe's fine-tuning step, if it has one.
 
+    Raises:
+        UsageError: Recipe, model and optimizer do not fit; neither was changed.
+        BudgetError: What is not pruned costs more than the target.
+
     Example:
         >>> from secateur.core.budget import Target
         >>> from secateur.schedule import Polynomial
@@ -147,6 +151,7 @@ class Gradual:
         self._regrowing: Regrowing | None = None
         self._superset: Superset | None = None
         self._uses = self._count_uses()
+        money(model, weights(model, self._slots), recipe, self._uses)  # can the target be reached?
         attach_(model, Masks(fresh))
         try:
             self._begin_()
