@@ -51,7 +51,7 @@ def test_wrapped_and_compiled_networks() -> None:
     assert isinstance(wrapped.model, nn.Sequential)
     for check in (couple, lambda model, x: secateur.shrink(model, None, x)):
         for scripted in (torch.jit.script(net()), torch.jit.trace(net(), X)):
-            with pytest.raises(UsageError, match=r"TorchScript.*as it was before torch\.jit"):
+            with pytest.raises(UsageError, match="TorchScript"):
                 check(scripted, X)
 
 

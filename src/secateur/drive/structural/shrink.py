@@ -38,7 +38,6 @@ from secateur.frontends.surgery import cuts_of, surgery_for
 from secateur.recover import BatchNorm, Compensation
 from secateur.stats.groups import wants_data
 from secateur.structure import Structure, apply_, couple, cuts_for
-from secateur.structure.running import require_python
 
 
 def shrink(
@@ -156,7 +155,6 @@ class _Run:
         facts = self.facts = Facts(to_plain(self.recipe), self.recipe.fingerprint())
         facts.environment = environment()
         self._check()
-        require_python(self.model)
         example = example_of(example, self.data)
         require_runs(self.model, example)
         dense = copy.deepcopy(self.model)
