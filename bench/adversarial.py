@@ -27,7 +27,7 @@ import secateur
 from bench import cifar, record
 from secateur import Data, FineTune, Recipe, Target
 from secateur.allocate import Ranked
-from secateur.drive.recipe import window
+from secateur.drive.methods import window
 from secateur.evaluate.robustness import robustness
 from secateur.learn import Adversarial, DeepFoolCutoff, Fgsm, Objectives, Pgd, Task
 

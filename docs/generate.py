@@ -11,20 +11,21 @@ from typing import Any
 from docstrings import COLUMNS, clean, entry, markdown, signature
 
 HERE = Path(__file__).parent
-PUBLIC = """secateur secateur.score secateur.pattern secateur.allocate secateur.schedule
-secateur.recover secateur.learn secateur.structure secateur.allocate.widths secateur.drive.recipe
-secateur.drive.recipe_file secateur.drive.structural.shrink secateur.drive.structural.recipe
-secateur.drive.training.regrow secateur.drive.training.learned secateur.drive.training.resume
-secateur.drive.training.order secateur.drive.training.recorder secateur.drive.training.ranks
-secateur.drive.training.hosts secateur.drive.structural.heads secateur.stats secateur.frontends
-secateur.formats secateur.formats.checkpoint secateur.report secateur.report.plots
-secateur.report.plots_curves secateur.drive.structural.shrinking secateur.drive.structural.uniform
-secateur.drive.structural.depth secateur.drive.structural.experts
-secateur.drive.structural.branches secateur.frontends.surgery secateur.frontends.transformers_save
-secateur.evaluate secateur.evaluate.robustness secateur.experiments secateur.runtime
-secateur.testing secateur.core.weight secateur.core.widths secateur.core.groups secateur.core.slots
-secateur.core.budget secateur.core.batches secateur.core.facts secateur.core.masks
-secateur.core.selectors secateur.core.select secateur.core.errors"""
+PUBLIC = """secateur secateur.score secateur.pattern secateur.allocate secateur.schedule secateur.recover
+secateur.learn secateur.structure secateur.allocate.widths secateur.drive.recipe
+secateur.drive.methods secateur.drive.recipe_file secateur.drive.structural.shrink
+secateur.drive.structural.recipe secateur.drive.training.regrow secateur.drive.training.learned
+secateur.drive.training.resume secateur.drive.training.order secateur.drive.training.recorder
+secateur.drive.training.ranks secateur.drive.training.hosts secateur.drive.structural.heads
+secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report
+secateur.report.plots secateur.report.plots_curves secateur.drive.structural.shrinking
+secateur.drive.structural.uniform secateur.drive.structural.depth
+secateur.drive.structural.experts secateur.drive.structural.branches secateur.frontends.surgery
+secateur.frontends.transformers_save secateur.evaluate secateur.evaluate.robustness
+secateur.experiments secateur.runtime secateur.testing secateur.core.weight secateur.core.widths
+secateur.core.groups secateur.core.slots secateur.core.budget secateur.core.batches
+secateur.core.facts secateur.core.masks secateur.core.selectors secateur.core.select
+secateur.core.errors"""
 KINDS = (
     "criterion",
     "pattern",
@@ -116,8 +117,9 @@ def brief(part: Any) -> str:
 def methods() -> str:
     """The table of everything in the catalogues."""
     from secateur import stats
+    from secateur.drive.methods import ALIASES
     from secateur.drive.parts import CATALOGUES
-    from secateur.drive.recipe import ALIASES, Recipe
+    from secateur.drive.recipe import Recipe
 
     head = ["name", "call", "what", *(c.lower() for c in COLUMNS)]
     text = [METHODS]

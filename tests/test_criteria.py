@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from criteria_cases import BATCHES, CONV, X, Y, close, gradient, linear, scores_of, seen, small
 from torch import Tensor, nn
 
-from secateur import prune, recipes
+from secateur import Scope, prune, recipes
 from secateur.core.errors import UsageError
 from secateur.core.weight import LINEAR, Weight
 from secateur.frontends import discover
@@ -176,7 +176,7 @@ def test_a_hundred_rounds_of_synflow_at_99_percent_empty_no_layer() -> None:
         nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(),
         nn.Linear(40, 10),
     )  # fmt: skip
-    recipe = dataclasses.replace(recipes.synflow(0.99), scope=recipes.Scope(sensitive=True))
+    recipe = dataclasses.replace(recipes.synflow(0.99), scope=Scope(sensitive=True))
     pruned = prune(net, recipe, [torch.randn(2, 20)])
     assert pruned.facts.sparsity == pytest.approx(0.99, abs=0.001)
     assert min(layer.kept for layer in pruned.facts.layers) > 1

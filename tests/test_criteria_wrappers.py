@@ -11,7 +11,7 @@ import torch
 from criteria_cases import close, linear, small
 from torch import Tensor, nn
 
-from secateur import Gradual, Recipe, Target, prune, recipes
+from secateur import Gradual, Recipe, Scope, Target, prune, recipes
 from secateur.core.errors import NonFinite, UsageError
 from secateur.core.weight import LINEAR, Weight
 from secateur.drive.decide import score
@@ -40,7 +40,7 @@ def test_lamp_never_empties_a_layer() -> None:
     net = small()
     with torch.no_grad():
         net[0].weight *= 1e-4
-    recipe = dataclasses.replace(recipes.lamp(0.96), scope=recipes.Scope(sensitive=True))
+    recipe = dataclasses.replace(recipes.lamp(0.96), scope=Scope(sensitive=True))
     kept = [layer.kept for layer in prune(net, recipe).facts.layers]
     assert min(kept) >= 1
     assert sum(kept) == round(66 * 0.04)

@@ -16,7 +16,7 @@ from secateur.core.budget import Target
 from secateur.core.errors import SecateurError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.drive import recipe as recipes
+from secateur.drive import methods as recipes
 from secateur.drive.oneshot import prune, prune_
 from secateur.drive.plan import plan
 from secateur.drive.pruned import Pruned, load

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import yaml
 
 from secateur.core.errors import UsageError
-from secateur.drive.recipe import Recipe, window
+from secateur.drive.methods import window
+from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import from_plain, read_recipe, to_plain
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.training.finetune import FineTune

@@ -17,9 +17,9 @@ from secateur.cli.screen import Screen, screen
 from secateur.core.batches import inputs_of
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
+from secateur.drive.methods import ALIASES
 from secateur.drive.parts import CATALOGUES
 from secateur.drive.plan import plan
-from secateur.drive.recipe import ALIASES
 from secateur.drive.structural.width_cost import removable_share
 from secateur.frontends import load_data, load_model
 from secateur.frontends.example import example_inputs

@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.core.budget import Target
 from secateur.core.errors import UnknownName
+from secateur.drive.methods import ALIASES
 from secateur.drive.parts import (
     VERSION,
     build,
@@ -20,7 +21,7 @@ from secateur.drive.parts import (
     require_readable,
     typed,
 )
-from secateur.drive.recipe import ALIASES, Recipe, Scope
+from secateur.drive.recipe import Recipe, Scope
 from secateur.pattern import NM
 
 PARTS = ("criterion", "pattern", "allocation", "schedule", "recovery", "rounding", "regrow")
@@ -86,7 +87,7 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain data that :func:`from_plain` reads back to an equal recipe.
 
     Example:
-        >>> from secateur.drive.recipe import wanda
+        >>> from secateur.drive.methods import wanda
         >>> from_plain(to_plain(wanda(0.6))) == wanda(0.6)
         True
     """

@@ -51,7 +51,7 @@ def training_length(recipe: Recipe, steps_per_epoch: int | None, steps: int | No
     """Optimizer steps of the training: given, or those of the recipe's fine-tuning step.
 
     Example:
-        >>> from secateur.drive.recipe import gmp
+        >>> from secateur.drive.methods import gmp
         >>> training_length(gmp(epochs=2.5), 10, None), training_length(Recipe(), None, None)
         (25, None)
     """
