@@ -31,7 +31,17 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     _require_parent(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        raise FileError(
+            f"writing to {str(path)!r}",
+            "it is a folder",
+            "the result is one file",
+            "give the name of a file, perhaps in that folder",
+        )
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -148,9 +158,9 @@ def _require_parent(path: Path) -> None:
 def _unwritable(path: Path, error: OSError) -> FileError:
     return FileError(
         f"writing to {str(path)!r}",
-        f"{path.parent} cannot be written ({error.strerror or error})",
-        "the result is built beside its place and moved there whole",
-        "choose a folder that you may write to",
+        f"nothing can be written into {path.parent} ({error.strerror or error})",
+        "the result is built beside its place, under a longer name, and moved there whole",
+        "choose a folder that you may write to, or a shorter name",
     )
 
 

@@ -85,7 +85,8 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     Raises:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         UsageError: PyTorch cannot export the model, or ONNX Runtime cannot run it.
-        DataError: The file computes something else; it is not kept.
+        DataError: The file computes something else, or the example is empty; no file is kept.
+        FileError: The file cannot be written.
 
     Example:
         >>> import tempfile
@@ -189,6 +190,13 @@ def _packages() -> tuple[Any, Any]:
 
 
 def _inputs(model: nn.Module, example: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if size_of(example) == 0:
+        raise DataError(
+            "exporting to ONNX",
+            "the example has no samples",
+            "the file is checked with them",
+            "give a batch of one or more",
+        )
     if size_of(example) == 1:
         example = _doubled(example)
     elif size_of(example) > 2:
@@ -220,6 +228,13 @@ def _write(call: _Call, file: Path, asked: str) -> tuple[str, ...]:
         while deepest.__cause__ is not None:  # the outer ones only say at which step it failed
             deepest = deepest.__cause__
         first = next((line for line in str(deepest).splitlines() if line.strip()), "no message")
+        if "secateur.sparse_" in first:
+            raise UsageError(
+                asked,
+                "the model is accelerated",
+                "the operators of secateur.runtime.accelerate are not those of ONNX",
+                "call secateur.runtime.restore() first, and secateur compile on the file",
+            ) from error
         raise UsageError(
             asked,
             f"PyTorch's exporter failed ({type(deepest).__name__}: {first[:300]})",

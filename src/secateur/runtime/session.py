@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ _PROVIDERS = ("CPUExecutionProvider",)
 
 
 def session(
-    path: str | Path | bytes,
+    path: str | Path | bytes | bytearray | memoryview,
     threads: int | None = None,
     *,
     options: Any = None,
@@ -57,7 +59,16 @@ def session(
     except ImportError:
         raise MissingExtra("onnxruntime", "onnx", "opening a compiled ONNX model") from None
     options = session_options(threads, options)
+    if isinstance(path, (bytearray, memoryview)):
+        path = bytes(path)
     if not isinstance(path, bytes):
+        if not isinstance(path, (str, PathLike)):
+            raise UsageError(
+                f"opening {path!r}",
+                f"it is a {type(path).__name__}",
+                "a session is made from a path, or from the bytes of a file",
+                "give one of these",
+            )
         if not Path(path).is_file():
             raise FileError(
                 f"opening {str(path)!r}",
@@ -126,18 +137,33 @@ def session_options(threads: int | None = None, options: Any = None) -> Any:
 
     from secateur.runtime.library import library_path, load
 
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads={threads}", "a run needs a thread", do="give 1 or more")
+    if threads is not None and not (is_whole(threads) and threads >= 1):
+        raise UsageError(
+            f"threads={threads!r}",
+            "1 or more are possible",
+            "it is a number of threads",
+            "leave it out to let ONNX Runtime choose",
+        )
     load()  # says what is wrong with a library that cannot be used
     options = SessionOptions() if options is None else options
     if threads is not None:
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = int(threads)
     count, before = str(options.intra_op_num_threads), _threads_entry(options)
     if before != count:  # ONNX Runtime warns of an entry that is written again
         options.add_session_config_entry(THREADS_ENTRY, count)
     if before is None:  # else these options know the library, and must not be told twice
         options.register_custom_ops_library(str(library_path()))
     return options
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python or of numpy.
+
+    Example:
+        >>> is_whole(2), is_whole(2.5), is_whole("2")
+        (True, False, False)
+    """
+    return isinstance(value, Integral)
 
 
 def _threads_entry(options: Any) -> str | None:

@@ -21,6 +21,7 @@ from secateur.core.masks import pack_bits, unpack_bits
 from secateur.formats.layouts import LAYOUTS
 from secateur.runtime import torch_operators
 from secateur.runtime.library import load
+from secateur.runtime.session import is_whole
 from secateur.runtime.stored import DTYPES
 
 Choose = Literal["measured", "first"]
@@ -283,8 +284,13 @@ def accelerate(
         'Linear'
     """
     load()
-    if threads is not None and not 1 <= threads <= 256:
-        raise UsageError(f"threads={threads}", "1 to 256 are possible")
+    if threads is not None and not (is_whole(threads) and 1 <= threads <= 256):
+        raise UsageError(
+            f"threads={threads!r}",
+            "1 to 256 are possible",
+            "it is a number of threads",
+            "leave it out for as many as torch uses",
+        )
     if choose not in ("measured", "first"):
         raise UsageError(f"choose={choose!r}", "it is 'measured' or 'first'")
     if module.training:
@@ -300,7 +306,7 @@ def accelerate(
     def sparse(layer: nn.Module) -> nn.Module | None:
         if id(layer) not in chosen or not isinstance(layer, nn.Linear | nn.Conv2d):
             return None
-        return SparseLayer(layer, threads or 0, choose == "measured")
+        return SparseLayer(layer, int(threads or 0), choose == "measured")
 
     return _swap_(module, sparse)
 

@@ -302,9 +302,10 @@ class Packed:
         best: Variant | None = kernels[0]
         if measure:
             kind = (stored.kind(), size, pool.threads)
-            try:  # one step, not two: forget() may come between them
-                best = _CHOICES[kind]
-            except KeyError:
+            known = _CHOICES.copy()  # forget() may come at any time
+            if kind in known:
+                best = known[kind]
+            else:
                 entrants = {k: self.ways.get(k) or _way_of(stored, k) for k in (None, *kernels)}
                 best = _CHOICES[kind] = _fastest(entrants, x, pool)
                 self.ways[best] = entrants[best]
@@ -378,9 +379,10 @@ def packed(stored: Operands) -> Packed:
         # Biases are changed through .data and in inference mode, too, which count no versions. They
         # are small enough to be compared at every call: as bytes, where NaN is equal to itself.
         key = (*key, _place(stored.bias))
-        bias = stored.bias.detach().contiguous().view(torch.uint8)
+        bias = stored.bias.detach().reshape(-1).contiguous().view(torch.uint8)
     found = _PACKED.get(key)
     if found is None or not found.holds(bias):
+        _require_whole(stored)
         with _CHANGING:
             forget()
             found = _PACKED.get(key)
@@ -389,6 +391,25 @@ def packed(stored: Operands) -> Packed:
                 found = Packed(owners, None if bias is None else bias.clone())
                 _PACKED[key] = found
     return found
+
+
+def _require_whole(stored: Operands) -> None:
+    """Refuse parts that are not those of one layer, before anything is read from them."""
+    (outputs, columns), index, bias = stored.shape, stored.index, stored.bias
+    found, size = "", -(-outputs * columns // 8)
+    if min(outputs, columns) < 1:
+        found = f"the weight is {outputs} x {columns}"
+    elif index.dtype != torch.uint8 or index.numel() != size:
+        found = f"the index is {index.dtype} of length {index.numel()}, not torch.uint8 of {size}"
+    elif bias is not None and tuple(bias.shape) != (outputs,):
+        found = f"the bias has the shape {tuple(bias.shape)}, not ({outputs},)"
+    if found:
+        raise UsageError(
+            f"secateur::sparse_{stored.spec.kind} with a weight of {outputs} x {columns}",
+            found,
+            "a weight has a row and a column, a bit an entry, and a bias an entry a row",
+            "give the parts of one layer, or use secateur.runtime.accelerate",
+        )
 
 
 def stays_dense(
