@@ -266,7 +266,18 @@ def test_names_that_a_file_already_uses_are_left_alone(tmp_path: Path) -> None:
         [("x", ["N", 4, 20])],
         ("y", "y.tall_y", "q.tall_x"),
     )
-    for made, feeds in ((tied, {"ids": np.arange(5)}), (tall, {"x": numbers(2, 4, 20)})):
+    own = model(
+        [
+            node("MatMul", ["x", "w"], ["a"], name="fc"),
+            node("Add", ["a", "b"], ["fc.0"]),
+            node("Relu", ["fc.0"], ["fc.1"]),
+            node("Add", ["fc.1", "fc.0"], ["y"]),
+        ],
+        {"w": W, "b": numbers(8)},
+    )
+    flat = {"x": numbers(3, 16)}
+    images = {"x": numbers(2, 4, 20)}
+    for made, feeds in ((tied, {"ids": np.arange(5)}), (tall, images), (own, flat)):
         close(tmp_path, made, feeds)
         again = dense_model(onnx.load(tmp_path / "sparse.onnx"))
         (tmp_path / "again.onnx").write_bytes(again.SerializeToString())

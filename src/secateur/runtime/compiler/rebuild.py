@@ -107,8 +107,8 @@ def _unique(
     weight, name = dense_weight(node, held), node.name
     while True:
         nodes, weights = _ordinary(node, name, weight, version)
-        made = {tensor.name for tensor in weights} | {out for n in nodes for out in n.output}
-        made.discard(node.output[0])
+        # The last one makes what the node made, and nothing else may.
+        made = {tensor.name for tensor in weights} | {out for n in nodes[:-1] for out in n.output}
         if not made & taken:
             taken |= made
             return nodes, weights
