@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,9 @@ def read_graph(path: str | Path, sample: Sample = _ONE) -> Graph:
         FormatError: It is damaged, or ONNX Runtime refuses it.
     """
     model = read_model(path)
-    _require_accepted(path)
+    listed = [weight.name for weight in _accepted(path).get_overridable_initializers()]
     graph = Graph.of(model)
+    graph = replace(graph, frozen=tuple(set(listed) - replaceable(model)))
     unknown = [
         node.input[0]
         for node in graph.nodes
@@ -237,14 +238,14 @@ def read_graph(path: str | Path, sample: Sample = _ONE) -> Graph:
     return graph
 
 
-def _require_accepted(path: str | Path) -> None:
-    """Refuse what ONNX Runtime refuses: nodes without their inputs, unknown operators, and such."""
+def _accepted(path: str | Path) -> Any:
+    """A session; refuses what ONNX Runtime does: missing inputs, unknown operators, and such."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session(path, 1, options=options)
+    return session(path, 1, options=options)
 
 
 def is_compiled(model: Any) -> bool:
@@ -332,6 +333,11 @@ def _notes(graph: Graph, found: Sequence[Any], plan: Plan) -> tuple[str, ...]:
     own = [n for n in layers if any(graph.constant(name) is not None for name in n.input[1:2])]
     inputs = replaceable(graph.model)
     given = [n for n in layers if any(name in inputs for name in n.input[1:2])]
+    if graph.frozen:
+        notes.append(
+            f"all {len(graph.frozen)} weights are inputs of the file, too: they were taken as constants, "
+            "which a caller cannot replace any more"
+        )
     if given:
         word = (
             "layer whose weight is an input"

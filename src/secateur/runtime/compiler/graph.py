@@ -40,8 +40,9 @@ def packages(purpose: str) -> tuple[Any, Any]:
 def read_model(path: str | Path) -> Any:
     """Read an ONNX file; local functions are inlined.
 
-    Before IR version 4 every weight had to be listed as an input, too: there they are constants.
-    Since then an input with a weight is one that a caller may replace, and stays one.
+    Before IR version 4 every weight had to be listed as an input, too, and some exporters kept the
+    habit: where all of them are listed they are constants here. An input among others that has a
+    value is one that a caller may replace, and stays one.
 
     Raises:
         FileError: It cannot be opened.
@@ -87,12 +88,12 @@ def read_model(path: str | Path) -> Any:
             f"before version {OLDEST_OPSET} they had other meanings",
             "convert it with onnx.version_converter",
         )
-    if model.ir_version < 4:
-        held = {tensor.name for tensor in model.graph.initializer}
+    held = {tensor.name for tensor in model.graph.initializer}
+    if model.ir_version < 4 or replaceable(model) == held:
         inputs = [i for i in model.graph.input if i.name not in held]
         del model.graph.input[:]
         model.graph.input.extend(inputs)
-        model.ir_version = 4
+        model.ir_version = max(4, model.ir_version)
     return model
 
 
@@ -138,6 +139,8 @@ class Graph:
             branch or a loop counts as one of the node that holds the branch.
         outputs: Names of the graph's outputs.
         shapes: Axes of a value, where they can be inferred.
+        opset: Version of the standard operators.
+        frozen: Weights that a caller of the file may replace, and that are constants here.
     """
 
     model: Any
@@ -148,6 +151,7 @@ class Graph:
     shapes: dict[str, tuple[Axis, ...]]
     opset: int
     _initializers: dict[str, Any]
+    frozen: tuple[str, ...] = ()
     _constants: dict[str, np.ndarray | None] = field(default_factory=dict)
 
     @staticmethod
