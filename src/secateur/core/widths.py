@@ -12,7 +12,7 @@ class Slices:
     """Where the groups of a width lie in one parameter.
 
     Args:
-        parameter: Its name (or that of a one-dimensional buffer).
+        parameter: Its name (or that of a buffer).
         axis: Which of its axes is cut.
         index: ``(groups, members)``: the positions along that axis, for every group.
     """

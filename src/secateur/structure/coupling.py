@@ -106,8 +106,11 @@ def couple(model: nn.Module, example: Any) -> Structure:
     parameters = [name for name, _ in model.named_parameters()]
     unreached = tuple(name for name in parameters if name not in found.reached)
     _pin_idle(found, root, set(parameters) & found.reached, reasons)
+    _pin_given(model, found, root, reasons)
     _pin_whole(found, root, reasons)
+    # Buffers follow the parameters that they meet, and have no reasons of their own.
     pinned = _pinned(found, root, reasons)
+    pinned = {key: text for key, text in pinned.items() if key[0] in set(parameters)}
     return Structure(_widths(model, found, root, reasons), pinned, unreached, found, root)
 
 
@@ -148,6 +151,25 @@ def _pin_idle(found: Trace, root: Tensor, used: set[str], reasons: dict[int, str
     for own in (root[ids] for ids in found.axes.values()):
         for component in own[~live[own]].tolist():
             reasons.setdefault(component, "the example inputs do not reach it")
+
+
+def _pin_given(model: nn.Module, found: Trace, root: Tensor, reasons: dict[int, str]) -> None:
+    """Pin what buffers alone produce: to the weights that read it, it is like an input of the model."""
+    made = torch.zeros(len(root), dtype=torch.bool)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for (name, axis), ids in found.axes.items():
+        if name in parameters and parameters[name].ndim > 1 and not _reads(model, name, axis):
+            made[root[ids]] = True
+    for own in (root[ids] for (name, _), ids in found.axes.items() if name not in parameters):
+        for component in own[~made[own]].tolist():
+            reasons.setdefault(component, "they come from a buffer, as if from an input")
+
+
+def _reads(model: nn.Module, name: str, axis: int) -> bool:
+    """Whether the inputs of a layer lie along this axis of its weight."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or hasattr(module, "nf")
+    return layer and axis != _out_axis(module)
 
 
 def _pin_whole(found: Trace, root: Tensor, reasons: dict[int, str]) -> None:

@@ -30,7 +30,7 @@ class Trace:
 
     Args:
         ledger: Joins, pins and open choices.
-        axes: The units of every axis of every parameter and one-dimensional buffer.
+        axes: The units of every axis of every parameter and buffer.
         sizes: Where the code states a size that shrinks with units.
         reached: Parameters that an operator used.
         reductions: Operators that reduce over units, so that they see only the kept ones.

@@ -392,8 +392,7 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
             if not device and not isinstance(x, nn.Parameter):
                 twin = twin.clone()  # a forward pass may write into a buffer
             twins[id(x)] = twin
-            unit = isinstance(x, nn.Parameter) or (x.ndim == 1 and len(x) > 1)
-            if unit and x.dtype.is_floating_point and name not in state:
+            if name not in state and _has_units(x):
                 tracer.own(name, twin)
         state[name] = twin
     with ExitStack() as stack:
@@ -408,3 +407,10 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
         stack.enter_context(counting(tracer.counted, tracer.state, used=tracer.used, kinds=kinds))
         stack.enter_context(tracer)
         return torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
+
+
+def _has_units(x: Tensor) -> bool:
+    """Parameters of a network have, and buffers that are more than a number."""
+    if isinstance(x, nn.Parameter):
+        return bool(x.ndim) and x.dtype.is_floating_point
+    return x.numel() > 1 and not x.dtype.is_complex

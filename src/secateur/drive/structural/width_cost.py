@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UsageError
@@ -19,8 +19,9 @@ _ENTRY = 110
 class WidthCost:
     """Cost of the whole model for any choice of widths.
 
-    Every parameter costs its number of elements times a factor: 1, its uses, or its bytes. Groups of
-    one width take equally many positions of an axis, so sizes follow from counts alone.
+    Every parameter (for bytes also every buffer) costs its number of elements times a factor: 1, its
+    uses, or its bytes. Groups of one width take equally many positions of an axis, so sizes follow
+    from counts alone.
 
     Args:
         shapes: Name of a parameter -> its shape.
@@ -79,7 +80,7 @@ def width_cost(
         >>> cost.dense, cost({"0": 2})
         (23.0, 16.0)
     """
-    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     losses: dict[str, list[tuple[int, str, int]]] = {}
     for width in structure.widths:
         for part in width.slices:
@@ -87,11 +88,13 @@ def width_cost(
                 (part.axis, width.name, part.index.shape[1])
             )
     if unit == "params":
-        factors = dict.fromkeys(parameters, 1.0)
+        factors = dict.fromkeys(tensors, 1.0)
     elif unit == "macs":
         factors = dict(uses or {})
     elif unit == "bytes":
-        factors = {name: float(p.element_size()) for name, p in parameters.items()}
+        saved = model.state_dict()
+        tensors |= {name: x for name, x in model.named_buffers() if name in saved}
+        factors = {name: float(x.element_size()) for name, x in tensors.items()}
     else:
         raise UsageError(
             f"a target in {unit}",
@@ -99,13 +102,9 @@ def width_cost(
             "its units are params, macs, bytes and latency",
             "write e.g. macs=50%",
         )
-    fixed = 0.0
-    if unit == "bytes":
-        buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-        fixed = float(sum(b.numel() * b.element_size() for b in buffers.values()))
-        fixed += sum(_ENTRY + len(name) for name in (*parameters, *buffers))
+    fixed = float(sum(_ENTRY + len(name) for name in tensors)) if unit == "bytes" else 0.0
     return WidthCost(
-        shapes={name: tuple(p.shape) for name, p in parameters.items()},
+        shapes={name: tuple(x.shape) for name, x in tensors.items()},
         factors=factors,
         losses={name: tuple(entries) for name, entries in losses.items()},
         groups={width.name: width.groups for width in structure.widths},
