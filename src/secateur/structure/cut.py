@@ -132,7 +132,7 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
             continue
         done.add(id(x))
         slots = optimizer.state.get(x, {}) if optimizer is not None else {}
-        twins = {key: slot for key, slot in slots.items() if _alike(slot, x)}
+        twins = {key: slot for key, slot in slots.items() if alike(slot, x)}
         gradient = x.grad
         x.grad = None
         cut = _selected(x.data, axes)
@@ -144,7 +144,8 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
         if gradient is not None:
             x.grad = _selected(gradient, axes)
         for key, slot in twins.items():
-            slots[key] = _selected(slot, axes)
+            along = {axis: kept for axis, kept in axes.items() if slot.shape[int(axis)] > 1}
+            slots[key] = _selected(slot, along)
     for path, attributes in cuts.attributes.items():
         module = model.get_submodule(path)
         for attribute, value in attributes.items():
@@ -155,8 +156,19 @@ def _other(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype != torch.float64 else torch.float32
 
 
-def _alike(slot: Any, x: Tensor) -> bool:
-    return isinstance(slot, Tensor) and slot.shape == x.shape
+def alike(slot: Any, x: Tensor) -> bool:
+    """Whether what an optimizer keeps for a parameter has its axes, and so can be cut along.
+
+    Adafactor keeps means over rows and over columns: the axis that is gone has size 1.
+
+    Example:
+        >>> x = torch.zeros(4, 3)
+        >>> alike(torch.zeros(4, 1), x), alike(torch.zeros(4), x)
+        (True, False)
+    """
+    if not isinstance(slot, Tensor) or slot.ndim != x.ndim:
+        return False
+    return all(mine in (1, size) for mine, size in zip(slot.shape, x.shape, strict=True))
 
 
 def _selected(x: Tensor, axes: Mapping[int, list[int]]) -> Tensor:

@@ -22,6 +22,7 @@ from secateur.drive.structural.width_steps import Stepped, WidthSteps
 from secateur.formats import Surgery
 from secateur.frontends.surgery import surgery_for
 from secateur.structure import Structure, apply_, couple, cuts_for
+from secateur.structure.cut import alike
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def require_slots_alike(
         names: Only these parameters; by default all.
 
     Raises:
-        UsageError: A slot is neither a number nor of the shape of its parameter.
+        UsageError: A slot is neither a number nor has it the axes of its parameter.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -155,7 +156,7 @@ def require_slots_alike(
             continue
         for key, slot in optimizer.state.get(parameter, {}).items():
             odd = slot if isinstance(slot, (Tensor, list, tuple)) else ()
-            if isinstance(odd, Tensor) and (odd.numel() <= 1 or odd.shape == parameter.shape):
+            if isinstance(odd, Tensor) and (odd.numel() <= 1 or alike(odd, parameter)):
                 continue
             if len(odd):
                 shape = tuple(odd.shape) if isinstance(odd, Tensor) else f"a {type(odd).__name__}"
@@ -164,7 +165,8 @@ def require_slots_alike(
                     f"its slot {key!r} of {name!r} is {shape}, the parameter is "
                     f"{tuple(parameter.shape)}",
                     "what belongs to a removed filter cannot be found in it",
-                    "use an optimizer that keeps one number a weight (SGD, Adam, AdamW, RMSprop)",
+                    "use an optimizer that keeps one number a weight (SGD, Adam, AdamW, RMSprop), or "
+                    "a new one after the cut",
                 )
 
 

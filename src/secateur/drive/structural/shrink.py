@@ -28,6 +28,7 @@ from secateur.drive.structural.cutting import example_of, proved, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.refit import refit_
+from secateur.drive.structural.removal import require_slots_alike
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.trial import require_runs, unproved, unrunnable
 from secateur.drive.training.finetune import Loop, Progress
@@ -103,6 +104,10 @@ def shrink_(
         optimizer: Its momenta and moments are cut along, so training goes on.
         progress: As in :func:`shrink`.
 
+    Raises:
+        UsageError: As in :func:`shrink`; or the state of the optimizer cannot be cut (LBFGS keeps one
+            for all parameters).
+
     Example:
         >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -113,6 +118,8 @@ def shrink_(
         True
     """
     model = network_of(model)
+    if optimizer is not None:
+        require_slots_alike(model, optimizer)
     run = _run(model, recipe, data, progress)
     pruned = run.run(example_inputs)
     assert run.surgery is not None
