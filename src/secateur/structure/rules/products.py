@@ -63,7 +63,7 @@ def product(tracer: Tracer, call: Call) -> None:
     tracer.put(call.out, contract(tracer, call.args[0], call.args[1]))
 
 
-@rule("aten.mv", "aten.dot")
+@rule("aten.mv", "aten.dot", "aten.vdot")
 def vector_product(tracer: Tracer, call: Call) -> None:
     """With a vector: the sum of an element-wise product."""
     a, b = call.args[:2]
