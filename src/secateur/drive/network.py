@@ -85,7 +85,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     """A copy of :func:`network_of`, to be changed.
 
     Raises:
-        UsageError: It holds tensors with their graph, which torch does not copy.
+        UsageError: It holds tensors with their graph, or other things that cannot be copied.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -94,4 +94,12 @@ def copy_of(model: nn.Module) -> nn.Module:
     """
     plain = network_of(model)
     _require_copyable(plain)
-    return copy.deepcopy(plain)
+    try:
+        return copy.deepcopy(plain)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            "a copy of the model",
+            f"copy.deepcopy fails ({type(error).__name__}: {str(error)[:200]})",
+            "all work is done on a copy, so that the model stays as it is",
+            "keep locks, files, generators and the like outside of the network",
+        ) from error

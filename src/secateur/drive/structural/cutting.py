@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from secateur.core.batches import Batch, Data, inputs_of
+from secateur.core.batches import Batch, Data, first_of, inputs_of
 from secateur.core.errors import DataError, UsageError
 from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
@@ -29,6 +29,7 @@ def example_of(given: Any, data: Data | None) -> Any:
 
     Raises:
         UsageError: There is neither.
+        DataError: There is no first batch.
 
     Example:
         >>> example_of(None, Data(train=[(torch.zeros(2, 3), torch.zeros(2))]))[0].shape
@@ -43,7 +44,7 @@ def example_of(given: Any, data: Data | None) -> Any:
             "what is cut together is found by running the network once",
             "pass example_inputs=, e.g. torch.zeros(1, 3, 224, 224)",
         )
-    positional, named = inputs_of(next(iter(data.train)))
+    positional, named = inputs_of(first_of(data.train))
     return named or positional
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Data, as_data, default_loss, evaluating, inputs_of, to_device
+from secateur.core.batches import (
+    Data,
+    as_data,
+    default_loss,
+    evaluating,
+    first_of,
+    inputs_of,
+    to_device,
+)
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError
 from secateur.core.facts import Facts, environment
@@ -151,7 +159,7 @@ class _Run:
                 "blocks are found by running the network once",
                 "pass data=, or example_inputs= and criterion data",
             )
-        first = to_device(next(iter(self.data.train)), device_of(self.model))
+        first = to_device(first_of(self.data.train), device_of(self.model))
         positional, named = inputs_of(first)
         return named or positional
 

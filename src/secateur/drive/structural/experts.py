@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Data, as_data, evaluating, inputs_of, to_device
+from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, to_device
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
@@ -130,7 +130,7 @@ def _chosen(model: nn.Module, ignore: Sequence[str]) -> list[Mixture]:
 
 def _first(model: nn.Module, data: Data) -> Any:
     assert data.train is not None
-    positional, named = inputs_of(to_device(next(iter(data.train)), device_of(model)))
+    positional, named = inputs_of(to_device(first_of(data.train), device_of(model)))
     return named or positional
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_kind
 from secateur.core.errors import UsageError
 from secateur.core.facts import Facts, Note
 from secateur.core.masks import Masks
@@ -70,19 +72,18 @@ def prune_heads(
         [(4, 8), (6, 8)]
     """
     model = network_of(model)
+    gone = _numbers(heads)
     path, count = _numbered(model, layers)
     structure = couple(model, example_for(model, example))
     keep: dict[str, Tensor] = {}
     stated: dict[str, dict[str, int]] = {}
-    gone: dict[int, list[int]] = {}
-    for layer, numbers in heads.items():
+    for layer, numbers in gone.items():
         if not 0 <= layer < count:
             found = f"there is no layer {layer}; those of {path!r} are 0 to {count - 1}"
             raise _refused(model, found, "layers are counted from 0", "correct the number")
-        gone[layer] = sorted(set(numbers))
-        if gone[layer]:
+        if numbers:
             width = attention_width(model, structure, f"{path}.{layer}")
-            flags = _keep(model, width, f"layer {layer}", gone[layer])
+            flags = _keep(model, width, f"layer {layer}", numbers)
             keep[width.name] = flags
             stated |= _stated(model, width, flags)
     cuts = cuts_for(model, structure, keep)
@@ -97,6 +98,25 @@ def prune_heads(
     _list_(model, gone)
     notes = [Note("pruned-heads", f"{path}.{n}", f"heads {which}") for n, which in gone.items()]
     return Pruned(model, Masks({}), Facts(notes=notes), whole)
+
+
+def _numbers(heads: Any) -> dict[int, list[int]]:
+    """Number of a layer -> numbers of heads, in order."""
+    example = "heads={0: [1]}"
+    what = "a mapping from numbers of layers to numbers of heads"
+    require_kind("heads", heads, Mapping, what=what, write=example)
+    found = {}
+    for layer, numbers in heads.items():
+        require_kind("a layer", layer, Integral, what="an integer", write=example)
+        listed = () if isinstance(numbers, str) else Iterable
+        asked, what = f"the heads of layer {layer}", "a list of integers"
+        require_kind(asked, numbers, listed, what=what, write=example)
+        named = set(numbers)
+        for number in named:
+            asked = f"a head of layer {layer}"
+            require_kind(asked, number, Integral, what="an integer", write=example)
+        found[int(layer)] = sorted(map(int, named))
+    return found
 
 
 def attention_width(model: nn.Module, structure: Structure, layer: str) -> Width:
