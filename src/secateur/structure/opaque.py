@@ -15,7 +15,8 @@ from secateur.structure.trace import Trace
 
 _SPECTRAL = "a spectral norm divides by one number of the whole weight: take it off before with "
 _OPAQUE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "nn.MultiheadAttention computes the size of a head from its width",
+    nn.MultiheadAttention: "the heads of nn.MultiheadAttention follow from its width: to cut them, "
+    "write the attention with linear layers and scaled_dot_product_attention",
     _SpectralNorm: f"{_SPECTRAL}torch.nn.utils.parametrize.remove_parametrizations",
 }
 #: Hooks that compute a weight before each call, and why their layers stay.
