@@ -353,7 +353,7 @@ def test_gemv_numbers_follow_from_their_parts() -> None:
             if (row["weights"], row["sparsity"], row["tokens"]) == wanted
         ]
         assert goals[limit] == statistics.median(row["speedup"] for row in rows)
-        assert all(row["relative_error"] < 1e-5 for row in rows)
+        assert all(row["relative_error"] < 2.0**-8 for row in rows)  # rounded to bfloat16
 
 
 def test_gradual_numbers_follow_from_its_arms() -> None:

@@ -22,7 +22,6 @@ def names(recipe: Recipe | ShrinkRecipe) -> list[str]:
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ((FineTune(1), FineTune(3)), "2 FineTune steps"),
         ((FineTune(1), LeastSquares()), "LeastSquares comes after FineTune"),
         ((BatchNorm(), LeastSquares()), "LeastSquares comes after BatchNorm"),
         ((LeastSquares(), FineTune(1), BiasCorrection()), "BiasCorrection comes after FineTune"),
@@ -35,6 +34,16 @@ def test_what_cannot_be_done_in_order_is_refused(steps: Any, said: str, schedule
     assert said in error.value.found
     assert error.value.why
     assert error.value.do
+
+
+def test_one_training_prunes_and_several_may_follow_a_cut_at_once() -> None:
+    stages = (FineTune(1), FineTune(2, distill=0.5))
+    with pytest.raises(UsageError, match="2 FineTune steps"):
+        Recipe(schedule=EPOCHS, recovery=stages)
+    recipe = Recipe(recovery=stages)
+    assert recipe.distills
+    history = prune(convnet(), recipe, IMAGES).facts.history
+    assert len([event for event in history if "loss" in event]) == 3
 
 
 def test_nothing_comes_before_the_training_that_prunes() -> None:

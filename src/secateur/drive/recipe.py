@@ -92,8 +92,8 @@ class Recipe:
         schedule: When. In ``rounds`` before any training, in ``steps`` or ``epochs`` during
             fine-tuning.
         recovery: What happens to the survivors, in order: repairs of single weights first, then what
-            needs the whole network, with one :class:`FineTune` at most. A schedule in steps or epochs
-            prunes during the fine-tuning, so there that comes first.
+            needs the whole network. A schedule in steps or epochs prunes during the fine-tuning, so
+            there that comes first, and there is one.
         scope: Which weights take part.
         rounding: Values that the survivors must take, e.g. int8.
         sequential: Measure each weight's inputs with all earlier weights already pruned.
@@ -164,13 +164,13 @@ class Recipe:
 
     @property
     def finetune(self) -> FineTune | None:
-        """The fine-tuning step, if any."""
+        """The first fine-tuning step, if any."""
         return next((s for s in self.recovery if isinstance(s, FineTune)), None)
 
     @property
     def distills(self) -> bool:
         """Whether fine-tuning follows the dense network."""
-        return self.finetune is not None and self.finetune.distill > 0
+        return any(isinstance(s, FineTune) and s.distill > 0 for s in self.recovery)
 
     def fingerprint(self) -> str:
         """A hash of everything that differs from the defaults; names runs."""
@@ -196,6 +196,7 @@ def require_recipe(given: object) -> None:
     """Raise unless a recipe (or ``None``, the default one) was given.
 
     Example:
+        >>> from secateur.drive.methods import magnitude
         >>> require_recipe(magnitude)
         Traceback (most recent call last):
             ...
@@ -223,7 +224,8 @@ def require_settings(recipe: Any, kinds: Mapping[str, tuple[Any, str, str]]) -> 
 
 def _require_order(steps: Sequence[Step], *, trains: bool) -> None:
     """Refuse an order of recoveries that a run would not follow."""
-    require_one_training(steps)
+    if trains:
+        require_one_training(steps)
     repaired = [i for i, s in enumerate(steps) if not isinstance(s, (*_WHOLE, NoRecovery))]
     whole = [i for i, s in enumerate(steps) if isinstance(s, _WHOLE)]
     if repaired and whole and repaired[-1] > whole[0]:
@@ -245,7 +247,7 @@ def _require_order(steps: Sequence[Step], *, trains: bool) -> None:
 
 
 def require_one_training(steps: Sequence[Any]) -> None:
-    """Refuse several :class:`FineTune` steps: schedules and distillation belong to one training.
+    """Refuse several :class:`FineTune` steps, where one training prunes or there is but one.
 
     Example:
         >>> require_one_training((FineTune(1), FineTune(3)))
@@ -258,7 +260,7 @@ def require_one_training(steps: Sequence[Any]) -> None:
         raise UsageError(
             recovery_named(steps),
             f"there are {trainings} FineTune steps",
-            "a run trains once, with one course of the learning rate",
+            "the training of this run is one, with one course of the learning rate",
             "give one FineTune with all epochs, or prune the result again with recovery=FineTune(...)",
         )
 

@@ -412,5 +412,5 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
 def _has_units(x: Tensor) -> bool:
     """Parameters of a network have, and buffers that are more than a number."""
     if isinstance(x, nn.Parameter):
-        return bool(x.ndim) and x.dtype.is_floating_point
+        return x.dtype.is_floating_point
     return x.numel() > 1 and not x.dtype.is_complex
