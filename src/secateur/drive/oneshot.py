@@ -35,6 +35,7 @@ from secateur.drive.training.gradual import Gradual, mean_loss
 from secateur.drive.training.held import attach_, detach_, masks_of, require_free
 from secateur.drive.training.recorder import Checkpoints, as_checkpoints
 from secateur.formats.checkpoint import values_hash
+from secateur.frontends.remembered import surgery_of
 from secateur.recover import BatchNorm
 from secateur.schedule import events, share_at
 from secateur.stats import Positions, Replay, Sketch, Stats, collect
@@ -177,7 +178,7 @@ class _Run:
                 raise
         self.facts.measures["seconds"] = time.perf_counter() - start
         diagnose(self.facts)
-        return Pruned(self.model, masks, self.facts)
+        return Pruned(self.model, masks, self.facts, surgery_of(self.model))
 
     def _check(self) -> None:
         recipe = self.recipe

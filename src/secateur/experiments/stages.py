@@ -25,8 +25,8 @@ from secateur.core.atomic import new_file, new_folder
 from secateur.core.errors import FileError, FormatError, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.formats import read_bundle, write_tensors
-from secateur.formats.bundle import FACTS, MODEL, RECIPE
+from secateur.formats import Surgery, read_bundle, surgery_text, write_tensors
+from secateur.formats.bundle import FACTS, MODEL, RECIPE, SURGERY
 from secateur.formats.table import read_json
 from secateur.formats.texts import facts_text, read_limited, recipe_text
 
@@ -46,6 +46,7 @@ class Stage:
         masks: Which weights were kept.
         facts: What the stage said about itself.
         digest: Hash of the network's file; the next stage names it as its parent.
+        surgery: What had been cut from the network before the run, if anything was.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Stage:
     masks: Masks
     facts: Facts
     digest: str
+    surgery: Surgery | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Run:
             return None
         files = _checked_list(folder, {"run": self.name, "stage": stage, "parent": parent})
         bundle = read_bundle(folder)
-        return Stage(folder, bundle.tensors, bundle.masks, bundle.facts, files[MODEL])
+        return Stage(
+            folder, bundle.tensors, bundle.masks, bundle.facts, files[MODEL], bundle.surgery
+        )
 
     def write(self, stage: str, found: Stage, parent: str = "") -> Stage:
         """Write a stage and read it back, so that a run goes on from what is on the disk."""
@@ -92,6 +96,9 @@ class Run:
             write_tensors(temporary / MODEL, found.tensors, found.masks)
             (temporary / RECIPE).write_text(recipe, encoding="utf-8")
             (temporary / FACTS).write_text(facts, encoding="utf-8")
+            if found.surgery is not None:
+                text = surgery_text(found.surgery)
+                (temporary / SURGERY).write_text(text, encoding="utf-8")
             files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
             content = {"run": self.name, "stage": stage, "parent": parent, "files": files}
             _write_json(temporary / STAGE, content)

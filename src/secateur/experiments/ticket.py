@@ -8,13 +8,12 @@ from typing import Any
 from torch import nn
 
 from secateur.core.batches import as_data
-from secateur.drive.pruned import Pruned
+from secateur.drive.pruned import Pruned, load
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.finetune import Progress
 from secateur.experiments.terms import TicketPlan
 from secateur.experiments.ticket_facts import StageFacts, TicketFacts
 from secateur.experiments.ticket_search import Network, Search, reset_, restart_
-from secateur.formats import load_into_, read_bundle
 
 __all__ = ["StageFacts", "TicketFacts", "find_ticket", "load_ticket", "reset_", "restart_"]
 
@@ -94,6 +93,4 @@ def load_ticket(model: nn.Module, level: str | Path) -> Pruned:
             ...
         secateur.core.errors.FormatError: reading the bundle ...
     """
-    bundle = read_bundle(level)
-    load_into_(model, bundle)
-    return Pruned(model, bundle.masks, bundle.facts)
+    return load(model, level)

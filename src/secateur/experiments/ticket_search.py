@@ -34,6 +34,7 @@ from secateur.experiments.ticket_facts import TicketFacts, facts_of
 from secateur.experiments.training import Stretch, seed_of, seeded, steps_of, train_
 from secateur.formats import Bundle, load_into_
 from secateur.formats.checkpoint import values_hash
+from secateur.frontends.remembered import surgery_of
 
 _IDLE = ("hint", "batchnorm-drift")
 Network = nn.Module | Callable[[], nn.Module]
@@ -140,7 +141,7 @@ class Search:
             measures = {"asked": 0.0, "churn": 0.0, **self._measured(model, at_start)}
         facts = Facts(measures=measures, history=history, environment=environment())
         measures["seconds"] = time.perf_counter() - began
-        return run.write("dense", Stage(run.folder, _state_of(model), Masks({}), facts, "")), False
+        return run.write("dense", self._stage(run, model, Masks({}), facts)), False
 
     def _snapshot(self, run: Run) -> Mapping[str, Tensor]:
         """The network at the rewinding point: the beginning of the dense training once more.
@@ -156,8 +157,7 @@ class Search:
                 first = Stretch(0, end=self.step)
                 history = train_(model, self.data, self.plan.training, first, progress=report)
             facts = Facts(history=history, environment=environment())
-            found = Stage(run.folder, _state_of(model), Masks({}), facts, "")
-            stage = run.write(name, found)
+            stage = run.write(name, self._stage(run, model, Masks({}), facts))
         return stage.tensors
 
     def _level(self, run: Run, chain: tuple[float, ...], before: Stage) -> tuple[Stage, bool]:
@@ -182,9 +182,11 @@ class Search:
         measures |= {"asked": chain[-1], "churn": _churn(before.masks, masks)}
         facts.measures |= {**measures, "seconds": time.perf_counter() - began}
         facts.history = [*facts.history, *history]
-        return run.write(
-            name, Stage(run.folder, _state_of(model), masks, facts, ""), before.digest
-        ), False
+        return run.write(name, self._stage(run, model, masks, facts), before.digest), False
+
+    def _stage(self, run: Run, model: nn.Module, masks: Masks, facts: Facts) -> Stage:
+        cut = surgery_of(self.start)
+        return Stage(run.folder, _state_of(model), masks, facts, "", cut)
 
     def _pruned(self, model: nn.Module, level: float) -> Pruned:
         recipe = dataclasses.replace(self.recipe, target=self._target(level))

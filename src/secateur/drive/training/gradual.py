@@ -51,6 +51,7 @@ from secateur.drive.training.regrow import Regrow, TopKast
 from secateur.drive.training.regrowing import Regrowing, gradient_promise, random_promise, turn
 from secateur.drive.training.timing import every, is_due, require_time, training_length
 from secateur.drive.training.topkast import Superset
+from secateur.frontends.remembered import surgery_of
 from secateur.schedule import share_at
 from secateur.score import Random
 from secateur.stats import Stat, Stats, stream_gradients
@@ -419,7 +420,7 @@ class Gradual:
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
             for name, mask in masks.items()
         ]
-        return Pruned(self.model, masks, self.facts)
+        return Pruned(self.model, masks, self.facts, surgery_of(self.model))
 
     def _require_open(self, asked: str) -> None:
         if self._finalized:

@@ -23,6 +23,7 @@ from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, Scope, describe
 from secateur.drive.training.finetune import FineTune, finetune
 from secateur.drive.training.held import masks_of
+from secateur.frontends.remembered import surgery_of
 from secateur.learn import Distill, Learner, Learning
 from secateur.learn.masked import obstacle, require_unlearned
 
@@ -189,7 +190,7 @@ class Learned:
             )
         if not masks.sparsity:
             self.facts.note("target", "", "nothing was pruned: no mask has a zero")
-        return Pruned(self.model, masks, self.facts)
+        return Pruned(self.model, masks, self.facts, surgery_of(self.model))
 
     def _leave_optimizer_(self) -> None:
         """Training may go on with the same optimizer: it forgets what is no longer there.

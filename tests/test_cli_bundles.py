@@ -1,0 +1,108 @@
+"""The command line on networks that were pruned or cut before: what it writes can be opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import secateur
+from secateur.cli.main import app
+from secateur.frontends import load_model
+
+NETWORKS = """
+import torch
+from torch import nn
+
+def conv():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(32, 4),
+    )
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
+
+def images():
+    g = torch.Generator().manual_seed(0)
+    batch = torch.randn(8, 3, 8, 8, generator=g), torch.randint(4, (8,), generator=g)
+    return {"train": [batch], "test": [batch]}
+
+def rows():
+    g = torch.Generator().manual_seed(0)
+    batch = torch.randn(8, 16, generator=g), torch.randint(4, (8,), generator=g)
+    return {"train": [batch], "test": [batch]}
+"""
+IMAGES = ("--data", "net.py:images")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "net.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def told(*words: str, code: int = 0) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == code, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def nonzeros(model: torch.nn.Module) -> int:
+    return sum(int(p.count_nonzero()) for p in model.parameters())
+
+
+@pytest.fixture
+def small(place: Path) -> Path:
+    """A network that was cut."""
+    told("shrink", "net.py:conv", "-o", "small", "--input", "1x3x8x8", "--target", "params=50%")
+    return place
+
+
+# -- cut before --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("from_", [["small"], ["net.py:conv", "--weights", "small"]])
+@pytest.mark.parametrize("how", [[], [*IMAGES, "--epochs", "1"]])
+def test_a_network_that_was_cut_can_be_pruned_and_opened(
+    small: Path, from_: list[str], how: list[str]
+) -> None:
+    told("prune", *from_, "-o", "out", "--sparsity", "50%", *how)
+    found = told("evaluate", "out", *IMAGES)["measurement"]
+    widths = [m.weight.shape[0] for m in load_model("small").model if hasattr(m, "weight")]
+    opened = load_model("out")
+    assert [m.weight.shape[0] for m in opened.model if hasattr(m, "weight")] == widths
+    assert opened.masks.sparsity == pytest.approx(0.5, abs=0.01)
+    assert found["nonzeros"] == nonzeros(opened.model)
+
+
+def test_the_result_of_pruning_a_cut_network_knows_the_cut(small: Path) -> None:
+    cut = load_model("small").model
+    pruned = secateur.prune(cut, secateur.recipes.magnitude(0.5))
+    assert pruned.surgery == secateur.load(load_model("net.py:conv").model, "small").surgery
+    pruned.save("out")
+    again = secateur.load(load_model("net.py:conv").model, "out")
+    for name, tensor in pruned.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_tickets_of_a_network_that_was_cut_can_be_opened(small: Path) -> None:
+    words = ["ticket", "small", "-o", "runs", *IMAGES, "--epochs", "1", "--levels", "0.5"]
+    found = told(*words)
+    level = found["levels"][0]["folder"]
+    opened = load_model(level, model="net.py:conv")
+    assert opened.masks.sparsity == pytest.approx(0.5, abs=0.01)
+    loaded = secateur.experiments.load_ticket(load_model("net.py:conv").model, level)
+    assert loaded.surgery is not None
+    assert [level["done"] for level in told(*words)["levels"]] == [True]
