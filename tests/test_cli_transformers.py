@@ -26,6 +26,9 @@ def load():
 """
 
 
+_LESS = ("--target", "params=80%")
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -85,3 +88,30 @@ def test_half_precision_becomes_a_file_in_float32(place: Path) -> None:
     done = secateur_(*words)
     assert "weights are bfloat16" in " ".join(done.output.split())
     assert (place / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("how", [("prune", "--sparsity", "50%"), ("shrink", *_LESS)])
+def test_what_is_made_of_a_folder_with_widths_per_layer_can_be_opened(
+    place: Path, how: tuple[str, ...]
+) -> None:
+    words = ("shrink", "model", "--data", "data.py:load", "--target", "params=70%")
+    done = secateur_(
+        *words,
+        "--allocation",
+        "ranked",
+        "--align",
+        "1",
+        "-o",
+        "small",
+        "--pretrained",
+        "hf",
+        "--json",
+    )
+    assert not json.loads(done.stdout)["pretrained"]["uniform"]
+    name, *options = how
+    done = secateur_(name, "hf", *options, "--data", "data.py:load", "-o", "out", "--json")
+    then = json.loads(done.stdout)["comparison"]["b"]
+    done = secateur_("evaluate", "out", "--data", "data.py:load", "--json")
+    found = json.loads(done.stdout)["measurement"]
+    for key in ("loss", "nonzeros"):
+        assert found[key] == then[key]

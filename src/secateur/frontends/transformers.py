@@ -57,7 +57,12 @@ def read(folder: Path) -> nn.Module:
 
 
 def build(folder: Path) -> nn.Module:
-    """The architecture of a folder with random weights, to load a bundle into."""
+    """The architecture of a folder with random weights, to load a bundle into.
+
+    Of a network that was cut it is that before the cut, which the bundle cuts again.
+    """
+    if (folder / "surgery.json").is_file():  # its configuration is only a record
+        folder = folder / "original"
     cls = _class(folder)
     with _quiet(), _reading(folder):
         import transformers
