@@ -106,3 +106,35 @@ def test_tickets_of_a_network_that_was_cut_can_be_opened(small: Path) -> None:
     loaded = secateur.experiments.load_ticket(load_model("net.py:conv").model, level)
     assert loaded.surgery is not None
     assert [level["done"] for level in told(*words)["levels"]] == [True]
+
+
+# -- pruned before -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse(place: Path) -> Path:
+    """A network of which 95 % were pruned."""
+    told("prune", "net.py:mlp", "-o", "sparse", "--sparsity", "95%")
+    return place
+
+
+@pytest.mark.parametrize("how", [[], ["--data", "net.py:rows", "--epochs", "1"]])
+def test_pruning_further_counts_what_is_really_kept(sparse: Path, how: list[str]) -> None:
+    kept = load_model("sparse").masks
+    found = told("prune", "sparse", "-o", "more", "--sparsity", "50%", *how)
+    again = load_model("more")
+    assert again.masks == kept
+    assert {x["name"]: x["kept"] for x in found["layers"]} == {
+        n: int(m.sum()) for n, m in kept.items()
+    }
+    assert found["sparsity"] == pytest.approx(kept.sparsity)
+    assert found["comparison"]["b"]["nonzeros"] == nonzeros(again.model)
+    assert any(
+        f"{100 * kept.sparsity:.4g} % were pruned before" in note["text"] for note in found["notes"]
+    )
+
+
+def test_pruning_further_reaches_a_target_beyond_the_first(sparse: Path) -> None:
+    found = told("prune", "sparse", "-o", "more", "--sparsity", "97%")
+    assert found["sparsity"] == pytest.approx(0.97, abs=0.001)
+    assert not any(note["topic"] == "target" for note in found["notes"])

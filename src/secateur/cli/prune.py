@@ -187,7 +187,7 @@ def _run(
     with out.progress() as progress:
         pruned = run(loaded.model, recipe, data, progress=progress, checkpoint=saved)
     pruned.facts.environment["source"] = dict(loaded.source)
-    return dataclasses.replace(pruned, masks=pruned.masks & loaded.masks)
+    return pruned
 
 
 def _report(

@@ -166,7 +166,7 @@ class _Run:
         note_left_out(self.facts, self.plan)
         if self.recipe.finetune is not None and self.recipe.distills and self.dense is None:
             self.dense = copy.deepcopy(self.model)
-        earlier = set(masks_of(self.model))
+        before = masks_of(self.model)
         on = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(sorted(on, key=str)):  # the caller's random state stays
             torch.manual_seed(self.recipe.seed)
@@ -174,9 +174,10 @@ class _Run:
             try:
                 masks = self._after(self._gradual() if trains else self._rounds())
             except BaseException:  # weights may have changed, but the model has its form again
-                detach_(self.model, set(masks_of(self.model)) - earlier)
+                detach_(self.model, set(masks_of(self.model)) - set(before))
                 raise
         self.facts.measures["seconds"] = time.perf_counter() - start
+        self._count(before, masks)
         diagnose(self.facts)
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
 
@@ -416,6 +417,19 @@ class _Run:
                 self.facts.history += self._train(step, None)
                 masks = self._trained(masks, detach_(self.model))
         return masks
+
+    def _count(self, before: Masks, masks: Masks) -> None:
+        """Count what is kept in the end: choices were made as if nothing had been pruned before."""
+        names = [layer.name for layer in self.facts.layers]
+        self.facts.layers = [
+            replace(layer, kept=int(masks[layer.name].sum())) for layer in self.facts.layers
+        ]
+        old = Masks({name: before[name] for name in names if name in before})
+        if old and old == Masks({name: masks[name] for name in names}):
+            text = (
+                f"nothing was added: {100 * old.sparsity:.4g} % were pruned before, more than asked"
+            )
+            self.facts.note("target", "", text)
 
     def _trained(self, chosen: Masks, masks: Masks) -> Masks:
         """The masks of the trained weights, which come from a checkpoint if the run went on from one."""

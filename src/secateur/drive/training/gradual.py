@@ -142,7 +142,7 @@ class Gradual:
         own = [slot.name for slot in self._slots]
         require_free(model, own)
         require_trains(model, optimizer, own)
-        already = masks_of(model, own)
+        already = self._before = masks_of(model, own)
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
         # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.
         self._names = frozenset([*own, *unheld(model)])
@@ -361,6 +361,8 @@ class Gradual:
         choice = items(found, slots, recipe, groups, purse.costs)
         levels = allocate(choice, recipe, purse.at(share, probe))
         masks = Masks({w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found})
+        if not free:  # a low target, or the first steps to a high one, would revive some
+            masks &= self._before
         if self._superset is not None:
             self._superset.widen_(found, groups, levels, recipe, masks)
         self._adopt(masks, self.steps)
