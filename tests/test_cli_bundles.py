@@ -138,3 +138,14 @@ def test_pruning_further_reaches_a_target_beyond_the_first(sparse: Path) -> None
     found = told("prune", "sparse", "-o", "more", "--sparsity", "97%")
     assert found["sparsity"] == pytest.approx(0.97, abs=0.001)
     assert not any(note["topic"] == "target" for note in found["notes"])
+
+
+def test_shrinking_a_pruned_network_says_that_its_zeros_end(sparse: Path) -> None:
+    words = ("--target", "params=50%", "--data", "net.py:rows")
+    found = told("shrink", "sparse", "-o", "small", *words)
+    first = told("evaluate", "sparse", "--data", "net.py:rows")["measurement"]
+    for key in ("nonzeros", "bytes", "pruned_sparsity"):
+        assert found["comparison"]["a"][key] == first[key]
+    smaller = next(x for x in found["comparison"]["verdict"] if x["name"] == "smaller")
+    assert not smaller["real"]
+    assert any(note["topic"] == "masks" for note in found["notes"])

@@ -14,6 +14,7 @@ from secateur.cli.flags import part, with_training
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
 from secateur.core.errors import UsageError
+from secateur.core.masks import Masks
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import from_plain, read_shrink_recipe
@@ -27,6 +28,7 @@ from secateur.frontends.transformers_save import SavedModel, require_transformer
 from secateur.report import comparison_table, exported_text, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.structure import cut_table, proof_text, steps_text
+from secateur.report.units import percent
 
 _RECIPE, _TRAIN = options.RECIPE, options.TRAIN
 
@@ -153,7 +155,9 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             pruned = run(loaded.model, wanted, example, batches, progress=progress)
         pruned.facts.environment["source"] = dict(loaded.source)
         measurable = batches is not None and (batches.test or batches.train) is not None
-        found = compare_networks(loaded.model, pruned, batches if measurable else None)
+        _note_masks(pruned, loaded.masks)
+        masks = (loaded.masks or None, None)
+        found = compare_networks(loaded.model, pruned, batches if measurable else None, masks=masks)
         pruned.facts.measures["comparison"] = comparison_json(found)
         exported = None
         if onnx is not None:
@@ -186,6 +190,15 @@ def _recipe(path: str | None, parts: dict[str, Any], settings: dict[str, Any]) -
     if "recovery" in given:
         given["recovery"] = [part("recovery", text) for text in given["recovery"]]
     return from_plain({**given, **({"scope": scope} if scope else {})})
+
+
+def _note_masks(pruned: Pruned, masks: Masks) -> None:
+    if masks:
+        text = (
+            f"MODEL has masks ({percent(masks.sparsity)} zeros), which end here: repairs fill the "
+            "zeros, and the file stores all weights. Shrink first and prune the result"
+        )
+        pruned.facts.note("masks", "", text)
 
 
 def _saved(saved: SavedModel) -> dict[str, Any]:
