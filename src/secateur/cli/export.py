@@ -12,6 +12,7 @@ from rich.text import Text
 from secateur.cli import options
 from secateur.cli.places import require_new_file
 from secateur.cli.screen import screen
+from secateur.core.batches import first_of
 from secateur.core.errors import UsageError
 from secateur.evaluate.measure import batches_of
 from secateur.frontends import export_onnx, load_data, load_model
@@ -51,7 +52,7 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
             )
         require_new_file(output, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
-        example = next(iter(batches_of(load_data(data))[1]))
+        example = first_of(batches_of(load_data(data))[1])
         done = export_onnx(loaded.model, example, output)
         out.say(
             f"Written to {done.path}: {size(done.bytes)}, opset {done.opset}; ONNX Runtime differs "

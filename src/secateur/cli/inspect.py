@@ -14,7 +14,7 @@ from torch import nn
 from secateur.cli import options
 from secateur.cli.flags import Flags, recipe_from
 from secateur.cli.screen import Screen, screen
-from secateur.core.batches import inputs_of
+from secateur.core.batches import first_of, inputs_of
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
 from secateur.drive.methods import ALIASES
@@ -133,7 +133,7 @@ def _structure(
 ) -> dict[str, Any]:
     if inputs is None and data is not None:
         found = load_data(data)
-        first = next(iter(found.train if found.train is not None else found.test or ()))
+        first = first_of(found.train if found.train is not None else found.test or ())
         positional, named = inputs_of(first)
         example: Any = named or positional
     else:

@@ -14,7 +14,7 @@ from secateur.cli import options
 from secateur.cli.flags import Flags, describe, recipe_from
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
-from secateur.core.batches import Batch, Data
+from secateur.core.batches import Batch, Data, first_of
 from secateur.core.errors import UsageError
 from secateur.drive.oneshot import prune as run
 from secateur.drive.plan import plan
@@ -224,4 +224,4 @@ def _measurable(data: Data | None) -> Data | None:
 
 def _example(data: Data | None) -> Batch:
     assert data is not None
-    return next(iter(batches_of(data)[1]))
+    return first_of(batches_of(data)[1])

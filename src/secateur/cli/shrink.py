@@ -13,6 +13,7 @@ from secateur.cli import options
 from secateur.cli.flags import part, with_training
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
+from secateur.core.batches import first_of
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
 from secateur.drive.pruned import Pruned
@@ -162,7 +163,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         exported = None
         if onnx is not None:
             assert batches is not None
-            exported = export_onnx(pruned.model, next(iter(batches_of(batches)[1])), onnx)
+            exported = export_onnx(pruned.model, first_of(batches_of(batches)[1]), onnx)
         pruned.save(output, overwrite=overwrite)
         saved = None
         if pretrained is not None:

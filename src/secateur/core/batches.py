@@ -164,6 +164,27 @@ def size_of(batch: Batch) -> int:
     return len(first_tensor(batch))
 
 
+def first_of(batches: Iterable[Batch]) -> Batch:
+    """The first batch that has samples.
+
+    Raises:
+        DataError: There is none.
+
+    Example:
+        >>> first_of([torch.zeros(0, 3), torch.zeros(2, 3)]).shape
+        torch.Size([2, 3])
+    """
+    for batch in batches:
+        if size_of(batch):
+            return batch
+    raise DataError(
+        "an example out of the data",
+        "the loader yielded no samples",
+        "the network has to run once",
+        "check the loader, and whether it can be iterated more than once",
+    )
+
+
 def first_tensor(batch: Batch) -> Tensor:
     """The first tensor inside a batch that has an axis of samples."""
     if isinstance(batch, Tensor):

@@ -1,0 +1,68 @@
+"""The command line on data that a model cannot be run on: what is said, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from secateur.cli.main import app
+
+FILES = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+def batch(inputs=16, label=3):
+    return torch.zeros(8, inputs), torch.full((8,), label)
+
+def empty():
+    return {"train": [], "test": []}
+
+def onlytest():
+    return {"test": [batch()]}
+
+def narrow():
+    return {"train": [batch(inputs=7)], "test": [batch(inputs=7)]}
+
+def labels():
+    return {"train": [batch(label=9)], "test": [batch(label=9)]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "net.py").write_text(FILES)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(*words: str, code: int) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == code, done.output
+    found: dict[str, Any] = json.loads(done.stdout)["error"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "net.py:build", "-o", "out.onnx"),
+        ("shrink", "net.py:build", "-o", "out"),
+        ("shrink", "net.py:build", "-o", "out", "--input", "1x16", "--recovery", "none"),
+        ("prune", "net.py:build", "-o", "out"),
+        ("prune", "net.py:build", "-o", "out", "--epochs", "1"),
+        ("inspect", "net.py:build", "--structure"),
+        ("evaluate", "net.py:build"),
+    ],
+)
+def test_a_loader_without_samples_is_refused(words: tuple[str, ...], place: Path) -> None:
+    error = refused(*words, "--data", "net.py:empty", code=3)
+    assert "yielded no " in error["found"]
+    assert not (place / "out").exists()
