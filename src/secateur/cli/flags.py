@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -10,7 +11,8 @@ from typing import Any, TypeVar
 import yaml
 
 from secateur.core.errors import UsageError
-from secateur.drive.methods import window
+from secateur.drive.methods import ALIASES, window
+from secateur.drive.parts import named
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import from_plain, read_recipe, to_plain
 from secateur.drive.structural.recipe import ShrinkRecipe
@@ -81,14 +83,17 @@ def part(kind: str, text: str) -> str | dict[str, Any]:
 def recipe_from(flags: Flags) -> Recipe:
     """The recipe that the flags describe.
 
-    ``--epochs`` without a schedule means: prune gradually over the first half and fine-tune with
-    the masks held. Methods that prune at once (those that repair weights, measure data, or count
-    rounds) are followed by that many epochs of fine-tuning instead.
+    ``--epochs`` is handed to a method that counts epochs itself. Else, without a schedule, it means:
+    prune gradually over the first half and fine-tune with the masks held. Methods that prune at
+    once (those that repair weights, measure data, or count rounds) are followed by that many epochs
+    of fine-tuning instead.
 
     Example:
         >>> recipe = recipe_from(Flags(sparsity="90%", epochs=4))
         >>> type(recipe.schedule).__name__, recipe.schedule.end, recipe.finetune.epochs
         ('Polynomial', 2.0, 4)
+        >>> type(recipe_from(Flags(method="acdc", epochs=4)).schedule).__name__
+        'Alternating'
     """
     if flags.recipe is not None:
         given = [f"--{n}" for n, v in vars(flags).items() if v not in (None, ()) and n != "recipe"]
@@ -113,7 +118,7 @@ def recipe_from(flags: Flags) -> Recipe:
 def _plain(flags: Flags) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     if flags.method is not None:
-        plain["method"] = part("method", flags.method)
+        plain["method"] = _method(flags.method, flags.epochs)
     target = flags.target if flags.target is not None else flags.sparsity
     if target is not None:
         plain["target"] = target
@@ -135,10 +140,30 @@ def _plain(flags: Flags) -> dict[str, Any]:
     return plain
 
 
+def _method(text: str, epochs: float | None) -> dict[str, Any]:
+    """A method and its arguments; ``--epochs`` is one of them where the method has epochs."""
+    name, arguments = named("method", part("method", text))
+    if epochs is not None and _has_epochs(name):
+        own = arguments.setdefault("epochs", epochs)
+        if own != epochs:
+            raise UsageError(
+                f"--method {text} --epochs {epochs:g}",
+                f"the method is given {own} epochs, and the run {epochs:g}",
+                "the method makes its schedule for the epochs of the run",
+                "leave one of them out",
+            )
+    return {name: arguments}
+
+
+def _has_epochs(method: str) -> bool:
+    return method in ALIASES and "epochs" in inspect.signature(ALIASES[method]).parameters
+
+
 def _trained(recipe: Recipe, flags: Flags) -> Recipe:
     """Add the fine-tuning that the flags ask for, and prune gradually while it trains."""
     asked = {"epochs": flags.epochs, "lr": flags.lr, "distill": flags.distill}
-    if flags.schedule is None and flags.epochs is not None and _may_be_gradual(recipe):
+    own = flags.method is not None and _has_epochs(flags.method.partition(":")[0])
+    if flags.epochs is not None and flags.schedule is None and not own and _may_be_gradual(recipe):
         recipe = replace(recipe, schedule=window(flags.epochs))
     return with_training(recipe, asked)
 
@@ -214,11 +239,14 @@ def describe(recipe: Recipe) -> list[tuple[str, str]]:
     rows.append(("recovery", ", then ".join(_words(*pair) for pair in pairs) or "none"))
     if recipe.rounding is not None:
         rows.append(("rounding", _words(plain["rounding"], recipe.rounding)))
+    if recipe.regrow is not None:
+        # What tells RigL from SET is said, though one of them is the default.
+        rows.append(("regrow", _words(plain["regrow"], recipe.regrow, always=("grow",))))
     return rows
 
 
-def _words(spec: Any, value: Any) -> str:
-    """A part in the form of a flag, with the arguments that are not defaults."""
+def _words(spec: Any, value: Any, always: tuple[str, ...] = ()) -> str:
+    """A part in the form of a flag, with the arguments that are not defaults, and some always."""
     if not isinstance(spec, Mapping):
         return str(spec)
     ((name, arguments),) = spec.items()
@@ -226,7 +254,7 @@ def _words(spec: Any, value: Any) -> str:
     inside = []
     for key, text in (arguments or {}).items():
         own = getattr(value, key)
-        if own != defaults.get(key):
+        if own != defaults.get(key) or key in always:
             nested = isinstance(text, Mapping) and is_dataclass(own)
             inside.append(f"{key}={_words(text, own) if nested else _number(text)}")
     return f"{name} ({', '.join(inside)})" if inside else str(name)
