@@ -6,9 +6,12 @@ import inspect
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from secateur import recipes
 from secateur.cli.flags import Flags, describe, recipe_from
+from secateur.cli.main import app
+from secateur.core.budget import Target
 from secateur.core.errors import UsageError
 
 COUNTING = sorted(
@@ -62,3 +65,44 @@ def test_what_is_announced_tells_methods_apart() -> None:
     assert "random" in shown[1]["regrow"]
     assert "regrow" not in shown[2]
     assert "topkast" in shown[3]["regrow"]
+
+
+# --- values given twice --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (Flags(epochs=1.0, recovery=("finetune:epochs=3",)), "epochs is 1 in one and 3"),
+        (Flags(lr=0.1, recovery=("finetune:epochs=3,lr=0.2",)), "lr is 0.1 in one and 0.2"),
+        (Flags(sparsity="70%", method="gmp:sparsity=0.8"), "two targets"),
+        (Flags(target="macs=50%", method="gmp:sparsity=0.8"), "two targets"),
+        (Flags(sparsity="70%", method="gmp:sparsity=80%"), "two targets"),
+    ],
+)
+def test_contradicting_values_are_refused(flags: Flags, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe_from(flags)
+
+
+def test_values_that_agree_are_taken() -> None:
+    found = recipe_from(Flags(epochs=3.0, lr=0.2, recovery=("finetune:epochs=3",)))
+    assert found.finetune is not None
+    assert (found.finetune.epochs, found.finetune.lr) == (3, 0.2)
+    twice = Flags(sparsity="80%", method="gmp:sparsity=0.8")
+    assert recipe_from(twice) == recipe_from(Flags(method="gmp:sparsity=80%"))
+    assert recipe_from(twice).target == Target("sparsity", 0.8)
+
+
+def test_a_shrinking_run_trains_once_too() -> None:
+    words = ["--epochs", "1", "--recovery", "finetune:epochs=3", "--target", "macs=50%"]
+    found = CliRunner().invoke(app, ["shrink", "net.py:build", "-o", "out", *words])
+    assert found.exit_code == 2
+    assert "epochs is 1 in one and 3 in the other" in " ".join(found.stderr.split())
+
+
+def test_levels_and_a_sparsity_are_two_targets() -> None:
+    words = ["--data", "data.py:load", "--levels", "0.5", "--sparsity", "0.9"]
+    found = CliRunner().invoke(app, ["ticket", "net.py:build", "-o", "out", *words])
+    assert found.exit_code == 2
+    assert "both say where the levels end" in " ".join(found.stderr.split())

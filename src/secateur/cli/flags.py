@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -165,23 +165,28 @@ def _trained(recipe: Recipe, flags: Flags) -> Recipe:
     own = flags.method is not None and _has_epochs(flags.method.partition(":")[0])
     if flags.epochs is not None and flags.schedule is None and not own and _may_be_gradual(recipe):
         recipe = replace(recipe, schedule=window(flags.epochs))
-    return with_training(recipe, asked)
+    return with_training(recipe, asked, flags.recovery)
 
 
-def with_training(recipe: _R, asked: Mapping[str, float | None]) -> _R:
+def with_training(
+    recipe: _R, asked: Mapping[str, float | None], recovery: Sequence[str] = ()
+) -> _R:
     """Add fine-tuning to a recipe, or change what it has.
 
     Args:
         recipe: Of pruning or of shrinking.
         asked: Settings of :class:`~secateur.drive.training.finetune.FineTune`; None leaves one as
             it is.
+        recovery: The flags of that name that the recipe was made from.
 
     Raises:
-        UsageError: Settings are given, but neither the recipe nor they say for how long to train.
+        UsageError: Settings are given, but neither the recipe nor they say for how long to train;
+            or ``--recovery finetune:...`` says otherwise.
     """
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if not given:
         return recipe
+    _require_agreement(given, recovery)
     own = recipe.finetune
     if own is None and "epochs" not in given:
         raise UsageError(
@@ -197,6 +202,19 @@ def with_training(recipe: _R, asked: Mapping[str, float | None]) -> _R:
     elif isinstance(recipe, Recipe) and recipe.schedule.unit != "rounds":
         steps = (how, *recipe.recovery)  # training prunes, and all else comes after it
     return replace(recipe, recovery=steps)
+
+
+def _require_agreement(given: Mapping[str, float], recovery: Sequence[str]) -> None:
+    for text in recovery:
+        name, own = named("recovery", part("recovery", text))
+        for key, value in given.items():
+            if name == "finetune" and own.get(key, value) != value:
+                raise UsageError(
+                    f"--{key} {value:g} --recovery {text}",
+                    f"{key} is {value:g} in one and {own[key]} in the other",
+                    "the run trains once",
+                    "leave one of them out",
+                )
 
 
 def _may_be_gradual(recipe: Recipe) -> bool:

@@ -141,7 +141,8 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 "seed": seed,
             },
         )
-        wanted = with_training(wanted, {"epochs": epochs, "lr": lr, "distill": distill})
+        training = {"epochs": epochs, "lr": lr, "distill": distill}
+        wanted = with_training(wanted, training, recovery or ())
         require_places(output, onnx, data, pretrained=pretrained, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
         if pretrained is not None:

@@ -92,6 +92,7 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
         secateur ticket net.py:build -o runs --data data.py:load --levels 0.36,0.79 --rewind rate
     """
     with screen("ticket", json=json, threads=threads) as out:
+        _require_one_target(levels, sparsity)
         flags = Flags(
             recipe=recipe,
             sparsity=sparsity,
@@ -125,6 +126,16 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
         out.show(Text(f"Each level is a bundle in {found.folder}."))
         shares = {kind: {"found": a, "expected": b} for kind, (a, b) in structure.items()}
         out.finish({**content, "structure": shares, "environment": environment()})
+
+
+def _require_one_target(levels: str | None, sparsity: str | None) -> None:
+    if levels is not None and sparsity is not None:
+        raise UsageError(
+            f"--levels {levels} --sparsity {sparsity}",
+            "both say where the levels end",
+            "the last of --levels is the target",
+            "leave one of them out",
+        )
 
 
 def _network(model: str, weights: str | None) -> nn.Module | Callable[[], nn.Module]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.core.budget import Target
-from secateur.core.errors import UnknownName
+from secateur.core.budget import Target, number
+from secateur.core.errors import UnknownName, UsageError
 from secateur.drive.methods import ALIASES
 from secateur.drive.parts import (
     VERSION,
@@ -75,12 +75,26 @@ def _alias(spec: Any, target: Target | None) -> Recipe:
     if name not in ALIASES:
         raise UnknownName("method", name, ALIASES)
     function = ALIASES[name]
+    if isinstance(arguments.get("sparsity"), str):
+        arguments["sparsity"] = number(arguments["sparsity"])
     if target is not None and target.unit == "sparsity":
         arguments.setdefault("sparsity", target.value)
+    if target is not None and "sparsity" in arguments:
+        _require_one_target(name, arguments["sparsity"], target)
     if isinstance(arguments.get("pattern"), (str, Mapping)):
         arguments["pattern"] = part("pattern", arguments["pattern"])
     known_arguments(f"method {name!r}", function, arguments)
     return function(**arguments)
+
+
+def _require_one_target(method: str, sparsity: Any, target: Target) -> None:
+    if target != Target("sparsity", sparsity):
+        raise UsageError(
+            f"method {method!r} with sparsity {sparsity:g}, and the target {target.unit} {target.value:g}",
+            "these are two targets",
+            "a run has one",
+            "leave one of them out",
+        )
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
