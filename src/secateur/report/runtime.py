@@ -22,6 +22,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.report.columns import Columns
 from secateur.report.units import milliseconds, percent, size, times
 from secateur.runtime.bench import Bench, LayerSpeed, Median
 from secateur.runtime.compiler.compile import Compiled, CompiledLayer
@@ -58,7 +59,7 @@ def kernel_text(kernel: Variant | None) -> str:
     return f"{kernel.family} {kernel.rows}x{kernel.vectors}{part}"
 
 
-def compiled_layers(found: Compiled) -> Table:
+def compiled_layers(found: Compiled) -> Columns:
     """One row per layer that could have been replaced."""
     table = _table("layer", "weight", "zeros", "fused", "kernel", "dense ms", "sparse ms")
     for layer in found.layers:
@@ -71,7 +72,7 @@ def compiled_layers(found: Compiled) -> Table:
             _ms(layer.dense_ms),
             _ms(layer.sparse_ms),
         )
-    return table
+    return Columns(table, gap=1)
 
 
 def compiled_text(found: Compiled) -> RenderableType:
@@ -92,7 +93,7 @@ def compiled_text(found: Compiled) -> RenderableType:
     return Group(*map(Text, lines), *([notes_lines(found.notes)] if found.notes else []))
 
 
-def bench_layers(found: Bench) -> Table:
+def bench_layers(found: Bench) -> Columns:
     """One row per layer: its kernel, and what it takes alone."""
     table = _table("layer", "weight", "zeros", "kernel", "dense ms", "sparse ms", "GFLOP/s")
     known = any(layer.peak_share is not None for layer in found.layers)
@@ -109,7 +110,7 @@ def bench_layers(found: Bench) -> Table:
             "-" if layer.gflops is None else f"{layer.gflops:.3g}",
         ]
         table.add_row(*row, *([percent(layer.peak_share, 0)] if known else []))
-    return table
+    return Columns(table, gap=1)
 
 
 def bench_table(found: Bench) -> RenderableType:
@@ -135,7 +136,7 @@ def bench_table(found: Bench) -> RenderableType:
         f"{found.rounds} pairs of runs; the ratio is {low:.2f} to {high:.2f} (95 % range). "
         f"{_threads(found.threads)}, {found.isa} kernels, {shapes}."
     )
-    return Group(table, Text(how))
+    return Group(Columns(table), Text(how))
 
 
 def notes_lines(notes: Iterable[str]) -> RenderableType:
@@ -167,7 +168,7 @@ def _range(found: Median) -> str:
 
 def _table(first: str, *others: str) -> Table:
     # Tables of layers, whose first column has a name, just fit into 80 columns with one space.
-    gap, least = (1, 11) if first else (2, None)
+    gap, least = (1, 11) if first else (2, len("largest difference"))
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     table.add_column(first, overflow="fold", min_width=least)
     for name in others:

@@ -13,6 +13,7 @@ from secateur.core.facts import Facts, Note
 from secateur.evaluate import Comparison, Latency, Measurement
 from secateur.evaluate.verdict import Gain
 from secateur.frontends import Exported
+from secateur.report.columns import Columns
 from secateur.report.units import (
     count,
     fewer,
@@ -25,6 +26,8 @@ from secateur.report.units import (
 
 #: Notes of one topic that are listed one by one; the rest is counted.
 _LISTED = 6
+#: What a narrow terminal leaves of the first column: the longest usual label, and half a layer's name.
+_LABEL, _NAME = len("sparsity, pruned"), 12
 _TOPICS = {
     "hint": "Hints",
     "left-out": "Left dense",
@@ -48,7 +51,7 @@ _TOPICS = {
 }
 
 
-def layer_table(facts: Facts) -> Table:
+def layer_table(facts: Facts) -> Columns:
     """One row per pruned weight, and their sum.
 
     Example:
@@ -59,7 +62,8 @@ def layer_table(facts: Facts) -> Table:
         weight     shape  kept / total  sparsity  output error
         fc.weight  4x8          8 / 32    75.0 %        25.0 %
     """
-    table = _table("weight", "shape", "kept / total", "sparsity")
+    longest = max((len(layer.name) for layer in facts.layers), default=0)
+    table = _table("weight", "shape", "kept / total", "sparsity", least=min(longest, _NAME))
     judged = any(layer.output_error is not None for layer in facts.layers)
     if judged:
         table.add_column("output error", justify="right", no_wrap=True)
@@ -77,20 +81,20 @@ def layer_table(facts: Facts) -> Table:
         table.add_section()
         kept, total = (sum(getattr(x, key) for x in facts.layers) for key in ("kept", "total"))
         table.add_row("all of these", "", f"{kept:,} / {total:,}", percent(facts.sparsity))
-    return table
+    return Columns(table)
 
 
-def measurement_table(found: Measurement) -> Table:
+def measurement_table(found: Measurement) -> Columns:
     """One network: name and value."""
-    table = _table("", "value")
+    table = _table("", "value", least=_LABEL)
     for name, value in _rows(found):
         table.add_row(name, value)
-    return table
+    return Columns(table)
 
 
-def comparison_table(found: Comparison, names: tuple[str, str] = ("before", "after")) -> Table:
+def comparison_table(found: Comparison, names: tuple[str, str] = ("before", "after")) -> Columns:
     """Two networks side by side, with what changed."""
-    table = _table("", *names, "change")
+    table = _table("", *names, "change", least=_LABEL)
     changes = _changes(found)
     for (name, first), (_, second) in zip(_rows(found.a), _rows(found.b), strict=True):
         table.add_row(name, first, second, changes.get(name, ""))
@@ -98,7 +102,10 @@ def comparison_table(found: Comparison, names: tuple[str, str] = ("before", "aft
         table.add_row("same answers", "", percent(found.agreement), "")
     if found.kl is not None:
         table.add_row("KL divergence", "", f"{found.kl:.3g}", "")
-    return table
+    for column in table.columns[1:3]:  # names of files may wrap, the numbers below them may not
+        column.min_width = max(len(str(cell)) for cell in column.cells)
+        column.no_wrap, column.overflow = False, "fold"
+    return Columns(table)
 
 
 def verdict_text(gains: Iterable[Gain]) -> RenderableType:
@@ -206,9 +213,10 @@ def _changes(found: Comparison) -> dict[str, str]:
     return changes
 
 
-def _table(first: str, *others: str) -> Table:
+def _table(first: str, *others: str, least: int) -> Table:
+    """A table whose first column keeps ``least`` characters on a narrow terminal."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, overflow="fold")
+    table.add_column(first, overflow="fold", min_width=least)
     for name in others:
         left = name == "shape"
         table.add_column(name, justify="left" if left else "right", no_wrap=True)

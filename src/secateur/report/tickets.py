@@ -8,10 +8,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from secateur.report.columns import Columns
 from secateur.report.units import percent, points
 
 
-def ticket_table(facts: Mapping[str, Any]) -> Table:
+def ticket_table(facts: Mapping[str, Any]) -> Columns:
     """One row a level, dense first.
 
     "At start" is right after pruning and rewinding, before training; "churn" is how much the mask
@@ -33,7 +34,7 @@ def ticket_table(facts: Mapping[str, Any]) -> Table:
         level 1    36.0 %   91.00 %   +1.00 points   10.00 %  36.0 %  8.0 s
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("stage", overflow="fold")
+    table.add_column("stage", no_wrap=True)
     for name in ("sparsity", facts["metric"], "against dense", "at start", "churn"):
         table.add_column(str(name), justify="right", no_wrap=True)
     table.add_column("time", justify="left", no_wrap=True)
@@ -51,10 +52,10 @@ def ticket_table(facts: Mapping[str, Any]) -> Table:
             "" if first else percent(stage["churn"]),
             "done before" if stage["done"] else f"{stage['seconds']:.1f} s",
         )
-    return table
+    return Columns(table)
 
 
-def structure_table(shares: Mapping[str, tuple[float, float]]) -> Table:
+def structure_table(shares: Mapping[str, tuple[float, float]]) -> Columns:
     """Kinds of groups that are entirely zero, beside what a random mask would give.
 
     Args:
@@ -67,15 +68,15 @@ def structure_table(shares: Mapping[str, tuple[float, float]]) -> Table:
         filters        25.0 %        0.0 %
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("entirely zero")
+    table.add_column("entirely zero", no_wrap=True)
     for name in ("found", "random mask"):
         table.add_column(name, justify="right", no_wrap=True)
     for kind, (found, expected) in shares.items():
         table.add_row(kind, percent(found), percent(expected) if expected > 1e-6 else percent(0))
-    return table
+    return Columns(table)
 
 
-def similarity_table(names: Sequence[str], values: Sequence[Sequence[float]]) -> Table:
+def similarity_table(names: Sequence[str], values: Sequence[Sequence[float]]) -> Columns:
     """A matrix of similarities; numbers stand for the columns.
 
     Example:
@@ -86,13 +87,13 @@ def similarity_table(names: Sequence[str], values: Sequence[Sequence[float]]) ->
         2  b  0.25  1.00
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", justify="right")
-    table.add_column("", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold", min_width=12)
     for number in range(1, len(names) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
     for number, (name, row) in enumerate(zip(names, values, strict=True), start=1):
         table.add_row(str(number), Text(name), *(f"{value:.2f}" for value in row))
-    return table
+    return Columns(table, labels=2)
 
 
 def _value(value: float | None, shares: bool) -> str:
