@@ -80,10 +80,29 @@ class Speed:
 
     @property
     def verdict(self) -> str:
-        """``"faster"``, ``"slower"``, or ``"same"`` when the range reaches into the noise."""
+        """``"faster"``, ``"slower"``, or ``"same"`` if it may be by less than 5 %."""
         if self.low > MATTERS:
             return "faster"
         return "slower" if self.high < 1 / MATTERS else "same"
+
+    @property
+    def words(self) -> str:
+        """The verdict in words that tell a small difference from none.
+
+        Example:
+            >>> Speed(1.0, 0.98, 1.02).words, Speed(1.04, 1.03, 1.05).words
+            ('same within noise', 'less than 5 % faster')
+            >>> Speed(0.8, 0.6, 0.97).words
+            'not surely 5 % slower'
+        """
+        if self.verdict != "same":
+            return self.verdict
+        if self.low <= 1 <= self.high:
+            return "same within noise"
+        way = "faster" if self.low > 1 else "slower"
+        small = self.low >= 1 / MATTERS and self.high <= MATTERS
+        amount = f"{MATTERS - 1:.0%}".replace("%", " %")
+        return f"{'less than' if small else 'not surely'} {amount} {way}"
 
 
 def race(models: Sequence[nn.Module], example: Batch, *, seconds: float = 1.0) -> list[list[float]]:

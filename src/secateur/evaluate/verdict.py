@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from secateur.core.ratios import times
 from secateur.evaluate.latency import Speed
 
 if TYPE_CHECKING:
     from secateur.evaluate.measure import Measurement
 
-_SMALLER = 1.02
 _NOISE = 2.0  # standard errors
 _COARSE = 0.01
+_CERTAIN = 3.0
 #: Zeros that a file or a runtime could use at all.
 _SPARSE = 0.05
 
@@ -50,10 +51,10 @@ def verdict(
 
 def _smaller(a: Measurement, b: Measurement) -> Gain:
     ratio = a.cost.bytes / b.cost.bytes
-    if ratio > _SMALLER:
-        return Gain("smaller", True, f"The file is {ratio:.1f}x smaller.")
-    larger = ratio < 1 / _SMALLER
-    text = f"The file is {1 / ratio:.1f}x larger." if larger else "The file is not smaller."
+    change = times(ratio, "smaller", "larger")
+    if change.endswith("smaller"):
+        return Gain("smaller", True, f"The file is {change}.")
+    text = "The file is not smaller." if change == "same" else f"The file is {change}."
     if b.cost.sparsity - a.cost.sparsity > _SPARSE and b.cost.pruned_sparsity is None:
         text += (
             f" {b.cost.sparsity:.0%} of the weights are zeros, and they are stored as such: "
@@ -76,8 +77,7 @@ def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
         return Gain("accuracy", kept, f"{name}{where} changed by {change}.{tail}")
     if abs(difference) <= _NOISE * error or difference == 0:
         text = f"{name}{where} is kept: {change}{spread} (standard error), within noise."
-        if error > _COARSE:
-            text += f" With {a.samples:,} samples, smaller losses cannot be seen."
+        text += _unseen(error, a.samples)
         return Gain("accuracy", True, text)
     if difference > 0:
         return Gain("accuracy", True, f"{name}{where} is better: {change}{spread}.")
@@ -85,13 +85,24 @@ def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
     return Gain("accuracy", False, text)
 
 
+def _unseen(error: float, samples: int) -> str:
+    """What so few samples cannot show."""
+    if error > _COARSE:
+        return f" With {samples:,} samples, smaller losses cannot be seen."
+    # No answer changed, so there is no spread to judge by. What happens to less than 3 in n goes
+    # unseen in n samples once in twenty times ("rule of three", Hanley and Lippman-Hand 1983).
+    hidden = _CERTAIN / samples if error == 0 and samples else 0.0
+    if hidden <= _NOISE * _COARSE:
+        return ""
+    return f" With {samples:,} samples, a loss of up to {min(100, 100 * hidden):.0f} points can go unseen."
+
+
 def _faster(speed: Speed, sparser: float) -> Gain:
     spread = f"{speed.ratio:.2f}x, 95 % range {speed.low:.2f} to {speed.high:.2f}"
     if speed.verdict == "faster":
         return Gain("faster", True, f"It is faster: {spread}.")
-    text = (
-        f"It is slower: {spread}." if speed.verdict == "slower" else f"It is not faster: {spread}."
-    )
+    none = speed.low <= 1 <= speed.high
+    text = f"It is {'not faster' if none else speed.words}: {spread}."
     if sparser > _SPARSE:
         text += (
             " PyTorch multiplies the zeros too. To skip them: secateur export, then secateur "

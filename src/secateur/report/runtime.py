@@ -22,8 +22,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.core.ratios import times
 from secateur.report.columns import Columns
-from secateur.report.units import milliseconds, percent, size, times
+from secateur.report.units import milliseconds, percent, size
 from secateur.runtime.bench import Bench, LayerSpeed, Median
 from secateur.runtime.compiler.compile import Compiled, CompiledLayer
 from secateur.runtime.native import Variant

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.core.facts import Facts, Note
+from secateur.core.ratios import times
 from secateur.evaluate import Comparison, Latency, Measurement
 from secateur.evaluate.verdict import Gain
 from secateur.frontends import Exported
@@ -21,7 +22,6 @@ from secateur.report.units import (
     percent,
     points,
     size,
-    times,
 )
 
 #: Notes of one topic that are listed one by one; the rest is counted.
@@ -208,7 +208,7 @@ def _changes(found: Comparison) -> dict[str, str]:
         changes["perplexity"] = f"{b.perplexity - a.perplexity:+.3g}"
     if a.latency is not None and found.speed is not None:
         same = found.speed.verdict == "same"
-        word = "same within noise" if same else times(found.speed.ratio, "faster", "slower")
+        word = found.speed.words if same else times(found.speed.ratio, "faster", "slower")
         changes[f"latency, batch {a.latency.batch}"] = word
     return changes
 

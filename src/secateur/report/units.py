@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from secateur.core.ratios import times
+
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as per cent; never rounded to 0 or 100 unless it is.
@@ -61,20 +63,6 @@ def fewer(before: float | None, after: float | None) -> str:
     if not before or not after:
         return ""
     return times(before / after, "less", "more")
-
-
-def times(ratio: float, better: str, worse: str) -> str:
-    """A ratio in words.
-
-    Example:
-        >>> times(7.93, "smaller", "larger"), times(0.5, "faster", "slower")
-        ('7.9x smaller', '2.0x slower')
-    """
-    if 0.995 < ratio < 1.005:
-        return "same"
-    above = ratio > 1
-    value = ratio if above else 1 / ratio
-    return f"{value:.{1 if value >= 1.05 else 2}f}x {better if above else worse}"
 
 
 def points(difference: float, error: float | None) -> str:
