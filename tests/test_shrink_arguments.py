@@ -60,9 +60,9 @@ def test_numbers_of_other_libraries_name_heads() -> None:
 
 def test_data_without_a_batch_is_told() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    with pytest.raises(DataError, match="no batches"):
+    with pytest.raises(DataError, match="no samples"):
         secateur.shrink(net, None, None, [])
-    with pytest.raises(DataError, match="no batches"):
+    with pytest.raises(DataError, match="no samples"):
         drop_blocks(net, 1, [])
 
 

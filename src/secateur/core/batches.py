@@ -422,26 +422,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def first_of(batches: Iterable[Batch]) -> Batch:
-    """The first batch.
-
-    Raises:
-        DataError: There is none.
-
-    Example:
-        >>> first_of([1, 2])
-        1
-    """
-    for batch in batches:
-        return batch
-    raise DataError(
-        "the first batch of the data",
-        "the data has no batches",
-        "example inputs are taken from it",
-        "check the loader, or pass example_inputs=",
-    )
-
-
 def take(batches: Iterable[Batch], count: int) -> list[Batch]:
     """The first ``count`` batches."""
     return list(islice(batches, count))
