@@ -66,3 +66,19 @@ def test_a_loader_without_samples_is_refused(words: tuple[str, ...], place: Path
     error = refused(*words, "--data", "net.py:empty", code=3)
     assert "yielded no " in error["found"]
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "net.py:build", "-o", "out", "--epochs", "1"),
+        ("prune", "net.py:build", "-o", "out", "--target", "macs=50%"),
+        ("prune", "net.py:build", "-o", "out", "--criterion", "wanda"),
+        ("shrink", "net.py:build", "-o", "out", "--input", "1x16", "--epochs", "1"),
+        ("shrink", "net.py:build", "-o", "out"),
+    ],
+)
+def test_data_without_training_batches_are_told_from_no_data(words: tuple[str, ...]) -> None:
+    error = refused(*words, "--data", "net.py:onlytest", code=2)
+    assert "training batches" in error["found"]
+    assert "no data was given" not in error["found"]

@@ -71,7 +71,7 @@ def test_errors(net: Residual) -> None:
         secateur.shrink(net, secateur.ShrinkRecipe(target=secateur.Target("params", 10.0)), example)
     with pytest.raises(UsageError, match="its own forward fails"):
         secateur.shrink(net, None, torch.zeros(1, 4, 8, 8))
-    with pytest.raises(UsageError, match="neither example_inputs nor data"):
+    with pytest.raises(UsageError, match="neither example_inputs nor training batches"):
         secateur.shrink(net)
     with pytest.raises(NeedsData, match="GroupTaylor"):
         secateur.shrink(net, secateur.ShrinkRecipe(GroupTaylor()), example)

@@ -164,6 +164,16 @@ def size_of(batch: Batch) -> int:
     return len(first_tensor(batch))
 
 
+def lack(data: Data | None) -> str:
+    """What is missing, where training batches are needed and there are none.
+
+    Example:
+        >>> lack(None), lack(Data(test=[]))
+        ('no data was given', 'the data has no training batches')
+    """
+    return "no data was given" if data is None else "the data has no training batches"
+
+
 def first_of(batches: Iterable[Batch]) -> Batch:
     """The first batch that has samples.
 

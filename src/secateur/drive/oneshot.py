@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, as_data
+from secateur.core.batches import Batch, Data, as_data, lack
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
@@ -200,9 +200,9 @@ class _Run:
                 if needed:
                     raise NeedsData(
                         what,
-                        "no data was given",
+                        lack(self.data),
                         "it works on training batches",
-                        "pass data= in Python or --data file.py:function on the command line",
+                        "pass data= with train in Python, or --data file.py:function on the command line",
                     )
         if recipe.finetune is not None:
             parameter_groups(self.model, 0.0)  # raises now what would end the run much later

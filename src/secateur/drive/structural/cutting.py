@@ -40,7 +40,7 @@ def example_of(given: Any, data: Data | None) -> Any:
     if data is None or data.train is None:
         raise UsageError(
             "shrinking without example inputs",
-            "neither example_inputs nor data was given",
+            "neither example_inputs nor training batches were given",
             "what is cut together is found by running the network once",
             "pass example_inputs=, e.g. torch.zeros(1, 3, 224, 224)",
         )

@@ -17,6 +17,7 @@ from secateur.core.batches import (
     evaluating,
     first_of,
     inputs_of,
+    lack,
     to_device,
 )
 from secateur.core.budget import Target
@@ -155,7 +156,7 @@ class _Run:
         if self.data is None or self.data.train is None:
             raise UsageError(
                 "removing blocks without example inputs",
-                "neither example_inputs nor data was given",
+                "neither example_inputs nor training batches were given",
                 "blocks are found by running the network once",
                 "pass data=, or example_inputs= and criterion data",
             )
@@ -171,8 +172,8 @@ class _Run:
         if self.data is None or self.data.train is None:
             raise NeedsData(
                 f"criterion {type(self.criterion).__name__}",
-                "no data was given",
-                "it works on batches",
+                lack(self.data),
+                "it works on training batches",
                 "pass data=",
             )
         if isinstance(self.criterion, BlockLoss):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, to_device
+from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
@@ -84,8 +84,8 @@ def drop_experts(
     if found is None or found.train is None:
         raise NeedsData(
             "removing experts",
-            "no data was given",
-            "their saliency is measured on batches",
+            lack(found),
+            "their saliency is measured on training batches",
             "pass data=",
         )
     example = _first(model, found) if example_inputs is None else example_inputs

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.allocate.widths import GivenWidths
-from secateur.core.batches import Data
+from secateur.core.batches import Data, lack
 from secateur.core.errors import NeedsData, NotYet, UsageError
 from secateur.core.slots import device_of
 from secateur.drive.plan import require_finite
@@ -119,7 +119,7 @@ def require_fit(
     if recipe.criterion.needs and (data is None or data.train is None):
         raise NeedsData(
             f"Shrinking with {type(recipe.criterion).__name__}",
-            "no data was given",
+            lack(data),
             "it measures the network at every removal",
             "pass data=, the training batches",
         )

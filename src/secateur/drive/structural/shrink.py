@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.arguments import require_kind
-from secateur.core.batches import Data, as_data
+from secateur.core.batches import Data, as_data, lack
 from secateur.core.budget import Target
 from secateur.core.errors import DataError, NeedsData, SelectorError, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
@@ -262,9 +262,9 @@ class _Run:
         if needs and not self._has_data:
             raise NeedsData(
                 needs[0],
-                "no data was given",
+                lack(self.data),
                 "it works on training batches",
-                "pass data= in Python or --data file.py:function on the command line",
+                "pass data= with train in Python, or --data file.py:function on the command line",
             )
 
     def _note_structure(self) -> None:
@@ -319,7 +319,7 @@ class _Run:
 
     def _repair_(self, how: Compensation, keep: dict[str, Tensor]) -> None:
         if not self._has_data:
-            self.facts.note("skipped", "Compensation", "no data was given to fit on")
+            self.facts.note("skipped", "Compensation", f"{lack(self.data)} to fit on")
             return
         norms = compensate_(
             self.model,
@@ -339,7 +339,7 @@ class _Run:
         if self._has_data:
             step.reestimate_(self.model, self._sample(), skip=self.settled)
         else:
-            self.facts.note("skipped", "BatchNorm", "no data was given to measure on")
+            self.facts.note("skipped", "BatchNorm", f"{lack(self.data)} to measure on")
 
     def _refit_(self, dense: nn.Module) -> None:
         how = self.recipe.compensation

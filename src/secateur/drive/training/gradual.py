@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from secateur.core.batches import Batch, Data, as_data, default_loss, evaluating, take, to_device
+from secateur.core.batches import (
+    Batch,
+    Data,
+    as_data,
+    default_loss,
+    evaluating,
+    lack,
+    take,
+    to_device,
+)
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
@@ -220,7 +229,7 @@ class Gradual:
             raise NeedsData(
                 f"Gradual with {type(self.recipe.criterion).__name__} and "
                 f"{type(self.recipe.allocation).__name__}",
-                "no data was given",
+                lack(self._data),
                 "they measure the network at every mask update",
                 "pass data=, the training batches",
             )
