@@ -22,6 +22,9 @@ def build():
 def batch(inputs=16, label=3):
     return torch.zeros(8, inputs), torch.full((8,), label)
 
+def good():
+    return {"train": [batch()], "test": [batch()]}
+
 def empty():
     return {"train": [], "test": []}
 
@@ -82,3 +85,36 @@ def test_data_without_training_batches_are_told_from_no_data(words: tuple[str, .
     error = refused(*words, "--data", "net.py:onlytest", code=2)
     assert "training batches" in error["found"]
     assert "no data was given" not in error["found"]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [("narrow", "its own forward fails (RuntimeError: mat1"), ("labels", "its own loss fails")],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "net.py:build"),
+        ("compare", "net.py:build", "net.py:build"),
+        ("prune", "net.py:build", "-o", "out"),
+        ("prune", "net.py:build", "-o", "out", "--epochs", "1"),
+        ("prune", "net.py:build", "-o", "out", "--criterion", "taylor"),
+    ],
+)
+def test_data_that_the_model_cannot_take_are_no_defect(
+    words: tuple[str, ...], data: str, told: str, place: Path
+) -> None:
+    error = refused(*words, "--data", f"net.py:{data}", code=3)
+    assert told in error["found"]
+    assert not (place / "out").exists()
+
+
+def test_a_defect_of_ours_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("our own mistake")
+
+    monkeypatch.setattr("secateur.evaluate.accuracy._answer", broken)
+    monkeypatch.setattr("secateur.drive.oneshot._Run._rounds", broken)
+    for words in (("evaluate", "net.py:build"), ("prune", "net.py:build", "-o", "out")):
+        error = refused(*words, "--data", "net.py:good", code=1)
+        assert "our own mistake" in str(error)

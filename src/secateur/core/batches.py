@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.arguments import require_kind
-from secateur.core.errors import DataError, NeedsData, UnknownName, UsageError
+from secateur.core.errors import DataError, NeedsData, SecateurError, UnknownName, UsageError
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -418,6 +418,41 @@ def loss_of(output: Any, batch: Batch) -> Tensor:
         "yield (inputs, targets), give a model that computes its loss what it needs (often 'labels'), "
         "or pass Data(loss=...)",
     )
+
+
+def unusable(model: nn.Module, batch: Batch, loss: Loss | None = None) -> DataError | None:
+    """Why a network cannot be run on a batch, in its own words; ``None`` if it can.
+
+    Asked after something failed: what the network alone does not survive is no defect of ours.
+
+    Args:
+        model: As the user made it.
+        batch: On its device.
+        loss: By default :func:`default_loss`.
+
+    Example:
+        >>> print(unusable(nn.Linear(4, 2), torch.zeros(8, 3)))
+        running Linear on a batch of shape (8, 3): its own forward fails (RuntimeError: ...
+        >>> unusable(nn.Linear(4, 2), torch.zeros(8, 4)) is None
+        True
+    """
+    steps: dict[str, Callable[..., Any]] = {"forward": forward, "loss": loss or default_loss}
+    with evaluating(model), torch.no_grad():
+        for name, step in steps.items():
+            try:
+                step(model, batch)
+            except (SecateurError, MemoryError, torch.OutOfMemoryError):
+                return None
+            except Exception as error:
+                told = str(error).strip().partition("\n")[0][:300]
+                return DataError(
+                    f"running {type(model).__name__} on a batch of shape "
+                    f"{tuple(first_tensor(batch).shape)}",
+                    f"its own {name} fails ({type(error).__name__}: {told})",
+                    "inputs and targets must be what the network was made for",
+                    "check the shapes, the types and the labels that the data gives",
+                )
+    return None
 
 
 @contextmanager

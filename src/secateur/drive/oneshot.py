@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, as_data, lack
-from secateur.core.errors import NeedsData, UsageError
+from secateur.core.batches import Batch, Data, as_data, lack, size_of, to_device, unusable
+from secateur.core.errors import NeedsData, SecateurError, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
-from secateur.core.slots import Slot, weights
+from secateur.core.slots import Slot, device_of, weights
 from secateur.core.weight import Weight
 from secateur.drive.decide import allocate, group_scores, items, probe_for, score
 from secateur.drive.diagnosis import diagnose
@@ -175,11 +176,26 @@ class _Run:
                 masks = self._after(self._gradual() if trains else self._rounds())
             except BaseException:  # weights may have changed, but the model has its form again
                 detach_(self.model, set(masks_of(self.model)) - set(before))
+                self._require_usable()
                 raise
         self.facts.measures["seconds"] = time.perf_counter() - start
         self._count(before, masks)
         diagnose(self.facts)
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
+
+    def _require_usable(self) -> None:
+        """After an error: raise another one if the network by itself fails on the data."""
+        error = sys.exception()
+        if isinstance(error, SecateurError) or not isinstance(error, Exception):
+            return
+        model = self.dense or self.model
+        train = self.data.train if self.data is not None else None
+        batch = next((batch for batch in train or () if size_of(batch)), None)
+        if batch is not None and self.data is not None:
+            batch = to_device(batch, device_of(model))
+            reason = unusable(model, batch, self.data.loss)
+            if reason is not None:
+                raise reason from error
 
     def _check(self) -> None:
         recipe = self.recipe

@@ -20,7 +20,9 @@ from secateur.core.batches import (
     size_of,
     squared_error,
     to_device,
+    unusable,
 )
+from secateur.core.errors import SecateurError
 from secateur.core.slots import device_of
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.
@@ -58,6 +60,9 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
     ``(N, classes, H, W)``; a single logit is right when its sign is. Labels of causal language
     models are shifted by one, as those models do themselves.
 
+    Raises:
+        DataError: The model itself cannot be run on the batch.
+
     Example:
         >>> net = nn.Identity()
         >>> x = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
@@ -65,6 +70,18 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
         [True, False]
     """
     batch = to_device(batch, device_of(model))
+    try:
+        return _answer(model, batch, loss)
+    except SecateurError:
+        raise
+    except Exception as error:
+        reason = unusable(model, batch, loss)
+        if reason is None:
+            raise
+        raise reason from error
+
+
+def _answer(model: nn.Module, batch: Batch, loss: Loss | None) -> Answers:
     output = forward(model, batch)
     logits, target = logits_of(output).float(), targets_of(batch)
     samples = size_of(batch)
