@@ -149,3 +149,25 @@ def test_shrinking_a_pruned_network_says_that_its_zeros_end(sparse: Path) -> Non
     smaller = next(x for x in found["comparison"]["verdict"] if x["name"] == "smaller")
     assert not smaller["real"]
     assert any(note["topic"] == "masks" for note in found["notes"])
+
+
+# -- files that are gone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["facts.json", "recipe.yaml", "model.safetensors"])
+@pytest.mark.parametrize(
+    "words",
+    [["sparse"], ["sparse", "--model", "net.py:mlp"], ["net.py:mlp", "--weights", "sparse"]],
+)
+def test_a_file_that_is_missing_is_named(sparse: Path, name: str, words: list[str]) -> None:
+    (sparse / "sparse" / name).unlink()
+    error = told("evaluate", *words, code=4)["error"]
+    assert error["type"] == "FormatError"
+    assert error["found"] == f"there is no {name}"
+
+
+def test_a_missing_surgery_is_named(small: Path) -> None:
+    (small / "small" / "surgery.json").unlink()
+    error = told("evaluate", "small", code=4)["error"]
+    assert error["type"] == "FormatError"
+    assert error["found"] == "surgery.json is missing"

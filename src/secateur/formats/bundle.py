@@ -128,6 +128,13 @@ recipe.yaml, facts.json. Check the path.
     with _reading(folder / FACTS):
         facts = parse_facts(read_limited(folder / FACTS, FACTS_LIMIT))
     surgery = read_surgery(folder) if (folder / SURGERY).exists() else None
+    if surgery is None and any(width.kept < width.groups for width in facts.widths):
+        raise FormatError(
+            f"reading the bundle {str(folder)!r}",
+            f"{SURGERY} is missing",
+            f"{FACTS} says that the network was cut, and without it the cut cannot be repeated",
+            "copy the whole folder again from where it came",
+        )
     tensors, masks = read_tensors(folder / MODEL)
     return Bundle(tensors, masks, recipe, facts, surgery)
 
@@ -157,6 +164,18 @@ def is_bundle(folder: str | Path) -> bool:
         False
     """
     return all((Path(folder) / name).is_file() for name in (MODEL, RECIPE, FACTS))
+
+
+def is_meant(folder: str | Path) -> bool:
+    """Whether a folder is a bundle, or one that has lost files; :func:`read_bundle` names them.
+
+    Example:
+        >>> is_meant("no-such-folder")
+        False
+    """
+    if (Path(folder) / "config.json").is_file():  # of Transformers, with a surgery of its own
+        return is_bundle(folder)
+    return any((Path(folder) / name).is_file() for name in (RECIPE, FACTS, SURGERY))
 
 
 @contextmanager

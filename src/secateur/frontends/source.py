@@ -12,7 +12,8 @@ from secateur.core.batches import Data
 from secateur.core.errors import FileError, FormatError, NotYet, UnknownName, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.formats import Bundle, is_bundle, read_bundle
+from secateur.formats import Bundle, read_bundle
+from secateur.formats.bundle import is_meant
 from secateur.frontends import pyfile
 from secateur.frontends.weights import load_weights_
 
@@ -62,7 +63,7 @@ def load_model(spec: str, *, weights: str | None = None, model: str | None = Non
     """
     path = Path(spec)
     _refuse(path, f"the model {spec!r}")
-    if is_bundle(path):
+    if is_meant(path):
         if weights is not None:
             raise UsageError(
                 f"the bundle {spec!r} with --weights",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from secateur.core.errors import FileError, FormatError, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.formats import Bundle, is_bundle, read_bundle, read_tensors
+from secateur.formats import Bundle, read_bundle, read_tensors
+from secateur.formats.bundle import is_meant
 from secateur.frontends.surgery import load_bundle_
 
 
@@ -47,7 +48,7 @@ def load_weights_(network: nn.Module, path: str, bundle: Bundle | None = None) -
 
 def _read(path: Path, network: nn.Module) -> Bundle:
     asked = f"the weights {str(path)!r}"
-    if is_bundle(path):
+    if is_meant(path):
         return read_bundle(path)
     if not path.exists():
         raise FileError(
