@@ -101,7 +101,7 @@ def test_tickets_of_a_network_that_was_cut_can_be_opened(small: Path) -> None:
     words = ["ticket", "small", "-o", "runs", *IMAGES, "--epochs", "1", "--levels", "0.5"]
     found = told(*words)
     level = found["levels"][0]["folder"]
-    opened = load_model(level, model="net.py:conv")
+    opened = load_model(level)
     assert opened.masks.sparsity == pytest.approx(0.5, abs=0.01)
     loaded = secateur.experiments.load_ticket(load_model("net.py:conv").model, level)
     assert loaded.surgery is not None
@@ -171,3 +171,16 @@ def test_a_missing_surgery_is_named(small: Path) -> None:
     error = told("evaluate", "small", code=4)["error"]
     assert error["type"] == "FormatError"
     assert error["found"] == "surgery.json is missing"
+
+
+# -- what a level was built from ---------------------------------------------------------------------
+
+
+def test_a_level_of_a_ticket_search_says_what_it_was_built_from(place: Path) -> None:
+    (place / "seedless.py").write_text(NETWORKS.replace("    torch.manual_seed(0)\n", ""))
+    data = ("--data", "net.py:rows")
+    words = ("--epochs", "1", "--levels", "0.5")
+    found = told("ticket", "seedless.py:mlp", "-o", "runs", *data, *words)
+    level = found["levels"][0]["folder"]
+    measured = told("evaluate", level, *data)["measurement"]
+    assert measured["pruned_sparsity"] == pytest.approx(0.5, abs=0.01)

@@ -34,7 +34,7 @@ from secateur.experiments.ticket_facts import TicketFacts, facts_of
 from secateur.experiments.training import Stretch, seed_of, seeded, steps_of, train_
 from secateur.formats import Bundle, load_into_
 from secateur.formats.checkpoint import values_hash
-from secateur.frontends.remembered import surgery_of
+from secateur.frontends.remembered import source_of, surgery_of
 
 _IDLE = ("hint", "batchnorm-drift")
 Network = nn.Module | Callable[[], nn.Module]
@@ -185,7 +185,9 @@ class Search:
         return run.write(name, self._stage(run, model, masks, facts), before.digest), False
 
     def _stage(self, run: Run, model: nn.Module, masks: Masks, facts: Facts) -> Stage:
-        cut = surgery_of(self.start)
+        cut, source = surgery_of(self.start), source_of(self.start)
+        if source:
+            facts.environment["source"] = source
         return Stage(run.folder, _state_of(model), masks, facts, "", cut)
 
     def _pruned(self, model: nn.Module, level: float) -> Pruned:

@@ -15,6 +15,7 @@ from secateur.core.masks import Masks
 from secateur.formats import Bundle, read_bundle
 from secateur.formats.bundle import is_meant
 from secateur.frontends import pyfile
+from secateur.frontends.remembered import remember_source_
 from secateur.frontends.weights import load_weights_
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -37,6 +38,9 @@ class Loaded:
     masks: Masks
     source: Mapping[str, str] = field(default_factory=dict)
     facts: Facts | None = None
+
+    def __post_init__(self) -> None:
+        remember_source_(self.model, self.source)
 
 
 def load_model(spec: str, *, weights: str | None = None, model: str | None = None) -> Loaded:
