@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,6 @@ from rich.text import Text
 
 from secateur.cli import options
 from secateur.cli.screen import screen
-from secateur.core.budget import number
 from secateur.core.errors import UnknownName, UsageError
 from secateur.core.facts import environment
 from secateur.evaluate import Comparison
@@ -35,7 +35,7 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
         typer.Option(
             metavar="GAIN",
             help="Exit with 6 unless B is smaller, faster, or keeps its "
-            "accuracy: accuracy=0.5 allows a loss of 0.5 points. Repeatable.",
+            "accuracy: accuracy=0.5 allows a loss of 0.5 points (no % sign). Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -89,7 +89,23 @@ def _claim(text: str, data: str | None) -> tuple[str, float | None]:
         raise UsageError(
             f"--require {text}", "no data was given", "it is measured on data", "add --data"
         )
-    return name, number(value) if equals else None
+    return name, _points(text, value) if equals else None
+
+
+def _points(text: str, value: str) -> float:
+    """The loss that is allowed; ``50%`` might be 50 points, half of one, or half of the accuracy."""
+    try:
+        most = float(value)
+    except ValueError:
+        most = math.nan
+    if not math.isfinite(most):
+        raise UsageError(
+            f"--require {text}",
+            f"{value!r} is no plain number",
+            "the loss that is allowed is counted in points (of a metric of your own: in its unit)",
+            "write e.g. accuracy=0.5 for half a point",
+        )
+    return most
 
 
 def _holds(found: Comparison, name: str, most: float | None) -> bool:

@@ -57,6 +57,7 @@ class TicketFacts:
         dense: The dense training.
         levels: From dense to sparse.
         notes: What a user should know.
+        split: What they were measured on, ``"test"`` or ``"train"``.
 
     Example:
         >>> import tempfile, torch
@@ -82,6 +83,7 @@ class TicketFacts:
     dense: StageFacts
     levels: tuple[StageFacts, ...]
     notes: list[Note] = field(default_factory=list)
+    split: str = "test"
 
     def masks(self) -> list[Masks]:
         """The masks of all levels, read from their folders."""

@@ -125,6 +125,7 @@ class Search:
             dense=found[0],
             levels=tuple(found[1:]),
             notes=self.notes,
+            split=str(dense.facts.measures["split"]),
         )
 
     # -- stages ---------------------------------------------------------------------------------

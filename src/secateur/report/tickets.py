@@ -35,8 +35,9 @@ def ticket_table(facts: Mapping[str, Any]) -> Columns:
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("stage", no_wrap=True)
-    for name in ("sparsity", facts["metric"], "against dense", "at start", "churn"):
-        table.add_column(str(name), justify="right", no_wrap=True)
+    where = " (training)" if facts.get("split") == "train" else ""
+    for name in ("sparsity", f"{facts['metric']}{where}", "against dense", "at start", "churn"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("time", justify="left", no_wrap=True)
     shares = facts["metric"] == "accuracy"
     dense = facts["dense"]["accuracy"]
