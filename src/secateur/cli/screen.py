@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from secateur.core.errors import SecateurError
+from secateur.core.errors import SecateurError, UsageError
 from secateur.report import document, error_document
 
 INTERRUPTED = 130
@@ -119,10 +120,24 @@ def screen(command: str, *, json: bool, threads: int | None = None) -> Iterator[
             found.stdout.write(error_document(version(), command, error, INTERRUPTED) + "\n")
         sys.stderr.write("Interrupted. Nothing half-written was left.\n")
         raise typer.Exit(INTERRUPTED) from None
+    except SystemExit as error:  # of the user's own code: a command ends with typer.Exit
+        raise typer.Exit(_failed(found, _left(error, command))) from None
     except BrokenPipeError:
         raise
     except Exception as error:
         raise typer.Exit(_failed(found, error)) from None
+
+
+def _left(error: SystemExit, command: str) -> UsageError:
+    """What to say of code that wanted to end the program."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return UsageError(
+        f"secateur {command}",
+        f"code that it ran called sys.exit({'' if error.code is None else repr(error.code)})",
+        f"that would end the command half-way; the call is in {last.filename}, line {last.lineno}",
+        "return there, or raise an error; what only a script does belongs under "
+        "if __name__ == '__main__'",
+    )
 
 
 def _failed(found: Screen, error: Exception) -> int:

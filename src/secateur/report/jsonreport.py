@@ -56,11 +56,20 @@ def error_document(version: str, command: str, error: BaseException, exit_code: 
         >>> json.loads(text)["error"]["found"]
         'b'
     """
-    parts = {"asked": "", "found": str(error), "why": "", "do": ""}
-    if isinstance(error, SecateurError):
-        parts = error.parts()
+    parts = error.parts() if isinstance(error, SecateurError) else _parts(command, error)
     content = {"type": type(error).__name__, **parts, "exit_code": exit_code}
     return _text(version, command, False, {"error": content})
+
+
+def _parts(command: str, error: BaseException) -> dict[str, str]:
+    """The four parts of an error that was not raised on purpose."""
+    asked = f"secateur {command}"
+    if isinstance(error, KeyboardInterrupt):
+        why, do = "nothing half-written was left", "run the same command again"
+        return {"asked": asked, "found": "it was interrupted (Ctrl-C)", "why": why, "do": do}
+    why = "this is a defect of secateur, or of code that it called"
+    do = "run it again with SECATEUR_DEBUG=1, which shows where"
+    return {"asked": asked, "found": str(error) or type(error).__name__, "why": why, "do": do}
 
 
 def measurement_json(found: Measurement) -> dict[str, Any]:
