@@ -62,7 +62,8 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
             out.say(f"Note: {note}.")
         if loaded.masks:
             text = "ONNX stores and multiplies the zeros like any other number."
-            out.say(f"{text} To skip them: secateur compile {output}")
+            compiled = output.with_suffix(".sparse.onnx")
+            out.say(f"{text} To skip them: secateur compile {output} --output {compiled}")
         free = "any batch size and length" if done.lengths else "any batch size"
         out.text.print(Text(f"inputs: {', '.join(done.inputs)} ({free})"))
         out.finish({"onnx": dataclasses.asdict(done)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -20,6 +21,7 @@ from secateur.drive.training.finetune import FineTune
 from secateur.schedule import OneShot
 
 _R = TypeVar("_R", Recipe, ShrinkRecipe)
+_EXAMPLES = {"epochs": "5", "lr": "0.01"}
 _SHORT_PATTERN = re.compile(r"\d+[:x]\d+")
 
 
@@ -105,6 +107,13 @@ def recipe_from(flags: Flags) -> Recipe:
                 "change the file, or leave --recipe out",
             )
         return read_recipe(flags.recipe)
+    if flags.sparsity is not None and _SHORT_PATTERN.fullmatch(flags.sparsity.strip()):
+        raise UsageError(
+            f"--sparsity {flags.sparsity}",
+            "that is a pattern",
+            "a sparsity is the share of zeros; N:M and blocks say which weights go together",
+            f"write --pattern {flags.sparsity}",
+        )
     if flags.sparsity is not None and flags.target is not None:
         raise UsageError(
             f"--sparsity {flags.sparsity} --target {flags.target}",
@@ -112,6 +121,7 @@ def recipe_from(flags: Flags) -> Recipe:
             "a run has one",
             "leave one of them out",
         )
+    _require_trainable({"epochs": flags.epochs, "lr": flags.lr})
     return _trained(from_plain(_plain(flags)), flags)
 
 
@@ -186,6 +196,7 @@ def with_training(
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if not given:
         return recipe
+    _require_trainable(given)
     _require_agreement(given, recovery)
     own = recipe.finetune
     if own is None and "epochs" not in given:
@@ -202,6 +213,19 @@ def with_training(
     elif isinstance(recipe, Recipe) and recipe.schedule.unit != "rounds":
         steps = (how, *recipe.recovery)  # training prunes, and all else comes after it
     return replace(recipe, recovery=steps)
+
+
+def _require_trainable(given: Mapping[str, float | None]) -> None:
+    """Refuse lengths and rates in the words of the flags, before a schedule is made of them."""
+    for key in ("epochs", "lr"):
+        value = given.get(key)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(
+                f"--{key} {value:g}",
+                f"{value:g} is not a finite number above 0",
+                "training takes some time, in steps of some size",
+                f"write e.g. --{key} {_EXAMPLES[key]}",
+            )
 
 
 def _require_agreement(given: Mapping[str, float], recovery: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from secateur.core.facts import Facts
@@ -58,14 +59,19 @@ def diagnose(facts: Facts) -> None:
     _hints(facts)
 
 
+def _floor(share: float) -> str:
+    """A share as per cent, never rounded up: 99.9 % is not 100 %."""
+    return f"{math.floor(round(1000 * share, 6)) / 10:g}%"
+
+
 def _hints(facts: Facts) -> None:
     trained = [record for record in facts.history if "loss" in record]
     if facts.sparsity > 0.7 and not trained:
         facts.note(
             "hint",
             "",
-            f"{facts.sparsity:.0%} without fine-tuning usually costs accuracy: prune gradually over a third "
-            "to a half of training, then fine-tune for at least a quarter of it",
+            f"{_floor(facts.sparsity)} without fine-tuning usually costs accuracy: prune gradually over a "
+            "third to a half of training, then fine-tune for at least a quarter of it",
         )
     updates = [record["step"] for record in facts.history if "dropped" in record]
     if updates and trained:

@@ -224,7 +224,7 @@ def plain_value(value: Any) -> Any:
 
 
 def read_plain(path: str | Path) -> Mapping[str, Any]:
-    """A YAML file as plain data; anchors and files of over a megabyte are refused.
+    """A YAML file as plain data; anchors, keys given twice and files of over a megabyte are refused.
 
     Raises:
         FormatError: The file is missing, too large, or not YAML.
@@ -252,6 +252,14 @@ def read_plain(path: str | Path) -> Mapping[str, Any]:
                 "recipes are plain",
                 "write the values out",
             )
+        twice = _twice(yaml.compose(text, yaml.SafeLoader))
+        if twice is not None:
+            raise FormatError(
+                f"reading {str(path)!r}",
+                f"the key {twice!r} is written twice",
+                "YAML would silently take the last one",
+                "leave one of them out",
+            )
         data = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         if isinstance(error, FormatError):
@@ -263,3 +271,17 @@ def read_plain(path: str | Path) -> Mapping[str, Any]:
             "check the path and text",
         ) from None
     return data or {}
+
+
+def _twice(node: yaml.Node | None) -> str | None:
+    """The first key that stands twice in one mapping."""
+    if not isinstance(node, yaml.CollectionNode):
+        return None
+    inner = node.value
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        repeated = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if repeated is not None:
+            return str(repeated)
+        inner = [value for _, value in node.value]
+    return next((found for found in map(_twice, inner) if found is not None), None)

@@ -52,6 +52,13 @@ def read_model(path: str | Path) -> Any:
     onnx, _ = packages("reading an ONNX file")
     path = Path(path)
     asked = f"reading {str(path)!r}"
+    if path.is_dir():
+        raise FileError(
+            asked,
+            "it is a folder",
+            "a bundle or a Transformers folder is no ONNX file",
+            f"export it first: secateur export {path} --output {path}.onnx",
+        )
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:

@@ -1,0 +1,67 @@
+"""Small mistakes on the command line and in recipe files, answered in the user's own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from secateur.cli.flags import Flags, recipe_from, with_training
+from secateur.core.errors import FileError, FormatError, UsageError
+from secateur.core.facts import Facts, LayerFacts
+from secateur.drive.diagnosis import _hints
+from secateur.drive.recipe_file import read_recipe
+from secateur.drive.structural.recipe import ShrinkRecipe
+
+
+@pytest.mark.parametrize("method", [None, "acdc", "snip"])
+@pytest.mark.parametrize("epochs", [0.0, -1.0, float("nan"), float("inf")])
+def test_epochs_that_are_none(method: str | None, epochs: float) -> None:
+    with pytest.raises(UsageError, match=f"--epochs {epochs:g}: {epochs:g} is not a finite"):
+        recipe_from(Flags(method=method, epochs=epochs))
+
+
+def test_rates_that_are_none() -> None:
+    with pytest.raises(UsageError, match="--lr nan: nan is not a finite number above 0"):
+        recipe_from(Flags(epochs=1.0, lr=float("nan")))
+    with pytest.raises(UsageError, match="--lr 0: 0 is not"):
+        with_training(ShrinkRecipe(), {"epochs": 1.0, "lr": 0.0})
+
+
+@pytest.mark.parametrize("text", ["2:4", "4x1"])
+def test_a_pattern_is_no_sparsity(text: str) -> None:
+    with pytest.raises(UsageError, match=f"Write --pattern {text}"):
+        recipe_from(Flags(sparsity=text))
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("method: wanda\ntarget: 60%\ntarget: 70%", "target"),
+        ("recovery: [{finetune: {epochs: 1, lr: 0.1, epochs: 3}}]", "epochs"),
+    ],
+)
+def test_keys_that_stand_twice(tmp_path: Path, text: str, key: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(FormatError, match=f"the key '{key}' is written twice"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_key_may_stand_in_two_mappings(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("target: {sparsity: 0.5}\nmethod: {gmp: {sparsity: 0.5}}")
+    assert read_recipe(tmp_path / "r.yaml").target.value == 0.5  # type: ignore[union-attr]
+
+
+def test_nearly_all_is_not_all() -> None:
+    facts = Facts(layers=[LayerFacts("w", (100, 100), 10_000, 4)])
+    _hints(facts)
+    assert facts.notes[0].text.startswith("99.9% without fine-tuning")
+
+
+def test_a_folder_is_exported_first(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from secateur.runtime.compiler.graph import read_model
+
+    with pytest.raises(FileError, match=r"Export it first: secateur export .* --output"):
+        read_model(tmp_path)
