@@ -190,7 +190,9 @@ def _points(
         units = {p.unit for p in found if p.quantity == name}
         if len(units) > 1:
             found = [p for p in found if (p.quantity, p.unit) != (name, "epoch")]
-            left_out.append(f"{name} by epoch: it is drawn by step (say steps_per_epoch for both)")
+            left_out.append(
+                f"{name} by epoch: it is drawn by step (for both say steps_per_epoch, or --steps-per-epoch)"
+            )
     return found, left_out
 
 
