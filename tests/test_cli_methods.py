@@ -13,6 +13,8 @@ from secateur.cli.flags import Flags, describe, recipe_from
 from secateur.cli.main import app
 from secateur.core.budget import Target
 from secateur.core.errors import UsageError
+from secateur.drive.recipe_file import from_plain
+from secateur.pattern import NM
 
 COUNTING = sorted(
     name for name, f in recipes.ALIASES.items() if "epochs" in inspect.signature(f).parameters
@@ -106,3 +108,10 @@ def test_levels_and_a_sparsity_are_two_targets() -> None:
     found = CliRunner().invoke(app, ["ticket", "net.py:build", "-o", "out", *words])
     assert found.exit_code == 2
     assert "both say where the levels end" in " ".join(found.stderr.split())
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "sparsegpt"])
+def test_a_method_is_told_the_pattern_that_its_other_parts_depend_on(name: str) -> None:
+    made = recipe_from(Flags(method=name, pattern="2:4"))
+    assert made == recipes.ALIASES[name](pattern=NM(2, 4))
+    assert from_plain({"method": name, "pattern": "2:4"}) == made

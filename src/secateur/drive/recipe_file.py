@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def from_plain(data: Mapping[str, Any]) -> Recipe:
     target = Target.parse(data["target"]) if data.get("target") is not None else None
     changes: dict[str, Any] = {}
     if "method" in data:
-        base = _alias(data["method"], target)
+        base = _alias(data["method"], target, data.get("pattern"))
         changes = {f.name: getattr(base, f.name) for f in dataclasses.fields(Recipe)}
     for key in PARTS:
         if data.get(key) is not None and key != "recovery":
@@ -70,7 +71,7 @@ def from_plain(data: Mapping[str, Any]) -> Recipe:
     return Recipe(**changes)
 
 
-def _alias(spec: Any, target: Target | None) -> Recipe:
+def _alias(spec: Any, target: Target | None, pattern: Any = None) -> Recipe:
     name, arguments = named("method", spec)
     if name not in ALIASES:
         raise UnknownName("method", name, ALIASES)
@@ -81,6 +82,8 @@ def _alias(spec: Any, target: Target | None) -> Recipe:
         arguments.setdefault("sparsity", target.value)
     if target is not None and "sparsity" in arguments:
         _require_one_target(name, arguments["sparsity"], target)
+    if pattern is not None and "pattern" in inspect.signature(function).parameters:
+        arguments.setdefault("pattern", pattern)  # the method's other parts depend on it
     if isinstance(arguments.get("pattern"), (str, Mapping)):
         arguments["pattern"] = part("pattern", arguments["pattern"])
     known_arguments(f"method {name!r}", function, arguments)
