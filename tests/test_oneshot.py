@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from secateur import Data, FineTune, Recipe, Scope, Target, attach_, masks_of, plan, prune, recipes
 from secateur.allocate import Given
-from secateur.core.errors import BudgetError, NeedsData, NonFinite, SelectorError, UsageError
+from secateur.core.errors import (
+    BudgetError,
+    DataError,
+    NeedsData,
+    NonFinite,
+    SelectorError,
+    UsageError,
+)
 from secateur.drive.oneshot import prune_
 from secateur.frontends import discover
 from secateur.pattern import NM, Columns, PerRow, Rows
@@ -153,7 +160,7 @@ def test_impossible_sparsity(value: float) -> None:
 )
 @pytest.mark.parametrize("data", [None, Data()], ids=["None", "empty"])
 def test_what_needs_data_says_so(recipe: Recipe, data: Any) -> None:
-    with pytest.raises(NeedsData, match="no data was given"):
+    with pytest.raises(NeedsData, match=r"no data was given|no training batches"):
         prune(mlp(), recipe, data)
 
 
@@ -207,7 +214,7 @@ def test_errors_leave_the_model_as_it_was() -> None:
             raise RuntimeError("the data ran out")
         return model(batch[0]).square().mean()
 
-    with pytest.raises(RuntimeError, match="ran out"):
+    with pytest.raises(DataError, match=r"its own loss fails .*ran out"):
         prune_(net, Recipe(Taylor()), Data(train=ROWS * 3, loss=loss))
     assert list(net.state_dict()) == list(before)
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())

@@ -440,10 +440,20 @@ def test_what_cannot_be_is_refused() -> None:
         shrinking(net, sgd(network()))
     with pytest.raises(NeedsData):
         shrinking(net, optimizer, recipe=recipe(criterion=GroupTaylor()))
+
+
+def test_factored_state_is_cut_along() -> None:
+    net = network()
     adafactor = torch.optim.Adafactor(net.parameters())
     pruner = shrinking(net, adafactor)
-    with pytest.raises(UsageError, match="Adafactor"):
-        train(net, adafactor, pruner, range(1))
+    before = sum(p.numel() for p in net.parameters())
+    train(net, adafactor, pruner, range(3))
+    assert sum(p.numel() for p in net.parameters()) < before
+    for parameter in net.parameters():
+        state = adafactor.state[parameter]
+        if parameter.ndim > 1:
+            assert state["row_var"].shape[:-1] == parameter.shape[:-1]
+            assert state["col_var"].shape[-1] == parameter.shape[-1]
 
 
 def test_what_is_not_used_of_the_recipe_is_said() -> None:
