@@ -101,8 +101,7 @@ def measure(name: str, sparsity: float, size: Size, *, seed: int) -> list[dict[s
     for tokens in size.tokens:
         x = torch.randn(tokens, size.inputs).to(TYPES[name])
         with torch.inference_mode():
-            for layer in sparse:  # its first call chooses and packs, the second may unpack
-                layer(x)
+            for layer in sparse:  # its first call chooses and packs
                 layer(x)
             runners = [_calls(dense, x), _calls(sparse, x)]
             raced = race(runners, seconds=size.seconds, most=10_000, drop=False)

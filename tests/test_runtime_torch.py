@@ -163,6 +163,16 @@ def _refused(*_: object) -> None:
     raise RuntimeError("called")
 
 
+def _unpacked_once(layer: nn.Module) -> None:
+    """The layer and the operator use one dense weight, not two."""
+    assert isinstance(layer, SparseLayer)
+    bias = None if layer.bias is None else layer.bias.detach()
+    raced = torch_operators.unpacked(layer.values, layer.index, bias, layer.shape)
+    assert raced is not None
+    assert layer._known is not None
+    assert layer._known.weight is raced
+
+
 @pytest.mark.parametrize("padding", [1, "same"])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_the_fastest_runs_dense_included(
@@ -189,6 +199,7 @@ def test_the_fastest_runs_dense_included(
                         patch.setattr(torch_operators.Packed, "run", _refused)
                         if winner == 0:
                             assert torch.equal(ours(x), layer(x))
+                            _unpacked_once(ours)
                         else:
                             with pytest.raises(RuntimeError, match="called"):
                                 ours(x)

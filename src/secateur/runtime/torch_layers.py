@@ -160,10 +160,10 @@ class SparseLayer(nn.Module):
             known = self._known = _Known(key, self.values.untyped_storage())
         tokens = x.numel() // inputs
         size = tokens.bit_length()
+        stored = (self.values, self.index, bias)
         if size not in known.dense:
             dense: bool | None = x.numel() * outputs < _LITTLE
             if not dense:
-                stored = (self.values, self.index, bias)
                 dense = torch_operators.stays_dense(*stored, self.shape, tokens)
             if dense is None:
                 return None
@@ -171,7 +171,8 @@ class SparseLayer(nn.Module):
         if not known.dense[size]:
             return None
         if known.weight is None:
-            known.weight = self.weight.contiguous()
+            raced = torch_operators.unpacked(*stored, self.shape)
+            known.weight = self.weight.contiguous() if raced is None else raced
         return known.weight
 
     def dense(self) -> Dense:

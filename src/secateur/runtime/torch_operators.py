@@ -326,7 +326,9 @@ def _fastest(entrants: dict[Variant | None, Run], x: Tensor, pool: Pool) -> Vari
 def _way_of(stored: Operands, kernel: Variant | None) -> Run:
     bias = None if stored.bias is None else stored.bias.detach()
     if kernel is None:
-        return _dense(stored.spec, stored.dense(), bias)
+        whole = stored.spec.kind == "linear"
+        dense = stored.dense()
+        return DenseLinear(dense, bias) if whole else _dense_conv(stored.spec, dense, bias)
     wide = None if bias is None else bias.float().contiguous()
     given = (stored.values.detach().contiguous(), stored.index.detach().contiguous())
     layer = Layer.from_stored(Stored("bitmask", *given), stored.spec, kernel, wide)
@@ -334,9 +336,23 @@ def _way_of(stored: Operands, kernel: Variant | None) -> Run:
     return lambda x, pool: layer.run(x.float(), pool=pool).to(x.dtype)
 
 
-def _dense(spec: Spec, matrix: Tensor, bias: Tensor | None) -> Run:
-    if spec.kind == "linear":
-        return lambda x, _: functional.linear(x, matrix, bias)
+@dataclass(frozen=True, eq=False)
+class DenseLinear:
+    """A linear layer in PyTorch.
+
+    Args:
+        matrix: Its weight, unpacked.
+        bias: ``(outputs,)`` or None.
+    """
+
+    matrix: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, _: Pool) -> Tensor:
+        return functional.linear(x, self.matrix, self.bias)
+
+
+def _dense_conv(spec: Spec, matrix: Tensor, bias: Tensor | None) -> Run:
     weight = matrix.view(spec.outputs, spec.inputs, *spec.kernel)
     top, left, bottom, right = spec.pads
     even = (top, left) == (bottom, right)
@@ -420,6 +436,14 @@ def stays_dense(
     chosen = packed(stored).chosen
     size = tokens.bit_length()
     return chosen[size] is None if size in chosen else None
+
+
+def unpacked(
+    values: Tensor, index: Tensor, bias: Tensor | None, shape: tuple[int, ...]
+) -> Tensor | None:
+    """The dense weight of a linear layer, if it was unpacked because dense was fastest."""
+    way = packed(Operands(Spec("linear", shape[0], shape[1]), values, index, bias)).ways.get(None)
+    return way.matrix if isinstance(way, DenseLinear) else None
 
 
 def forget(*, choices: bool = False) -> None:
