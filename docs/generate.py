@@ -23,7 +23,7 @@ secateur.drive.structural.uniform secateur.drive.structural.depth
 secateur.drive.structural.experts secateur.drive.structural.branches secateur.frontends.surgery
 secateur.frontends.transformers_save secateur.evaluate secateur.evaluate.robustness
 secateur.experiments secateur.runtime secateur.testing secateur.core.weight secateur.core.widths
-secateur.core.groups secateur.core.slots secateur.core.budget secateur.core.batches
+secateur.core.groups secateur.core.slots secateur.core.budget secateur.core.batches secateur.core.losses
 secateur.core.facts secateur.core.masks secateur.core.selectors secateur.core.select
 secateur.core.errors"""
 KINDS = (

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import default_loss
 from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.losses import default_loss
 from secateur.evaluate.robustness import Curve, robustness
 from secateur.learn import Adversarial, Attack, DeepFoolCutoff, Fgsm, Objectives, Pgd, Task
 

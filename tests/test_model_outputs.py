@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur import Data, FineTune, Recipe, Target, prune, recipes
-from secateur.core.batches import default_loss, logits_of
 from secateur.core.errors import DataError, NeedsData
+from secateur.core.losses import default_loss, logits_of
 from secateur.evaluate import measure
 
 KINDS = ("tuple", "list", "mapping")

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur import Data, FineTune, Recipe, Target, prune
-from secateur.core.batches import task_loss
 from secateur.core.errors import DataError
+from secateur.core.losses import task_loss
 from secateur.evaluate import measure
 
 

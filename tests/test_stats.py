@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.batches import Data, default_loss, micro_batches
+from secateur.core.batches import Data, micro_batches
 from secateur.core.errors import DataError, NeedsData, NonFinite
+from secateur.core.losses import default_loss
 from secateur.core.slots import Slot
 from secateur.core.weight import LINEAR, Weight
 from secateur.frontends import discover

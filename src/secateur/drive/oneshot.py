@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, as_data, lack, size_of, to_device, unusable
+from secateur.core.batches import Batch, Data, as_data, lack, size_of, to_device
 from secateur.core.errors import NeedsData, SecateurError, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.losses import unusable
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, device_of, weights
 from secateur.core.weight import Weight

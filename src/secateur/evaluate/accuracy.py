@@ -10,19 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.batches import (
-    Batch,
-    Loss,
-    entry,
-    forward,
-    logits_of,
-    own_loss,
-    size_of,
-    squared_error,
-    to_device,
-    unusable,
-)
+from secateur.core.batches import Batch, Loss, forward, size_of, to_device
 from secateur.core.errors import SecateurError
+from secateur.core.losses import entry, logits_of, own_loss, squared_error, unusable
 from secateur.core.slots import device_of
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.

@@ -15,16 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.core.batches import (
-    Batch,
-    Data,
-    count,
-    default_loss,
-    differentiable,
-    size_of,
-    to_device,
-)
+from secateur.core.batches import Batch, Data, count, size_of, to_device
 from secateur.core.errors import DataError, NeedsData
+from secateur.core.losses import default_loss, differentiable
 from secateur.core.slots import device_of
 from secateur.drive.training.finetune import Progress, parameter_groups
 from secateur.drive.training.held import Held

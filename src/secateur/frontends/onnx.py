@@ -18,14 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.core.atomic import new_file
-from secateur.core.batches import (
-    Batch,
-    evaluating,
-    inputs_of,
-    narrow,
-    size_of,
-    to_device,
-)
+from secateur.core.batches import Batch, evaluating, inputs_of, narrow, size_of, to_device
 from secateur.core.difference import largest_error
 from secateur.core.errors import DataError, MissingExtra, UsageError
 from secateur.core.slots import device_of

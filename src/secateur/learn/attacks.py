@@ -11,16 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import (
-    Batch,
-    Loss,
-    default_loss,
-    evaluating,
-    first_tensor,
-    forward,
-    logits_of,
-)
+from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward
 from secateur.core.errors import DataError, UsageError
+from secateur.core.losses import default_loss, logits_of
 
 #: A bound of the inputs: one number, or one a channel (axis 1) for normalised images.
 Bound = float | tuple[float, ...]

@@ -10,15 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.batches import (
-    Batch,
-    default_loss,
-    evaluating,
-    inputs_of,
-    logits_of,
-    loss_of,
-)
+from secateur.core.batches import Batch, evaluating, inputs_of
 from secateur.core.errors import UsageError
+from secateur.core.losses import default_loss, logits_of, loss_of
 from secateur.learn.attacks import Attack
 
 

@@ -17,8 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from secateur.core.batches import (
     Batch,
     Loss,
-    default_loss,
-    differentiable,
     evaluating,
     forward,
     micro_batches,
@@ -26,6 +24,7 @@ from secateur.core.batches import (
     to_device,
 )
 from secateur.core.errors import NeedsData, NonFinite
+from secateur.core.losses import default_loss, differentiable
 from secateur.core.slots import Slot, device_of
 from secateur.core.weight import Weight
 from secateur.stats.replay import Replay

@@ -8,16 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import (
-    Batch,
-    Loss,
-    default_loss,
-    evaluating,
-    micro_batches,
-    size_of,
-    to_device,
-)
+from secateur.core.batches import Batch, Loss, evaluating, micro_batches, size_of, to_device
 from secateur.core.groups import Groups, Part
+from secateur.core.losses import default_loss
 from secateur.core.slots import device_of
 from secateur.stats.engine import Stats, collect, finite, requiring_grad
 from secateur.stats.stat import Probe, Stat

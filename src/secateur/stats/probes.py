@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from secateur.core.batches import Batch, Loss, first_tensor, forward, logits_of, own_loss, size_of
+from secateur.core.batches import Batch, Loss, first_tensor, forward, size_of
 from secateur.core.errors import UsageError
+from secateur.core.losses import logits_of, own_loss
 from secateur.core.slots import Slot
 from secateur.stats.engine import requiring_grad
 

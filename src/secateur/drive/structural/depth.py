@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import (
-    Data,
-    as_data,
-    default_loss,
-    evaluating,
-    first_of,
-    inputs_of,
-    lack,
-    to_device,
-)
+from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError
 from secateur.core.facts import Facts, environment
+from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
 from secateur.core.slots import device_of
 from secateur.drive.money import uses

@@ -13,20 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.arguments import is_number
-from secateur.core.batches import (
-    Batch,
-    Data,
-    count,
-    default_loss,
-    differentiable,
-    evaluating,
-    forward,
-    logits_of,
-    loss_of,
-    size_of,
-    to_device,
-)
+from secateur.core.batches import Batch, Data, count, evaluating, forward, size_of, to_device
 from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.losses import default_loss, differentiable, logits_of, loss_of
 from secateur.core.slots import device_of
 from secateur.drive.training.held import Held, masks_of
 from secateur.drive.training.order import Feed

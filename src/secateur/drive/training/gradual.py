@@ -9,18 +9,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from secateur.core.batches import (
-    Batch,
-    Data,
-    as_data,
-    default_loss,
-    evaluating,
-    lack,
-    take,
-    to_device,
-)
+from secateur.core.batches import Batch, Data, as_data, evaluating, lack, take, to_device
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, device_of, weights
 from secateur.core.weight import Weight

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Data, Loss, as_data, default_loss, to_device
+from secateur.core.batches import Batch, Data, Loss, as_data, to_device
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
 from secateur.core.selectors import matches
 from secateur.core.slots import Slot, device_of

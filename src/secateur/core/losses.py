@@ -1,0 +1,214 @@
+"""What a model puts out: its predictions, its own loss, and the loss that is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward
+from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError
+
+
+def entry(output: Any, name: str) -> Tensor | None:
+    """The tensor that a model's output holds under a name: a key of a mapping, or an attribute.
+
+    Example:
+        >>> entry({"logits": torch.zeros(2)}, "logits"), entry(torch.zeros(2), "logits")
+        (tensor([0., 0.]), None)
+    """
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def own_loss(output: Any) -> Tensor | None:
+    """The loss that a model computed itself: ``loss`` by name, or the scalar that a tuple begins with.
+
+    Both are conventions of Transformers, the second with ``return_dict=False``.
+
+    Example:
+        >>> own_loss({"loss": torch.tensor(2.0), "logits": torch.zeros(1, 3)})
+        tensor(2.)
+        >>> own_loss((torch.tensor(2.0), torch.zeros(1, 3)))
+        tensor(2.)
+        >>> own_loss(torch.zeros(1, 3)) is None
+        True
+    """
+    if isinstance(output, (tuple, list)) and output:
+        first = output[0]
+        if isinstance(first, Tensor) and first.ndim == 0 and first.is_floating_point():
+            return first
+    return entry(output, "loss")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The prediction tensor inside a model's output: ``logits`` by name, else the first that is no scalar.
+
+    Raises:
+        DataError: There is none.
+
+    Example:
+        >>> logits_of((torch.tensor(2.0), torch.zeros(1, 3)))
+        tensor([[0., 0., 0.]])
+    """
+    for name in ("logits", "last_hidden_state"):
+        value = entry(output, name)
+        if value is not None:
+            return value
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    else:
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim:
+            return part
+    raise DataError(
+        "the predictions of a model",
+        f"its forward returned {_outline(output)}",
+        "they are a tensor with an axis of samples: the output itself, its entry 'logits', or the "
+        "first such tensor in it",
+        "return the logits, alone or beside the loss",
+    )
+
+
+def _outline(output: Any) -> str:
+    """What an output is made of, in a few words."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {', '.join(map(_outline, output)) or 'nothing'}"
+    return "None" if output is None else f"a {type(output).__name__}"
+
+
+def task_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy on class indices (``-100`` is ignored), squared error on numbers.
+
+    Classes lie on the last axis if the other axes are those of the target (one label a token), else
+    on the second, as torch has it (one label a pixel).
+
+    Example:
+        >>> task_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
+        tensor(1.3863)
+    """
+    if target.dtype.is_floating_point:
+        return squared_error(logits, target)
+    if logits.ndim > 2 and logits.shape[:-1] == target.shape:
+        logits, target = logits.flatten(0, -2), target.flatten()
+    return F.cross_entropy(logits.float(), target)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error; ``(N,)`` and ``(N, 1)`` are the same numbers, nothing else is stretched.
+
+    Raises:
+        DataError: The shapes differ in more than axes of length 1.
+
+    Example:
+        >>> squared_error(torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 1.0]))
+        tensor(2.)
+    """
+    if output.shape[:1] != target.shape[:1] or output.squeeze().shape != target.squeeze().shape:
+        raise DataError(
+            "the squared error to targets of floats",
+            f"the model returned {tuple(output.shape)} and the targets are {tuple(target.shape)}",
+            "each number of the output needs its own target",
+            "give targets of the shape of the output, integers for classes, or Data(loss=...)",
+        )
+    return F.mse_loss(output.float(), target.float().reshape(output.shape))
+
+
+def default_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss if it returns one, else cross-entropy on ``(inputs, targets)``."""
+    return loss_of(forward(model, batch), batch)
+
+
+def differentiable(loss: object) -> Tensor:
+    """A loss, if it is a scalar that gradients flow through.
+
+    Raises:
+        UsageError: It is none, e.g. a number or a vector.
+
+    Example:
+        >>> differentiable(torch.zeros(2))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: the loss of a batch: it is a tensor of shape (2,). ...
+    """
+    found = ""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"it is {_outline(loss)}"
+    elif not loss.requires_grad:
+        found = "no gradient flows through it (it was detached, or computed without gradients)"
+    if isinstance(loss, Tensor) and not found:
+        return loss
+    raise UsageError(
+        "the loss of a batch",
+        found,
+        "training and gradients need a scalar tensor that depends on the weights",
+        "return e.g. cross_entropy(model(x), y), without item(), detach() or reduction='none'",
+    )
+
+
+def loss_of(output: Any, batch: Batch) -> Tensor:
+    """The task loss of an output that is there already.
+
+    Raises:
+        NeedsData: The output has no loss of its own, and the batch no target.
+
+    Example:
+        >>> loss_of(torch.zeros(2, 4), (None, torch.tensor([0, 3])))
+        tensor(1.3863)
+    """
+    own = own_loss(output)
+    if own is not None:
+        return own
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return task_loss(logits_of(output), batch[-1])
+    raise NeedsData(
+        "a loss",
+        f"a batch of type {type(batch).__name__} carries no target and the model returned no loss, "
+        f"but {_outline(output)}",
+        "gradients need a scalar to differentiate",
+        "yield (inputs, targets), give a model that computes its loss what it needs (often 'labels'), "
+        "or pass Data(loss=...)",
+    )
+
+
+def unusable(model: nn.Module, batch: Batch, loss: Loss | None = None) -> DataError | None:
+    """Why a network cannot be run on a batch, in its own words; ``None`` if it can.
+
+    Asked after something failed: what the network alone does not survive is no defect of ours.
+
+    Args:
+        model: As the user made it.
+        batch: On its device.
+        loss: By default :func:`default_loss`.
+
+    Example:
+        >>> print(unusable(nn.Linear(4, 2), torch.zeros(8, 3)))
+        running Linear on a batch of shape (8, 3): its own forward fails (RuntimeError: ...
+        >>> unusable(nn.Linear(4, 2), torch.zeros(8, 4)) is None
+        True
+    """
+    steps: dict[str, Callable[..., Any]] = {"forward": forward, "loss": loss or default_loss}
+    with evaluating(model), torch.no_grad():
+        for name, step in steps.items():
+            try:
+                step(model, batch)
+            except (SecateurError, MemoryError, torch.OutOfMemoryError):
+                return None
+            except Exception as error:
+                told = str(error).strip().partition("\n")[0][:300]
+                return DataError(
+                    f"running {type(model).__name__} on a batch of shape "
+                    f"{tuple(first_tensor(batch).shape)}",
+                    f"its own {name} fails ({type(error).__name__}: {told})",
+                    "inputs and targets must be what the network was made for",
+                    "check the shapes, the types and the labels that the data gives",
+                )
+    return None
