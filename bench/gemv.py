@@ -4,6 +4,8 @@ Both sides are what a user calls: `nn.Linear`, and the layer that `accelerate` p
 inputs and outputs in the type of the weights. Every call takes the next of several copies of the
 layer, so that the weights come from memory and not from a cache, as they do in a language model. The
 two sides run in turn in one process, on the same number of threads.
+
+    python -m bench gemv --threads 2
 """
 
 from __future__ import annotations
