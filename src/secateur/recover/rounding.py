@@ -62,8 +62,9 @@ class IntegerGrid:
     top: int
 
     def __call__(self, values: Tensor, columns: slice) -> Tensor:
-        scale = self.scale[:, columns].to(values.dtype)
-        return (values / scale).round().clamp(-self.top, self.top) * scale
+        # In float32 at least: float16 has no number as small as the scale of an empty row.
+        scale = self.scale[:, columns]
+        return ((values / scale).round().clamp(-self.top, self.top) * scale).to(values.dtype)
 
 
 ROUNDINGS: dict[str, type[Integer]] = {"integer": Integer}
