@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from oneshot_cases import mlp
+from torch import Tensor, nn
 
 from secateur import Recipe, prune
+from secateur.core.groups import groups_of
+from secateur.frontends import discover
 from secateur.recover import Integer
+from secateur.score import GroupTaylor
+from secateur.stats import GateGradient, collect_groups
+from secateur.structure import couple
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -28,3 +34,21 @@ def test_half_precision_is_rounded_as_finely_as_single(bits: int) -> None:
     half = Integer(bits).fit(values)(values, slice(None))
     assert half.dtype == torch.float16
     assert torch.equal(half, single.half())
+
+
+def test_gates_of_a_network_in_half_precision() -> None:
+    """Weights of 1e-6 and gradients of 1e-2: their product has no place in float16."""
+
+    def scores(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).to(dtype)
+        with torch.no_grad():
+            net[2].weight.mul_(1e-5)
+        widths = couple(net, (torch.randn(2, 8).to(dtype),)).widths
+        groups = groups_of(net, widths, discover(net))
+        batch = (torch.randn(16, 8).to(dtype), torch.arange(16) % 4)
+        stats = collect_groups(net, groups, [GateGradient()], [batch])
+        return GroupTaylor(of="absolute")(groups[0], stats)
+
+    half, single = scores(torch.float16), scores(torch.float32)
+    assert torch.allclose(half, single, rtol=0.1, atol=0)

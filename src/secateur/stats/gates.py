@@ -58,8 +58,12 @@ class GateGradient:
         every = [part for parts in gated.values() for part in parts]
         for found, size in gradients_of(model, every, batches, loss, self.samples):
             seen, steps = seen + size, steps + 1
-            # A parameter cut along two axes lies in two widths: its product is made once.
-            flows = {p.parameter: p.value * found[p.parameter] for p in every}
+            # A parameter cut along two axes lies in two widths: its product is made once, and not in
+            # float16, in which the product of a small weight and a small gradient is zero.
+            wide = {
+                p.parameter: p.value if p.value.itemsize > 2 else p.value.float() for p in every
+            }
+            flows = {name: value * found[name] for name, value in wide.items()}
             for name, parts in gated.items():
                 by_part = [part.sum(flows[part.parameter]).sum(1) for part in parts]
                 gradient = torch.stack(by_part).sum(0)
