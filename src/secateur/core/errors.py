@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SecateurError(Exception):
@@ -51,6 +52,11 @@ class SecateurError(Exception):
     def __str__(self) -> str:
         tail = " ".join(_sentence(part) for part in (self.why, self.do) if part)
         return f"{self.asked}: {self.found.rstrip('.')}. {tail}".rstrip()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An error of a worker process reaches the parent pickled. Exceptions are rebuilt from their
+        # message by default, and subclasses take other arguments than the four parts.
+        return _revived, (type(self), self.asked, self.found, self.why, self.do)
 
     def parts(self) -> dict[str, str]:
         """The four parts by name, for renderers."""
@@ -159,6 +165,12 @@ class NotYet(SecateurError, NotImplementedError):
     """Planned, not built."""
 
     exit_code = 5
+
+
+def _revived(kind: type[SecateurError], *parts: str) -> SecateurError:
+    error = kind.__new__(kind)
+    SecateurError.__init__(error, *parts)
+    return error
 
 
 def _sentence(text: str) -> str:
