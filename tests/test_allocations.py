@@ -172,3 +172,22 @@ def test_in_a_run(allocation: Any) -> None:
     for name, mask in pruned.masks.items():
         kept = pruned.model.get_parameter(name)[mask]
         assert torch.equal(kept, net.get_parameter(name)[mask])
+
+
+def test_what_is_left_can_be_measured() -> None:
+    net = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 10), nn.ReLU(), nn.Linear(10, 3))
+    data = [(torch.randn(16, 6), torch.randint(0, 3, (16,)))]
+    given = Given({"0": 0.5}, rest=Sensitivity((0.3, 0.6, 0.9)))
+    recipe = Recipe(target=Target("sparsity", 0.7), allocation=given, scope=Scope(sensitive=True))
+    pruned = prune(net, recipe, data)
+    assert abs(pruned.masks.kept - 0.3 * 510) <= 3
+    assert int(pruned.masks["0.weight"].sum()) == 90
+    with pytest.raises(NeedsData, match="allocation Given: no data"):
+        prune(net, recipe)
+
+
+@pytest.mark.parametrize("rest", [Uniform(), Ranked(), ErdosRenyi(), Sensitivity()])
+def test_given_needs_what_spreads_the_rest(rest: Any) -> None:
+    given = Given({"a": 0.2}, rest=rest)
+    assert given.needs_scores == rest.needs_scores
+    assert given.needs_probe == rest.needs_probe

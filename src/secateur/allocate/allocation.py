@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from secateur.core.budget import Budget, Item
 from secateur.core.errors import BudgetError
@@ -16,8 +16,15 @@ class Allocation(Protocol):
     weights; scaling all scores changes nothing.
     """
 
-    needs_scores: ClassVar[bool]
-    needs_probe: ClassVar[bool]
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it compares scores of different weights, or prunes to try a level out."""
+        ...
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether it measures the loss at several levels."""
+        ...
 
     def __call__(self, items: Sequence[Item], budget: Budget) -> Mapping[str, float]:
         """Name -> sparsity."""

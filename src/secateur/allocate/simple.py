@@ -112,8 +112,15 @@ class Given:
     levels: Mapping[str, float] = field(default_factory=dict, hash=False)
     rest: Allocation = Uniform()
 
-    needs_scores: ClassVar[bool] = True
-    needs_probe: ClassVar[bool] = False
+    @property
+    def needs_scores(self) -> bool:
+        """What ``rest`` needs."""
+        return self.rest.needs_scores
+
+    @property
+    def needs_probe(self) -> bool:
+        """What ``rest`` needs."""
+        return self.rest.needs_probe
 
     def __post_init__(self) -> None:
         for selector, level in self.levels.items():
