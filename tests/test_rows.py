@@ -440,3 +440,23 @@ def test_convolutions_are_unfolded_in_slices(monkeypatch: pytest.MonkeyPatch) ->
     sliced = collect(net, [slot], [Gram(), Positions()], [x])
     torch.testing.assert_close(sliced(Gram(), weight), whole(Gram(), weight), atol=1e-5, rtol=1e-5)
     assert float(sliced(Positions(), weight)) == float(whole(Positions(), weight)) == 25.0
+
+
+class Frames(nn.Module):
+    """Films ``(batch, frames, channels, height, width)``, whose frames go through a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: Tensor = self.conv(x.flatten(0, 1))
+        return seen
+
+
+def test_slices_of_frames_count_each_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Frames(), torch.randn(2, 8, 3, 5, 5)
+    slot = slot_of(net, "conv.weight")
+    monkeypatch.setattr("secateur.stats.engine._ROWS_AT_ONCE", 3 * 25 * 9 * 2)
+    stats = collect(net, [slot], [Positions()], [x, x])
+    assert float(stats(Positions(), slot.weight(net))) == 8 * 25

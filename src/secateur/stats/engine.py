@@ -254,14 +254,14 @@ class _Watch:
         for start in range(0, total, step):
             part = inputs if step >= total else (x[start : start + step], *inputs[1:])
             rows = finite(slot.rows(module, part, output), slot.name, "an input")
-            share = self._samples if step >= total else round(self._samples * len(part[0]) / total)
-            if self._calls[slot.module] > 1:
-                share = 0  # the same samples again: a shared module
+            # Each sample once: not with every slice, nor with every call of a shared module.
+            first = start == 0 and self._calls[slot.module] == 1
+            samples = self._samples if first else 0
             if slot.transposed:
                 real = len(part[0]) * math.prod(part[0].shape[2:])
                 weight = replace(weight, density=real / rows.shape[1])
             for need in self._needs:
-                self._stats.update(need, weight, rows, share)
+                self._stats.update(need, weight, rows, samples)
 
 
 def _collect_gradients(
