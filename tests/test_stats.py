@@ -149,6 +149,8 @@ def test_micro_batches_cut_every_kind_of_batch() -> None:
     assert [p["x"].tolist() for p in pieces] == [[0, 1, 2, 3], [4]]
     assert all(p["flag"] is True for p in pieces)
     assert next(iter(micro_batches([x], None))) is x
+    shared = list(micro_batches([{"x": x, "positions": x[None], "scale": x.sum()}], 2))
+    assert [p["positions"].tolist() for p in shared] == [[[0, 1, 2, 3, 4]]] * 3
 
 
 def test_a_nan_gradient_is_named() -> None:

@@ -211,12 +211,23 @@ def first_tensor(batch: Batch) -> Tensor:
 
 
 def narrow(batch: Batch, size: int, start: int = 0) -> Batch:
-    """Samples ``start .. start + size`` of a batch."""
+    """Samples ``start .. start + size`` of a batch; a row that all samples share stays.
+
+    Example:
+        >>> [len(x) for x in narrow((torch.zeros(8, 3), torch.zeros(1, 3), torch.zeros(8)), 2, 4)]
+        [2, 1, 2]
+    """
+
+    def part(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 1:
+            return x
+        return x[start : start + size]
+
     if isinstance(batch, Tensor):
-        return batch[start : start + size] if batch.ndim else batch
+        return part(batch)
     if isinstance(batch, Mapping):
-        return {k: narrow(v, size, start) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return tuple(narrow(v, size, start) if isinstance(v, Tensor) else v for v in batch)
+        return {k: part(v) for k, v in batch.items()}
+    return tuple(part(v) for v in batch)
 
 
 def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
