@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from typer.testing import CliRunner
 
 from secateur import Data, FineTune, Recipe, Target, prune, recipes
+from secateur.cli.main import app
 from secateur.core.batches import length_of
-from secateur.core.errors import UsageError
+from secateur.core.errors import DataError, UsageError
 from secateur.drive.training.hosts import TransformersCallback
+from secateur.evaluate.robustness import robustness
 from secateur.experiments import TicketPlan, Training, find_ticket
+from secateur.learn import Fgsm
 from secateur.schedule import Polynomial
 
 SAMPLES = [(x, x[:4].argmax()) for x in torch.randn(64, 16, generator=torch.Generator())]
@@ -93,3 +97,36 @@ def test_epochs_of_a_stream_are_refused() -> None:
     recipe = Recipe(schedule=Polynomial(0, 1, 0.25, unit="epochs"))
     with pytest.raises(UsageError, match="the training loader has no length"):
         train(recipe)
+
+
+@pytest.mark.parametrize("recipe", [recipes.wanda(0.5), recipes.snip(0.5)], ids=["wanda", "snip"])
+def test_what_the_network_cannot_take_is_told_of_a_stream_too(recipe: Recipe) -> None:
+    net = nn.Sequential(nn.Linear(15, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
+    with pytest.raises(DataError, match="its own forward fails"):
+        prune(net, recipe, DataLoader(Rows(), 16))
+
+
+def test_robustness_is_measured_on_a_stream() -> None:
+    stream = robustness(mlp(), DataLoader(Rows(), 16), Fgsm(0), sizes=[0.1])
+    known = robustness(mlp(), DataLoader(SAMPLES, 16), Fgsm(0), sizes=[0.1])  # type: ignore[arg-type]
+    assert stream == known
+
+
+def test_the_structure_is_traced_on_a_stream(tmp_path: Path) -> None:
+    here = tmp_path / "net.py"
+    here.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from torch.utils.data import DataLoader, IterableDataset\n"
+        "from secateur import Data\n"
+        "class Rows(IterableDataset):\n"
+        "    def __iter__(self):\n"
+        "        return iter([(torch.ones(16), 1)] * 4)\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))\n"
+        "def data():\n"
+        "    return Data(test=DataLoader(Rows(), 2))\n"
+    )
+    words = ["inspect", f"{here}:net", "--structure", "--data", f"{here}:data"]
+    ends = CliRunner().invoke(app, words)
+    assert ends.exit_code == 0, ends.output

@@ -133,7 +133,8 @@ def _structure(
 ) -> dict[str, Any]:
     if inputs is None and data is not None:
         found = load_data(data)
-        first = first_of(found.train if found.train is not None else found.test or ())
+        batches = found.train if found.train is not None else found.test
+        first = first_of([] if batches is None else batches)
         positional, named = inputs_of(first)
         example: Any = named or positional
     else:

@@ -190,9 +190,10 @@ class _Run:
         if isinstance(error, SecateurError) or not isinstance(error, Exception):
             return
         model = self.dense or self.model
-        train = self.data.train if self.data is not None else None
-        batch = next((batch for batch in train or () if size_of(batch)), None)
-        if batch is not None and self.data is not None:
+        if self.data is None or self.data.train is None:
+            return
+        batch = next((batch for batch in self.data.train if size_of(batch)), None)
+        if batch is not None:
             batch = to_device(batch, device_of(model))
             reason = unusable(model, batch, self.data.loss)
             if reason is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from secateur.core.batches import Batch, as_data, evaluating, size_of, to_device
+from secateur.core.batches import Batch, Data, as_data, evaluating, size_of, to_device
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.slots import device_of
 from secateur.evaluate.accuracy import answer
@@ -176,11 +176,9 @@ def _accuracy(
 
 
 def _batches(data: Any) -> list[Batch]:
-    found = as_data(data)
-    source: Iterable[Batch] | None = None
-    if found is not None:
-        source = found.test if found.test is not None else found.train
-    batches = [batch for batch in source or () if size_of(batch)]
+    found = as_data(data) or Data()
+    source = found.test if found.test is not None else found.train
+    batches = [] if source is None else [batch for batch in source if size_of(batch)]
     if not batches:
         raise NeedsData(
             "robustness(...)", "no batches", "accuracy is measured on some", "pass test batches"
