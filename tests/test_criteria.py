@@ -17,8 +17,20 @@ from secateur.core.errors import UsageError
 from secateur.core.weight import LINEAR, Weight
 from secateur.frontends import discover
 from secateur.pattern import Rows
-from secateur.score import Grasp, Magnitude, Movement, Ria, Snip, SynFlow, Taylor, Wanda
+from secateur.score import (
+    Grasp,
+    Magnitude,
+    Movement,
+    Random,
+    RandomGroups,
+    Ria,
+    Snip,
+    SynFlow,
+    Taylor,
+    Wanda,
+)
 from secateur.stats import InputNorm, Stats, SynapticFlow, collect
+from secateur.testing import sample_groups
 
 
 def test_magnitude() -> None:
@@ -204,3 +216,12 @@ def test_synflow_refuses_token_ids() -> None:
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(UsageError, match="token ids"):
         prune(net, recipes.synflow(0.5), [torch.zeros(2, 3, dtype=torch.long)])
+
+
+@pytest.mark.parametrize("seed", [2**62, torch.iinfo(torch.int64).max, -1])
+def test_any_seed_will_do(seed: int) -> None:
+    """torch's own seeds have 64 bits."""
+    weight = Weight("w", torch.ones(3, 5), LINEAR)
+    assert torch.equal(Random(seed)(weight, Stats(1)), Random(seed)(weight, Stats(1)))
+    groups = sample_groups("plain").groups[0]
+    assert torch.equal(RandomGroups(seed)(groups, Stats(1)), RandomGroups(seed)(groups, Stats(1)))

@@ -165,7 +165,8 @@ class RandomGroups:
 
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
         seed = (self.seed + stats.seed) * 1_000_003 + zlib.crc32(groups.name.encode())
-        scores = torch.rand(groups.count, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        scores = torch.rand(groups.count, generator=generator)
         return scores.to(groups.parts[0].value.device)
 
 

@@ -38,5 +38,5 @@ class Random:
 
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
         seed = (self.seed + stats.seed) * 1_000_003 + zlib.crc32(weight.name.encode())
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
         return torch.rand(weight.value.shape, generator=generator).to(weight.value.device)
