@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.cholesky import cholesky
 from secateur.core.weight import Weight
 from secateur.recover.least_squares import LeastSquares
 from secateur.recover.recovery import Choose, FixedMask, Repaired, Rounding
@@ -33,7 +34,8 @@ class ExactObs:
     serves every pattern; for N:M the paper restricts the removals while it goes
 
     Args:
-        damp: λ, relative to the mean of the Gram matrix's diagonal.
+        damp: λ, relative to the mean of the Gram matrix's diagonal; at least 1e-6, and more where
+            rounding has left the matrix indefinite.
 
     Example:
         >>> ExactObs().needs
@@ -65,7 +67,7 @@ class ExactObs:
         size = len(gram)
         damp = max(self.damp, 1e-6) * float(gram.diagonal().mean().clamp(min=1e-30))
         eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damp * eye))
+        inverse = torch.cholesky_inverse(cholesky(gram + damp * eye))
         step = max(1, _CELLS // size**2)
         return torch.cat([self._trace(part.clone(), inverse) for part in rows.split(step)])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.cholesky import cholesky
 from secateur.core.weight import Weight
 from secateur.recover.recovery import Choose, Repaired, Rounding
 from secateur.stats import BlockFisher, Stat, Stats
@@ -75,5 +76,5 @@ class FisherUpdate:
         pull = kept * (blocks @ (dense * (1 - kept))[:, :, None]).squeeze(2)
         both = kept[:, :, None] * kept[:, None, :]
         system = blocks * both + torch.diag_embed(1 - kept)
-        factor = torch.linalg.cholesky(system)
+        factor = cholesky(system)
         return dense + torch.cholesky_solve(pull[:, :, None], factor).squeeze(2)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.cholesky import cholesky
 from secateur.core.weight import Weight
 from secateur.score.criterion import Needs
 from secateur.stats import Gram, Stats
@@ -26,7 +27,8 @@ class ObsSaliency:
     still free (:meth:`rescore`), which is SparseGPT's rule.
 
     Args:
-        damp: λ, relative to the mean of the Gram matrix's diagonal; at least 1e-6.
+        damp: λ, relative to the mean of the Gram matrix's diagonal; at least 1e-6, and more where
+            rounding has left the matrix indefinite.
 
     Example:
         >>> from secateur.core.weight import LINEAR
@@ -49,9 +51,7 @@ class ObsSaliency:
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         # A feature that is always zero would make H singular at damp=0; 1e-6 keeps it invertible
         # and leaves its saliency at w² * 1e-6 * size: last to be kept, as it should be.
-        inverse = torch.cholesky_inverse(
-            torch.linalg.cholesky(gram + max(self.damp, 1e-6) * size * eye)
-        )
+        inverse = torch.cholesky_inverse(cholesky(gram + max(self.damp, 1e-6) * size * eye))
         pivots = inverse.diagonal(dim1=1, dim2=2)
         return weight.like(self.rescore(weight.matrix().double(), weight.per_row(pivots))).float()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.cholesky import cholesky
 from secateur.core.weight import Weight
 from secateur.score.criterion import Needs
 from secateur.stats import BlockFisher, SquaredGradient, Stats
@@ -80,7 +81,7 @@ class WoodFisher:
     Args:
         block: Weights per block.
         damp: λ, in the units of the Fisher matrix: squared gradients of the loss of one sample. At
-            least 1e-6 of the mean diagonal.
+            least 1e-6 of the mean diagonal, and more for a block that rounding has left indefinite.
         samples: Samples per gradient.
 
     Example:
@@ -108,7 +109,7 @@ class WoodFisher:
         step = max(1, (1 << 24) // self.block**2)
         for some, live in zip(fisher.split(step), alive.split(step), strict=True):
             damped = stat.damped(some * live[:, :, None] * live[:, None, :], self.damp)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+            inverse = torch.cholesky_inverse(cholesky(damped))
             parts.append(inverse.diagonal(dim1=1, dim2=2))
         pivots = torch.cat(parts).flatten()[: weight.value.numel()].reshape(weight.value.shape)
         return (weight.value.double().square() / (2 * pivots)).float()

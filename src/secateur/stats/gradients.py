@@ -125,10 +125,9 @@ class BlockFisher:
         return torch.nn.functional.pad(flat, (0, -len(flat) % self.block)).reshape(-1, self.block)
 
     def damped(self, fisher: Tensor, damp: float) -> Tensor:
-        """Blocks in float64 with ``damp`` added to their diagonals, so that they can be factorized.
+        """Blocks in float64 with ``damp`` added to their diagonals.
 
-        Float32 sums are exact to about 1e-7 of their scale: less than 1e-6 of the mean diagonal is
-        never added.
+        Less than 1e-6 of the mean diagonal is never added: float32 sums are not exact to more.
 
         Args:
             fisher: The value of this statistic, or some of its blocks.
