@@ -14,7 +14,7 @@ from secateur.experiments import Training
 from secateur.pattern import NM
 from secateur.recover import LeastSquares
 from secateur.schedule import OneShot
-from secateur.score import Magnitude, Wanda
+from secateur.score import GroupTaylor, Magnitude, Wanda
 
 GIVEN = torch.Generator().manual_seed(0)
 BATCHES = [(x, x[:, :4].argmax(1)) for x in torch.randn(4, 16, 16, generator=GIVEN)]
@@ -202,10 +202,13 @@ def test_a_loss_of_outputs_is_no_loss_of_a_model() -> None:
     ],
 )
 def test_losses_without_a_gradient(loss: Any) -> None:
-    for recipe in (Recipe(recovery=FineTune(1)), recipes.obd(0.5)):
+    for recipe in (Recipe(recovery=FineTune(1)), recipes.obd(0.5), recipes.grasp(0.5)):
         with pytest.raises(UsageError, match="the loss of a batch") as error:
             prune(mlp(), recipe, Data(train=BATCHES, loss=loss))
         whole(error)
+    with pytest.raises(UsageError, match="the loss of a batch") as error:
+        shrink(mlp(), ShrinkRecipe(GroupTaylor()), data=Data(train=BATCHES, loss=loss))
+    whole(error)
 
 
 def test_training_needs_no_gradients_of_the_caller() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch, Loss, evaluating, micro_batches, size_of, to_device
 from secateur.core.groups import Groups, Part
-from secateur.core.losses import default_loss
+from secateur.core.losses import default_loss, differentiable
 from secateur.core.slots import device_of
 from secateur.stats.engine import Stats, collect, finite, requiring_grad
 from secateur.stats.stat import Probe, Stat
@@ -83,9 +83,9 @@ def collect_groups(
                 seen = found[part.parameter].reshape(part.weight.value.shape)
                 for need in same:
                     stats.update(need, part.weight, seen, size)
-    moved = [to_device(b, device_of(model)) for b in batches]
     with evaluating(model):
         for probe in grouped:
+            moved = [to_device(b, device_of(model)) for b in batches]
             for name, value in probe.measure_groups(model, groups, moved, loss).items():
                 stats.put(probe, name, finite(value, name, "a probe"))
     return stats
@@ -112,7 +112,7 @@ def gradients_of(
     device = device_of(model)
     for batch in micro_batches(batches, samples):
         with evaluating(model), requiring_grad(parameters), torch.enable_grad():
-            value = loss(model, to_device(batch, device))
+            value = differentiable(loss(model, to_device(batch, device)))
             found = torch.autograd.grad(value, parameters, allow_unused=True)
         pairs = zip(names, parameters, found, strict=True)
         yield (

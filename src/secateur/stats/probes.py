@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from secateur.core.batches import Batch, Loss, first_tensor, forward, size_of
 from secateur.core.errors import UsageError
-from secateur.core.losses import logits_of, own_loss
+from secateur.core.losses import differentiable, logits_of, own_loss
 from secateur.core.slots import Slot
 from secateur.stats.engine import requiring_grad
 
@@ -56,7 +56,8 @@ class GradientFlow:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), requiring_grad(whole):
             mean = [torch.zeros_like(p) for p in whole]
             for batch, share in zip(batches, shares, strict=True):
-                found = torch.autograd.grad(loss(cooled, batch), whole, allow_unused=True)
+                value = differentiable(loss(cooled, batch))
+                found = torch.autograd.grad(value, whole, allow_unused=True)
                 mean = [m if g is None else m + share * g for m, g in zip(mean, found, strict=True)]
             product = [torch.zeros_like(p) for p in whole]
             for batch, share in zip(batches, shares, strict=True):
