@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward
 from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError
 
+#: Targets that count for nothing, as everywhere in PyTorch and Transformers.
+IGNORED = -100
+
 
 def entry(output: Any, name: str) -> Tensor | None:
     """The tensor that a model's output holds under a name: a key of a mapping, or an attribute.
@@ -89,7 +92,11 @@ def task_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy on class indices (``-100`` is ignored), squared error on numbers.
 
     Classes lie on the last axis if the other axes are those of the target (one label a token), else
-    on the second, as torch has it (one label a pixel).
+    on the second, as torch has it (one label a pixel). One logit for each label is that of class 1
+    against class 0.
+
+    Raises:
+        DataError: Targets of numbers have another shape, or labels of one logit are not 0 and 1.
 
     Example:
         >>> task_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
@@ -97,9 +104,24 @@ def task_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     if target.dtype.is_floating_point:
         return squared_error(logits, target)
+    if logits.numel() == target.numel() > 0:
+        return _binary(logits.flatten(), target.flatten())
     if logits.ndim > 2 and logits.shape[:-1] == target.shape:
         logits, target = logits.flatten(0, -2), target.flatten()
-    return F.cross_entropy(logits.float(), target)
+    return F.cross_entropy(logits.float(), target.long())
+
+
+def _binary(logits: Tensor, target: Tensor) -> Tensor:
+    counted = target != IGNORED
+    logits, target = logits[counted], target[counted]
+    if bool(((target != 0) & (target != 1)).any()):
+        raise DataError(
+            "the loss of one logit for each label",
+            f"labels reach from {int(target.min())} to {int(target.max())}",
+            "a single logit tells class 1 from class 0",
+            "give a logit for each class; floats, where the targets are numbers; or Data(loss=...)",
+        )
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float())
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

@@ -12,11 +12,16 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch, Loss, forward, size_of, to_device
 from secateur.core.errors import SecateurError
-from secateur.core.losses import entry, logits_of, own_loss, squared_error, unusable
+from secateur.core.losses import (
+    IGNORED,
+    entry,
+    logits_of,
+    own_loss,
+    squared_error,
+    task_loss,
+    unusable,
+)
 from secateur.core.slots import device_of
-
-#: Targets that count for nothing, as everywhere in PyTorch and Transformers.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def _answer(model: nn.Module, batch: Batch, loss: Loss | None) -> Answers:
     counted = labels != IGNORED
     rows, labels, which = rows[counted], labels[counted], which[counted.cpu()]
     if found is None and len(rows):
-        found = float(_loss(rows, labels))
+        found = float(task_loss(rows, labels))
     return Answers(rows, which, choices(rows) == labels, found, samples, language)
 
 
@@ -176,9 +181,3 @@ def _shifts(model: nn.Module, batch: Batch, target: Tensor) -> bool:
 def _own(output: Any) -> float | None:
     own = own_loss(output)
     return float(own) if own is not None and own.numel() == 1 else None
-
-
-def _loss(rows: Tensor, labels: Tensor) -> Tensor:
-    if rows.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(rows[:, 0], labels.float())
-    return F.cross_entropy(rows, labels)
