@@ -212,6 +212,35 @@ def test_synflow_reads_batches_of_named_inputs() -> None:
     assert pruned.facts.sparsity == pytest.approx(0.5, abs=0.02)
 
 
+class TwoInputs(nn.Module):
+    """Reads an image and numbers beside it, and looks up places that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.place = nn.Linear(4, 8), nn.Linear(3, 8), nn.Embedding(5, 8)
+        self.mid, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, beside: Tensor, places: Tensor) -> Tensor:
+        both = self.a(x) + self.b(beside) + self.place(places)
+        logits: Tensor = self.head(self.mid(both))
+        return logits
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_synflow_of_a_network_with_several_inputs(named: bool) -> None:
+    net, places = TwoInputs(), torch.tensor([3])
+    given: dict[str, Tensor] = {
+        "x": torch.randn(6, 4),
+        "beside": torch.randn(6, 3),
+        "places": places,
+    }
+    batch = given if named else (*given.values(), torch.arange(6) % 2)
+    found = scores_of(SynFlow(), net, "mid.weight", [batch])
+    absolute = {n: p.detach().double().abs() for n, p in net.named_parameters()}
+    flow = absolute["a.weight"].sum(1) + absolute["b.weight"].sum(1) + absolute["place.weight"][3]
+    close(found, absolute["mid.weight"] * absolute["head.weight"].sum(0)[:, None] * flow, 1e-6)
+
+
 def test_synflow_refuses_token_ids() -> None:
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(UsageError, match="token ids"):

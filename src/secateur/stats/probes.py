@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from secateur.core.batches import Batch, Loss, first_tensor, forward, size_of
+from secateur.core.batches import Batch, Loss, first_tensor, forward, narrow, size_of
 from secateur.core.errors import UsageError
 from secateur.core.losses import differentiable, logits_of, own_loss
 from secateur.core.slots import Slot
@@ -99,7 +99,7 @@ class _Cooled(nn.Module):
 class SynapticFlow:
     r"""Gradient of the summed output of the linearised network of absolute weights.
 
-    Every parameter is replaced by its absolute value and the input by ones, in float64 and
+    Every parameter is replaced by its absolute value and every input of floats by ones, in float64 and
     evaluation mode, on a copy of the model. BatchNorm uses its stored statistics with zero mean and
     shift; normalisations that have none (LayerNorm, RMSNorm, GroupNorm, InstanceNorm) only scale, as
     they would otherwise undo what the layers before them do. So the network stays linear in each
@@ -139,17 +139,23 @@ class SynapticFlow:
                     and module.bias is not None
                 ):
                     module.bias.zero_()
-        ones: Batch = torch.ones_like(sample[:1], dtype=torch.float64)
-        if isinstance(batches[0], Mapping):
-            ones = {next(k for k, v in batches[0].items() if v is sample): ones}
         parameters = [slot.tensor(linear) for slot in slots]
         with torch.enable_grad(), _ScaleOnly():
-            total = logits_of(forward(linear, ones)).sum()
+            total = logits_of(forward(linear, _ones(batches[0]))).sum()
             found = torch.autograd.grad(total, parameters, allow_unused=True)
         return {
             slot.name: (torch.zeros_like(p) if g is None else g).detach()
             for slot, p, g in zip(slots, parameters, found, strict=True)
         }
+
+
+def _ones(batch: Batch) -> Batch:
+    """One sample with ones in place of all numbers; what is no number stays."""
+
+    def one(x: Tensor) -> Tensor:
+        return torch.ones_like(x, dtype=torch.float64) if x.is_floating_point() else x
+
+    return cast(Batch, tree_map_only(Tensor, one, narrow(batch, 1)))
 
 
 class _ScaleOnly(TorchFunctionMode):
