@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur import Recipe, Target, prune
+from secateur import Recipe, Target, prune, prune_
 from secateur.recover import BatchNorm, BiasCorrection
+from secateur.score import Wanda
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution", "grouped"])
@@ -90,3 +91,36 @@ def test_batchnorm_keeps_its_statistics_when_the_forward_pass_raises() -> None:
         BatchNorm().reestimate_(net, [torch.randn(4, 3)])
     assert net[0].running_mean.tolist() == [5.0, 5.0]
     assert not net[0].training
+
+
+def test_the_drift_is_measured_on_the_network_itself() -> None:
+    """A run may not need room for a second network to look at its BatchNorms."""
+
+    class Only(nn.Sequential):
+        def __deepcopy__(self, memo: object) -> Only:
+            raise AssertionError("the network was copied")
+
+    net = Only(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    data = [torch.randn(32, 4) * 40]
+    pruned = prune_(net, Recipe(Wanda()), data)
+    drifted = [note for note in pruned.facts.notes if note.topic == "batchnorm-drift"]
+    assert [note.where for note in drifted] == ["1"]
+    assert net[1].running_mean.tolist() == [0.0] * 8
+    assert net[1].num_batches_tracked == 0
+    assert net[1].momentum == 0.1
+    assert net.training
+
+
+def test_a_drift_that_cannot_be_measured_is_told() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.mid, self.norm = nn.Linear(4, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mid(self.body(x))
+            return torch.cat([self.norm(x[:1]), x[1:]])
+
+    pruned = prune(Net().eval(), Recipe(Wanda()), [torch.randn(8, 4)])
+    assert pruned.masks.sparsity == 0.5
+    assert any("more than 1 value" in note.text for note in pruned.facts.notes)

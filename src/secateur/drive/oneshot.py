@@ -424,12 +424,16 @@ class _Run:
         steps = [type(step) for step in self.recipe.recovery]
         has_data = self.data is not None and self.data.train is not None
         if has_data and BatchNorm not in steps and FineTune not in steps:
-            spare = copy.deepcopy(self.model)
-            self._note_drift(spare, self.few, advice="; add the recovery 'batchnorm'")
+            try:
+                drifts = BatchNorm().drift(self.model, self.few)
+            except ValueError as error:  # a layer that is given a single row, perhaps
+                self.facts.note("batchnorm-drift", "", f"it could not be measured: {error}")
+            else:
+                self._note_drifts(drifts, advice="; add the recovery 'batchnorm'")
         trained = self.recipe.schedule.unit != "rounds"
         for step in self.recipe.recovery:
             if isinstance(step, BatchNorm):
-                self._note_drift(self.model, self.batches)
+                self._note_drifts(BatchNorm().reestimate_(self.model, self.batches))
             elif isinstance(step, FineTune) and not trained:
                 attach_(self.model, masks)
                 self.facts.history += self._train(step, None)
@@ -462,9 +466,8 @@ class _Run:
             ]
         return masks
 
-    def _note_drift(self, model: nn.Module, batches: list[Batch], advice: str = "") -> None:
-        """Re-estimate BatchNorm statistics of ``model`` and note the layers that moved most."""
-        drifts = BatchNorm().reestimate_(model, batches)
+    def _note_drifts(self, drifts: Mapping[str, float], advice: str = "") -> None:
+        """Note the BatchNorms whose inputs moved most."""
         for name in sorted(drifts, key=lambda n: -drifts[n])[:3]:
             if drifts[name] > 1:
                 moved = f"an input mean moved by {drifts[name]:.1f} standard deviations"

@@ -53,10 +53,7 @@ class BatchNorm:
         batches = [batch for batch in batches if size_of(batch) > 1]  # one sample has no variance
         if not layers or not batches:
             return {}
-        old = {
-            n: (m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone())
-            for n, m in layers.items()
-        }
+        old = {n: _statistics(m) for n, m in layers.items()}
         momenta = {n: m.momentum for n, m in layers.items()}
         with evaluating(model), torch.no_grad():
             try:
@@ -80,6 +77,30 @@ class BatchNorm:
             n: float(((m.running_mean - old[n][0]).abs() / (old[n][1] + m.eps).sqrt()).max())
             for n, m in layers.items()
         }
+
+    def drift(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+        """What :meth:`reestimate_` would return; the model keeps its statistics.
+
+        Example:
+            >>> net = nn.Sequential(nn.BatchNorm1d(1)).eval()
+            >>> drift = BatchNorm().drift(net, [torch.tensor([[1.0], [3.0]])])
+            >>> round(drift["0"], 2), net[0].running_mean
+            (2.0, tensor([0.]))
+        """
+        old = {module: _statistics(module) for module in model.modules() if _tracks(module)}
+        try:
+            return self.reestimate_(model, batches)
+        finally:
+            for module, statistics in old.items():
+                _restore_(module, statistics)
+
+
+def _statistics(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        module.running_mean.clone(),
+        module.running_var.clone(),
+        module.num_batches_tracked.clone(),
+    )
 
 
 def _restore_(module: Any, old: tuple[Tensor, Tensor, Tensor]) -> None:
