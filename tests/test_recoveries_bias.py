@@ -37,6 +37,24 @@ def test_bias_correction_without_a_bias_is_noted() -> None:
     assert any(note.topic == "bias" for note in pruned.facts.notes)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_bias_correction_of_a_recurrent_layer(kind: type[nn.RNNBase]) -> None:
+    net = nn.Sequential(kind(6, 8, batch_first=True))
+    x = torch.randn(32, 5, 6) + 2
+    pruned = prune(net, Recipe(recovery=BiasCorrection()), [x])
+    for way, given in (("ih", x), ("hh", None)):
+        weight, bias = f"0.weight_{way}_l0", f"0.bias_{way}_l0"
+        change = pruned.model.get_parameter(bias) - net.get_parameter(bias)
+        assert float(change.detach().abs().max()) > 1e-3
+        if given is not None:
+            lost = net.get_parameter(weight) - pruned.model.get_parameter(weight)
+            torch.testing.assert_close(change, lost @ given.mean((0, 1)), atol=1e-5, rtol=1e-4)
+    assert not any(note.topic == "bias" for note in pruned.facts.notes)
+    flat = nn.Sequential(kind(6, 8, bias=False))
+    noted = prune(flat, Recipe(recovery=BiasCorrection()), [x]).facts.notes
+    assert sum(note.topic == "bias" for note in noted) == 2
+
+
 def batchnorm_net() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 4, 1),

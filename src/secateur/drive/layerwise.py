@@ -182,8 +182,9 @@ def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:
 
 
 def _shift_bias_(model: nn.Module, slot: Slot, shift: Tensor, facts: Facts) -> None:
-    module = model.get_submodule(slot.module)
-    bias = getattr(module, "bias", None)
+    # weight -> bias; weight_ih_l0 -> bias_ih_l0 of a recurrent layer, whose "bias" is a flag.
+    name = slot.parameter.replace("weight", "bias")
+    bias = getattr(model.get_submodule(slot.module), name, None)
     if not isinstance(bias, Tensor):
         facts.note("bias", slot.name, "has no bias, so its means could not be corrected")
         return

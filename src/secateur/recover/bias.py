@@ -20,7 +20,7 @@ class BiasCorrection:
     **Source** FLAP (arXiv 2312.11983), CaP (arXiv 2108.13728)
 
     A layer without a bias is left as it is, and the facts say so; a BatchNorm behind it is better
-    served by ``batchnorm``.
+    served by ``batchnorm``. A recurrent layer has a bias for its inputs and one for its hidden states.
 
     Args:
         inner: What repairs the values first.
