@@ -352,3 +352,20 @@ def test_slower_is_said_and_sparse_networks_are_told_why() -> None:
     same = next(g for g in verdict(a, a, None, None, speed) if g.name == "faster")
     assert "multiplies the zeros" not in same.text
     assert verdict(a, b, None, None, Speed(2.0, 1.9, 2.1))[-1].real
+
+
+def test_a_network_that_was_timed_can_still_be_trained() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 4), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.scale is None:
+                self.scale = torch.arange(4.0)
+            return self.layer(x) * self.scale
+
+    net = Net()
+    compare(net, Net(), example=torch.zeros(1, 4))
+    net(torch.ones(1, 4)).sum().backward()
+    assert net.layer.weight.grad is not None

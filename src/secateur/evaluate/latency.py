@@ -129,6 +129,10 @@ def race(models: Sequence[nn.Module], example: Batch, *, seconds: float = 1.0) -
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
+            # What a network keeps of its first pass (a table of positions) serves training later, which
+            # a tensor that was made in inference mode cannot.
+            with torch.no_grad():
+                forward(model, to_device(example, device_of(model)))
         for call in calls:
             for _ in range(_WARM_UP):
                 call()
