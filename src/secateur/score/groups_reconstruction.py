@@ -71,12 +71,10 @@ class Reconstruction:
         left = torch.arange(groups.count)
         scores = torch.zeros(groups.count, dtype=torch.float64)
         at_once = max(1, -(-groups.count // self.steps))
-        floor = torch.zeros((), dtype=torch.float64)
         while len(left):
             costs = sum((c.costs(left) for c in consumers), torch.zeros(len(left)).double())
             order = costs.argsort(stable=True)[:at_once]
             going = left[order]
-            floor = torch.maximum(floor, costs[order].max())
             scores[going] = torch.maximum(costs[order], scores.max())
             stays = torch.ones(len(left), dtype=torch.bool)
             stays[order] = False
