@@ -201,3 +201,11 @@ def test_recovery_may_be_given_as_a_list(listed: bool) -> None:
     assert isinstance(recipe.recovery, tuple)
     assert all(hasattr(step, "needs") for step in recipe.recovery)
     assert len(recipe.recovery) == (2 if listed else 1)
+
+
+def test_the_output_error_of_huge_activations_is_a_number() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    x = torch.randn(16, 6)
+    small, huge = (prune(net, Recipe(), [x * scale]).facts.layers[0] for scale in (1.0, 1e18))
+    assert small.output_error is not None
+    assert huge.output_error == pytest.approx(small.output_error, rel=0.5)

@@ -223,3 +223,16 @@ def test_nm_mask_choice_follows_the_updated_weights() -> None:
         done = ColumnSweep(block=4)(weight, stats, FixedMask(weight.matrix(), mask))
         fixed += error(weight, rows, done.values)
     assert live < fixed
+
+
+def test_the_damping_that_was_used_is_told() -> None:
+    """A Gram matrix of one direction, summed in float32, has no factor at λ = 1e-6."""
+    weight, row, gram = Weight("w", torch.randn(3, 50), LINEAR), torch.rand(50), torch.zeros(50, 50)
+    for _ in range(400):
+        x = torch.randn(1) * row
+        gram += x[:, None] * x
+    stats = Stats()
+    stats.put(Gram(), "w", gram[None] / 400)
+    mask = FixedMask(weight.value, torch.rand(3, 50) > 0.5)
+    (note, *_) = ColumnSweep(damp=0.0)(weight, stats, mask).notes
+    assert note == "damping was raised to 1e-05"

@@ -177,8 +177,9 @@ def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:
     groups = len(sketch)
     before = dense.matrix().float().reshape(groups, -1, dense.fan_in)
     change = before - values.float().reshape(before.shape)
-    whole = float((before @ sketch).square().sum())
-    return float((change @ sketch).square().sum()) / whole if whole > 0 else 0.0
+    # Squares in double precision: those of large activations are infinite in single.
+    whole = float((before @ sketch).double().square().sum())
+    return float((change @ sketch).double().square().sum()) / whole if whole > 0 else 0.0
 
 
 def _shift_bias_(model: nn.Module, slot: Slot, shift: Tensor, facts: Facts) -> None:

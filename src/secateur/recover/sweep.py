@@ -37,7 +37,7 @@ class ColumnSweep:
     Args:
         block: Columns between two updates of all that are further right, and, but for N:M, between two
             mask decisions (rounded up to what the pattern needs).
-        damp: λ, relative to the mean of the Gram matrix's diagonal.
+        damp: λ, relative to the mean of the Gram matrix's diagonal; at least 1e-6.
 
     Example:
         >>> ColumnSweep().needs
@@ -77,7 +77,8 @@ class ColumnSweep:
         dead = int((gram.diagonal() <= 0).sum())
         if dead:
             notes.append(f"{dead} inputs are always zero in the calibration data")
-        damp = max(self.damp, 1e-6) * max(float(gram.diagonal().mean()), 1e-30)
+        relative = max(self.damp, 1e-6)
+        damp = relative * max(float(gram.diagonal().mean()), 1e-30)
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         upper: Tensor
         for attempt in range(4):
@@ -87,7 +88,7 @@ class ColumnSweep:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
                 if attempt:
-                    notes.append(f"damping was raised to {self.damp * 10**attempt:g}")
+                    notes.append(f"damping was raised to {relative * 10**attempt:g}")
                 return upper
         return None
 
