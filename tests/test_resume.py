@@ -180,6 +180,17 @@ def test_slots_find_their_parameters_by_name(tmp_path: Path) -> None:
 # -- the order of the data --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("samples", "size", "processes"), [(5, 2, 2), (10, 4, 4), (9, 8, 8)])
+def test_every_process_has_samples_in_every_batch(samples: int, size: int, processes: int) -> None:
+    data = torch.arange(samples)
+    parts = [list(Shuffled(data, size, share=(p, processes)).epoch(1)) for p in range(processes)]
+    for batches in zip(*parts, strict=True):
+        assert {len(batch) for batch in batches} == {
+            -(-len(torch.cat(batches).unique()) // processes)
+        }
+    assert torch.cat([torch.cat(batches) for batches in parts]).unique().tolist() == data.tolist()
+
+
 def test_another_order_of_the_data_is_refused() -> None:
     feed = Feed(DataLoader(TensorDataset(X, Y), 8))
     drawn = feed.rest()

@@ -40,7 +40,8 @@ class Shuffled:
         data: A tensor, a tuple of tensors of equal length, or a data set with ``len`` and ``[i]``.
         size: Samples of a batch, over all processes together.
         seed: Of the order.
-        share: ``(process, processes)``: this process takes its equal part of every batch.
+        share: ``(process, processes)``: this process takes its equal part of every batch. If the last
+            one of an epoch cannot be shared out evenly, some of its samples are taken twice.
         drop_last: Leave out the last batch of an epoch if it is not whole.
 
     Example:
@@ -94,6 +95,9 @@ class Shuffled:
         for index in range(start, len(self)):
             chosen = order[index * self.size : (index + 1) * self.size]
             part = -(-len(chosen) // processes)
+            # A process without samples would have no loss: its batch is NaN.
+            again = chosen.repeat(processes)[: part * processes - len(chosen)]
+            chosen = torch.cat([chosen, again])
             yield self._batch(chosen[process * part : (process + 1) * part])
 
     def steps(self, begin: int, end: int) -> Iterator[tuple[int, Batch]]:
