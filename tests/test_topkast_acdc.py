@@ -63,14 +63,12 @@ def test_topkast_is_its_definition(kind: str) -> None:
     assert not pruner.optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_topkast_decays_the_margin_harder(decoupled: bool) -> None:
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
+def test_topkast_decays_the_margin_harder(kind: Any) -> None:
     model = net()
-    parameters = model.parameters()
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(parameters, 0.1, weight_decay=0.2) if decoupled
-        else torch.optim.SGD(parameters, 0.1, weight_decay=0.2)
-    )  # fmt: skip
+    decoupled = kind is not torch.optim.SGD
+    matrices = [p for p in model.parameters() if p.ndim == 2]  # Muon takes no others
+    optimizer = kind(matrices, 0.1, weight_decay=0.2)
     pruner = Gradual(model, optimizer, recipe(TopKast(0.25, 100), 0.75))
     before = {n: v.clone() for n, v in superset(pruner)._values.items()}
     for parameter in model.parameters():

@@ -136,4 +136,8 @@ class Superset:
 
 def _decouples(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether weight decay acts on the values and not through the gradient."""
-    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, _DECOUPLED)))
+
+
+# They have no setting that says so.
+_DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)
