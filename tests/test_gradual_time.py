@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,17 @@ from torch import nn
 from secateur import Gradual, masks_of, recipes
 from secateur.allocate import Ranked
 from secateur.core.errors import NeedsData, UsageError
-from secateur.schedule import Cosine, Exponential, Linear, OneShot, Polynomial, events, share_at
+from secateur.schedule import (
+    Alternating,
+    Cosine,
+    Cyclic,
+    Exponential,
+    Linear,
+    OneShot,
+    Polynomial,
+    events,
+    share_at,
+)
 from secateur.score import Magnitude, Movement, Smoothed, Snip
 
 # -- schedules ------------------------------------------------------------------------------------
@@ -89,6 +100,33 @@ def test_schedules_in_epochs(per_epoch: int, schedule: Any, epochs: int) -> None
     pruner.finalize()
 
 
+@pytest.mark.parametrize(
+    "schedule", [Linear(0.5, 8.5, 1), Linear(0, 8, 1.5), Polynomial(1.5, 7.2, 2)]
+)
+def test_steps_that_are_no_whole_numbers(schedule: Any) -> None:
+    model = net()
+    pruner = Gradual(model, torch.optim.SGD(model.parameters(), 0.1), recipe(schedule))
+    changes = []
+    for t in range(9):
+        before = pruner.masks.kept
+        train(model, pruner, 1, t)
+        changes.append(pruner.masks.kept < before)
+    due = sorted({math.ceil(moment) for moment in events(schedule)})
+    expected = [t for t in due if share_at(schedule, t, 0.75) > 0]
+    assert [t for t, changed in enumerate(changes, start=1) if changed] == expected
+
+
+@pytest.mark.parametrize("schedule", [Linear(0, 2.5, 1, "epochs"), Linear(0, 5, 2)])
+def test_every_change_was_imminent(schedule: Any) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = Gradual(model, optimizer, recipe(schedule), steps_per_epoch=2)
+    for t in range(6):
+        imminent, before = pruner.imminent, pruner.masks.kept
+        train(model, pruner, 1, t)
+        assert (pruner.masks.kept < before) == imminent, t
+
+
 def test_units_are_not_mixed() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -107,6 +145,19 @@ def test_finalize_too_early() -> None:
     assert masks_of(model).total == 192, "a refused finalize() changes nothing"
     pruned = pruner.finalize(early=True)
     assert pruned.facts.sparsity == pytest.approx(0.375, abs=0.01)
+
+
+@pytest.mark.parametrize("schedule", [Alternating(0, 6, 1), Cyclic(0, 6, 2, cycles=2)], ids=repr)
+def test_a_cyclic_schedule_has_not_ended_when_it_is_at_its_target(schedule: Any) -> None:
+    model = net()
+    pruner = Gradual(model, torch.optim.SGD(model.parameters(), 0.1), recipe(schedule))
+    while pruner.masks.sparsity < 0.74:
+        train(model, pruner, 1, pruner.steps)
+    assert pruner.steps < 6
+    with pytest.raises(UsageError, match="ends at 6"):
+        pruner.finalize()
+    train(model, pruner, 6 - pruner.steps, pruner.steps)
+    assert pruner.finalize().facts.sparsity == pytest.approx(0.75, abs=0.01)
 
 
 @pytest.mark.parametrize("criterion", [Movement(), Snip()], ids=repr)

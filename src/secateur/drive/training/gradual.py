@@ -400,10 +400,13 @@ class Gradual:
                 before.
         """
         self._require_open("finalize()")
-        if self._share < 1 and not early:
+        schedule = self.recipe.schedule
+        # A cyclic one is at the target between times, too.
+        unfinished = self._share < 1 or (schedule.cyclic and self.time < schedule.end)
+        if unfinished and not early:
             raise UsageError(
-                f"finalize() at {self.recipe.schedule.unit[:-1]} {self.time:g}",
-                f"the schedule ends at {self.recipe.schedule.end:g}; {100 * self._share:.0f} % of the "
+                f"finalize() at {schedule.unit[:-1]} {self.time:g}",
+                f"the schedule ends at {schedule.end:g}; {100 * self._share:.0f} % of the "
                 "target is reached",
                 "training ended before pruning did, or step() was not called",
                 "train longer, shorten the schedule, or call finalize(early=True)",

@@ -7,7 +7,7 @@ import math
 from secateur.core.errors import UsageError
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.regrow import Regrow
-from secateur.schedule import Schedule, due
+from secateur.schedule import Schedule
 
 
 def is_due(schedule: Schedule, steps: int, per_epoch: int) -> bool:
@@ -19,13 +19,13 @@ def is_due(schedule: Schedule, steps: int, per_epoch: int) -> bool:
         >>> [t for t in range(8) if is_due(epochs, t, per_epoch=3)]
         [0, 2, 3, 5, 6]
     """
-    if schedule.unit != "epochs":
-        return due(schedule, float(steps))
-    # A frequency in epochs need not be a whole number of steps: the first step past it counts.
-    time, before = steps / per_epoch, (steps - 1) / per_epoch
-    inside = schedule.begin <= time and before < schedule.end
+    # Begin, end and frequency need not be whole numbers of steps: the first step past them counts.
+    scale = per_epoch if schedule.unit == "epochs" else 1
+    time, before = steps / scale, (steps - 1) / scale
+    if time < schedule.begin or before >= schedule.end:
+        return False
     ticked = _ticks(schedule, time) > _ticks(schedule, before)
-    return inside and (ticked or before < schedule.begin)
+    return ticked or before < schedule.begin or time >= schedule.end
 
 
 def _ticks(schedule: Schedule, time: float) -> int:
