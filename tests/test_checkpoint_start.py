@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,30 @@ def test_another_network_of_the_same_shape_is_refused(kind: str, tmp_path: Path)
         run(other, tmp_path)
     if kind != "finetune":  # that one works in place
         assert all(torch.equal(before[n], v) for n, v in other.state_dict().items())
+
+
+OTHERS: dict[str, Any] = {
+    "finetune": lambda m, f, how: finetune(m, Data(train=BATCHES), how, checkpoint=f),
+    "learned": lambda m, f, how: learn_masks(m, BATCHES, Leap.short(0.5), how, checkpoint=f),
+    "shrink": lambda m, f, how: train_and_shrink(m, BATCHES, how=how, pace=PACE, checkpoint=f),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("how", [FineTune(2, lr=0.5), FineTune(3), FineTune(2, optimizer="adamw")])
+def test_other_settings_are_refused(kind: str, how: FineTune, tmp_path: Path) -> None:
+    run, network = OTHERS[kind], plain(0)
+    run(plain(0), tmp_path, TRAINED)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(UsageError, match=r"begun with .*, and now .* is asked for|optimizer"):
+        run(network, tmp_path, how)
+    assert all(torch.equal(before[n], v) for n, v in network.state_dict().items())
+
+
+def test_a_run_may_go_on_with_another_answer_to_nan(tmp_path: Path) -> None:
+    finetune(plain(0), Data(train=BATCHES), TRAINED, checkpoint=tmp_path)
+    calmer = dataclasses.replace(TRAINED, on_nan="rollback")
+    assert len(finetune(plain(0), Data(train=BATCHES), calmer, checkpoint=tmp_path)) == 2
 
 
 def test_masks_are_those_of_the_weights_when_other_data_chose_others(tmp_path: Path) -> None:

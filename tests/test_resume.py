@@ -17,6 +17,7 @@ from secateur.core.errors import DataError, FormatError, UsageError
 from secateur.core.masks import Masks
 from secateur.drive.training.order import Feed, Shuffled
 from secateur.drive.training.recorder import Checkpoints, Recorder, Tally
+from secateur.drive.training.regrow import Regrow
 from secateur.drive.training.resume import Training, latest, resume_, save_checkpoint
 from secateur.schedule import OneShot, Polynomial
 from secateur.score import Snip
@@ -144,6 +145,22 @@ def test_a_foreign_checkpoint_is_refused_and_nothing_changes(
     assert equal(before, bits(other))
     assert torch.equal(numbers, torch.get_rng_state())
     assert other.pruner.steps == 0
+
+
+def test_a_training_of_another_length_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    def rigl(steps: int) -> Training:
+        model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        schedule = OneShot(0, "steps")
+        recipe = Recipe(target=TARGET, schedule=schedule, regrow=Regrow(frequency=5))
+        return Training(model, optimizer, Gradual(model, optimizer, recipe, steps=steps))
+
+    save_checkpoint(tmp_path, rigl(40), step=3)
+    longer = rigl(80)
+    before = {name: value.clone() for name, value in longer.model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"training of 80 steps.*one of 40"):
+        resume_(tmp_path, longer)
+    assert equal(before, longer.model.state_dict())
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_changes(tmp_path: Path) -> None:

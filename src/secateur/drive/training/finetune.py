@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,13 +116,15 @@ def finetune(
             default the masks are held.
         checkpoint: A folder, or :class:`Checkpoints`. A run that was killed and is called again
             ends with the same bits (see :class:`~secateur.drive.training.order.Feed` for the order of data).
-            Other weights to begin with are refused; other data cannot be recognised with certainty.
+            Other weights to begin with and other settings are refused; other data cannot be recognised
+            with certainty.
 
     Returns:
         One record an epoch: mean loss, learning rate, sparsity of the masked weights.
 
     Raises:
         DataError: The loss became NaN or infinite.
+        UsageError: The checkpoint is of another network, or of a training with other settings.
 
     Example:
         >>> x = torch.randn(64, 4); y = (x.sum(1) > 0).long()
@@ -178,7 +180,7 @@ class Loop:
         per_epoch = max(1, count(data.train))
         total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))
         start = self._began()
-        optimizer, tally = _optimizer(model, how), Tally()
+        optimizer, tally = _optimizer(model, how), Tally(terms=_terms(how))
         warmup = max(1, round(0.05 * total))
         # What is attached may add a group of its own parameters, so it comes before the schedule.
         stepper = self.attach(optimizer, per_epoch) if self.attach else _Hold(model, optimizer)
@@ -229,6 +231,11 @@ class Loop:
         if self.checkpoint is None:
             return ""
         return self.start or values_hash(self.model.state_dict())
+
+
+def _terms(how: FineTune) -> dict[str, Any]:
+    """What decides how a training goes on; after a NaN it may go on by going back."""
+    return {name: value for name, value in asdict(how).items() if name != "on_nan"}
 
 
 def _close_epoch(tally: Tally, per_epoch: int, rate: Any, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -452,11 +453,11 @@ class Gradual:
                 state["regrow"] = part.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a run: load the model's (masks and all) and optimizer's state first.
+    def require_fit(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state of another recipe, or of a training of another length that exchanges weights.
 
         Raises:
-            UsageError: The state belongs to another recipe.
+            UsageError: With both.
         """
         if state["fingerprint"] != self.recipe.fingerprint():
             raise UsageError(
@@ -465,6 +466,16 @@ class Gradual:
                 "another recipe would prune differently from here on",
                 "resume with the recipe of the run",
             )
+        if self._regrowing is not None:
+            self._regrowing.require_fit(state["regrow"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run: load the model's (masks and all) and optimizer's state first.
+
+        Raises:
+            UsageError: As :meth:`require_fit`; nothing was changed.
+        """
+        self.require_fit(state)
         self.steps, self._share = int(state["steps"]), float(state["share"])
         self.facts.history = [dict(event) for event in state.get("history", ())]
         parts = [*self._streamed, *smoothed_parts(self.recipe.criterion)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -219,11 +219,11 @@ class Learned:
             "learning": self._learning.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a run: load the model's and the optimizer's state as well.
+    def require_fit(self, state: Mapping[str, Any]) -> None:
+        """Raise if a state belongs to another learner, scope or model.
 
         Raises:
-            UsageError: The state belongs to another learner, scope or model.
+            UsageError: With both fingerprints.
         """
         if state["fingerprint"] != self.facts.fingerprint:
             raise UsageError(
@@ -232,6 +232,14 @@ class Learned:
                 "another learner, scope or model would go on differently from here",
                 "resume with those of the run",
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run: load the model's and the optimizer's state as well.
+
+        Raises:
+            UsageError: As :meth:`require_fit`.
+        """
+        self.require_fit(state)
         self.steps, self._asked = int(state["steps"]), bool(state["asked"])
         self._learning.load_state_dict(state["learning"])
 
@@ -329,6 +337,9 @@ class _Stepping:
 
     def state_dict(self) -> dict[str, Any]:
         return {"learned": self.learned.state_dict(), "seen": list(self._seen)}
+
+    def require_fit(self, state: Mapping[str, Any]) -> None:
+        self.learned.require_fit(state["learned"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learned.load_state_dict(state["learned"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ def as_checkpoints(given: Checkpoints | str | Path | None) -> Checkpoints | None
 class Tally:
     """What a loop counts: steps, the losses of this epoch, its history, and how often it went back.
 
+    Args:
+        terms: Settings of the training; a run goes on with the same ones only.
+
     Example:
         >>> tally = Tally(done=3)
         >>> other = Tally()
@@ -86,6 +90,7 @@ class Tally:
     seen: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     rollbacks: list[str] = field(default_factory=list)
+    terms: dict[str, Any] = field(default_factory=dict)
 
     def count(self, loss: float, samples: int) -> None:
         """One more step."""
@@ -100,6 +105,25 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
         return dict(vars(self))
+
+    def require_fit(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of a training with other settings.
+
+        Raises:
+            UsageError: They are named.
+        """
+        saved = state.get("terms") or self.terms
+        names = [n for n, value in self.terms.items() if saved.get(n) != value]
+        if names:
+            before, now = (
+                ", ".join(f"{n}={terms.get(n)}" for n in names) for terms in (saved, self.terms)
+            )
+            raise UsageError(
+                "continuing a training from its checkpoint",
+                f"it was begun with {before}, and now {now} is asked for",
+                "what comes out would be the network of neither",
+                "choose another folder, or continue with the settings of that run",
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""

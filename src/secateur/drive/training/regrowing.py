@@ -202,11 +202,11 @@ class Regrowing:
         """What a resumed run needs beyond the masks."""
         return {"last": self._last, "owed": self._owed, "length": self._length}
 
-    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Go on from ``steps``.
+    def require_fit(self, state: Mapping[str, Any]) -> None:
+        """Raise if the state is that of a training of another length.
 
         Raises:
-            UsageError: The training was of another length.
+            UsageError: With both lengths.
         """
         if state["length"] != self._length:
             raise UsageError(
@@ -215,4 +215,7 @@ class Regrowing:
                 "how much is exchanged, and until when, depends on the length",
                 "resume with the epochs, steps= and steps_per_epoch= of the run",
             )
+
+    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
+        """Go on from ``steps``."""
         self.steps, self._last, self._owed = steps, int(state["last"]), bool(state["owed"])

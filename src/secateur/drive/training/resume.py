@@ -32,7 +32,11 @@ _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
 
 class Stateful(Protocol):
-    """What has a state that can be saved: a pruner, a learning-rate schedule, a gradient scaler."""
+    """What has a state that can be saved: a pruner, a learning-rate schedule, a gradient scaler.
+
+    If it has ``require_fit(state)``, that is asked before anything is changed, and raises if the state
+    is not one of its own.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -281,6 +285,10 @@ def put_back_(training: Training, state: Mapping[str, Any]) -> None:
                 "every state must find its place",
                 "build the loop as it was when the checkpoint was written",
             )
+    for name, part in parts.items():
+        refuse = getattr(part, "require_fit", None)
+        if refuse is not None:
+            refuse(state["parts"][name])
     restore_optimizer_(model, training.optimizer, state["optimizer"])  # checks first as well
     with torch.no_grad():
         model.load_state_dict(state["model"], strict=False)
