@@ -12,9 +12,10 @@ from torch import nn
 
 from secateur import Gradual, Recipe, Target
 from secateur.core.errors import UsageError
+from secateur.drive.training.regrow import Regrow
 from secateur.drive.training.resume import Training, resume_, save_checkpoint
-from secateur.experiments import EventLog, Watched
-from secateur.schedule import Polynomial
+from secateur.experiments import EventLog, Watched, read
+from secateur.schedule import OneShot, Polynomial
 
 RECIPE = Recipe(target=Target("sparsity", 0.75), schedule=Polynomial(0, 10, 2))
 
@@ -52,6 +53,25 @@ def test_a_watched_pruner_continues_exactly(tmp_path: Path) -> None:
     assert first.masks == second.masks
     assert first.facts.history == second.facts.history
     assert first.facts.sparsity == pytest.approx(0.75, abs=0.01)
+
+
+def test_exchanges_in_place_of_a_step_are_logged() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    rigl = Regrow(frequency=3, end=1.0)
+    recipe = Recipe(target=RECIPE.target, schedule=OneShot(0, "steps"), regrow=rigl)
+    data: Any = {"test": [(X, Y)]}
+    log = EventLog(model, data)
+    run = Training(model, optimizer, Watched(Gradual(model, optimizer, recipe, steps=12), log))
+    losses = [read(model, data).loss]
+    for step in range(12):
+        train(run, step, step + 1)
+        losses.append(read(model, data).loss)
+    steps = [int(e.label.removeprefix("step ")) for e in log.events]
+    assert steps == [3, 6, 9]  # at the end nothing is exchanged any more
+    assert [e.before.loss for e in log.events] == [losses[step - 1] for step in steps]
+    assert [e.after.loss for e in log.events] == [losses[step] for step in steps]
 
 
 class Mute:

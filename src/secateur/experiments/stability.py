@@ -1,4 +1,4 @@
-"""How stable pruning is: accuracy before and after each event, and damage that is taken back."""
+"""How stable pruning is: accuracy before and after each event, and which groups an event hits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from secateur.core.weight import Weight
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.gradual import Gradual
+from secateur.drive.training.regrow import Regrow
 from secateur.experiments.reading import Reading, read
 from secateur.score import Criterion, Magnitude, Random
 from secateur.score.criterion import Needs
@@ -136,7 +137,8 @@ class Watched:
     Its state is that of the pruner and the events so far, so a resumed loop logs them all.
 
     Measuring before an event needs the weights of before: they are copied at every step (not the
-    whole network: only what is pruned), and put back for the measurement.
+    whole network: only what is pruned), and put back for the measurement. An exchange that takes the
+    place of the optimizer's step (RigL) is measured against the end of the step before.
 
     Args:
         pruner: Of the training loop.
@@ -168,23 +170,38 @@ class Watched:
                 "make EventLog with the pruner's model",
             )
         self.pruner, self.log = pruner, log
+        regrow = pruner.recipe.regrow
+        self._exchanges = isinstance(regrow, Regrow) and regrow.skips
+        self._last: tuple[Masks, dict[str, Tensor]] = Masks({}), {}
+        self._remember()
+
+    def _remember(self) -> None:
+        if self._exchanges:
+            self._last = self._copy()
+
+    def _copy(self) -> tuple[Masks, dict[str, Tensor]]:
+        masks = self.pruner.masks
+        return masks, {n: self.pruner.model.get_parameter(n).detach().clone() for n in masks}
 
     @torch.no_grad()
     def step(self) -> None:
         """Count one step of the optimizer; measure if the masks changed."""
-        names = list(self.pruner.masks)
-        parameters = {name: self.pruner.model.get_parameter(name) for name in names}
-        old_masks = self.pruner.masks
-        old = {name: p.detach().clone() for name, p in parameters.items()}
+        old_masks, old = self._copy()
+        if self._exchanges and old_masks != self._last[0]:  # in place of the optimizer's step
+            old_masks, old = self._last
         self.pruner.step()
-        if self.pruner.masks == old_masks:
-            return
-        new = {name: p.detach().clone() for name, p in parameters.items()}
-        for name, p in parameters.items():
-            p.copy_(old[name].masked_fill(~old_masks[name], 0))  # as the step held them
+        if self.pruner.masks != old_masks:
+            self._measure(old_masks, old)
+        self._remember()
+
+    def _measure(self, old_masks: Masks, old: Mapping[str, Tensor]) -> None:
+        _, new = self._copy()
+        for name, value in old.items():
+            parameter = self.pruner.model.get_parameter(name)
+            parameter.copy_(value.masked_fill(~old_masks[name], 0))  # as the step held them
         before = self.log.reading()
-        for name, p in parameters.items():
-            p.copy_(new[name])
+        for name, value in new.items():
+            self.pruner.model.get_parameter(name).copy_(value)
         self.log.events.append(Event(f"step {self.pruner.steps}", before, self.log.reading()))
 
     # What loops and checkpoints ask of a pruner.
@@ -227,9 +244,14 @@ class Watched:
         """The state of the pruner, and the events as plain values."""
         return {"pruner": self.pruner.state_dict(), "events": [asdict(e) for e in self.log.events]}
 
+    def require_fit(self, state: Mapping[str, Any]) -> None:
+        """As :meth:`secateur.Gradual.require_fit`."""
+        self.pruner.require_fit(state["pruner"])
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         self.pruner.load_state_dict(state["pruner"])
+        self._remember()
         self.log.events[:] = [
             Event(e["label"], Reading(**e["before"]), Reading(**e["after"]))
             for e in state["events"]
@@ -282,6 +304,3 @@ def targeting(target: str, criterion: Criterion | None = None, *, seed: int = 0)
         raise UsageError(f"target {target!r}", found, "", "write one of the three")
     size = criterion or Magnitude()
     return {"smallest": size, "random": Random(seed), "largest": Opposite(size)}[target]
-
-
-# -- damage that is taken back ----------------------------------------------------------------------
