@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -335,6 +336,22 @@ def test_scope_is_kept_and_tied_or_recurrent_weights_are_left_out() -> None:
     assert "recurrent" in reasons["rnn.weight_ih_l0"]
     assert "ignored" in reasons["low.weight"]
     net(torch.randn(2, 3, 8)).sum().backward()
+
+
+def test_masks_are_learned_before_the_model_is_wrapped(tmp_path: Path) -> None:
+    net = network()
+    names = set(net.state_dict())
+    place = f"file://{tmp_path / 'meet'}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        with pytest.raises(UsageError, match="Make Learned with the plain model"):
+            Learned(wrapped, optimizer, Leap())
+        assert set(net.state_dict()) == names
+        assert len(optimizer.param_groups) == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_nothing_in_scope_is_an_error_and_changes_nothing() -> None:

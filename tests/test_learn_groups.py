@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur import Data, FineTune, Scope
-from secateur.core.errors import BudgetError, NeedsData, UsageError
+from secateur.core.errors import BudgetError, NeedsData, NotYet, UsageError
+from secateur.drive.training import ranks
 from secateur.drive.training.learned import Learned, learn_masks
 from secateur.learn import GroupLearning, Slimming, energy_prune
 from secateur.learn.energy import branches_at
@@ -231,6 +232,28 @@ def test_hardening_cuts_the_cost_by_groups() -> None:
         assert bool((weight[~mask] == 0).all())
         assert torch.equal(mask[:, :, 0, 0], keep[ids])
     assert 0 < pruned.facts.measures["beta"] < 1
+
+
+def test_frozen_convolutions_are_left_out_with_a_note() -> None:
+    net = network()
+    net.conv.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+    learned = Learned(net, optimizer, GroupLearning(target=0.3))
+    frozen = net.conv.weight.clone()
+    train(net, optimizer, learned, batches(2))
+    pruned = learned.harden()
+    assert list(pruned.masks) == ["last.weight"]
+    assert torch.equal(net.conv.weight, frozen)
+    (note,) = (n.text for n in pruned.facts.notes if n.where == "conv.weight")
+    assert note == "it is frozen, and GroupLearning reads its gradient"
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    net = network()
+    with pytest.raises(NotYet, match="one of 2 processes"):
+        Learned(net, torch.optim.SGD(net.parameters(), 0.1), GroupLearning())
+    Learned(net, torch.optim.SGD(net.parameters(), 0.1), Slimming())
 
 
 def test_a_step_without_its_batch_is_refused() -> None:

@@ -1,6 +1,6 @@
 """Learned masks and objectives: what is trained together with the weights.
 
-A learner is a plain value; ``drive.learned.Learned`` puts it to work in a training loop.
+A learner is a plain value; ``drive.training.learned.Learned`` puts it to work in a training loop.
 """
 
 from secateur.learn.attacks import Attack, DeepFoolCutoff, Fgsm, Pgd

@@ -61,7 +61,7 @@ class Learner(Protocol):
 
     @property
     def needs_objective(self) -> bool:
-        """Whether :meth:`Learning.after_step_` needs the loss of the batch."""
+        """Whether :meth:`Learning.after_step_` computes the loss of the batch and its gradients anew."""
 
     def begin_(self, model: nn.Module, slots: Sequence[Slot]) -> Learning:
         """Put its parameters on ``model``."""

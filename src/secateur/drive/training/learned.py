@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Batch, Data, Loss, as_data, to_device
-from secateur.core.errors import NeedsData, UsageError
+from secateur.core.errors import NeedsData, NotYet, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
 from secateur.core.selectors import matches
 from secateur.core.slots import Slot, device_of
-from secateur.drive.network import copy_of
+from secateur.drive.network import copy_of, network_of
 from secateur.drive.plan import note_left_out, plan, require_finite
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, Scope, describe
+from secateur.drive.training import ranks
 from secateur.drive.training.finetune import FineTune, finetune
 from secateur.drive.training.held import masks_of
 from secateur.frontends.remembered import surgery_of
@@ -47,6 +48,9 @@ class Learned:
         how: A learner, e.g. :class:`~secateur.learn.Leap`.
         scope: Which weights take part.
         data: Only its loss is used, by learners that compute the loss of a batch once more.
+
+    Raises:
+        UsageError: Model, optimizer and learner do not fit; neither was changed.
 
     Example:
         >>> import torch
@@ -74,11 +78,12 @@ class Learned:
         scope: Scope | None = None,
         data: Data | Any = None,
     ) -> None:
+        model = _plain(model, how)
         self.model, self.optimizer, self.how = model, optimizer, how
         self._data = as_data(data)
         require_finite(model)
         found = plan(model, Recipe(scope=scope or Scope()))
-        slots = [_possible(model, slot) for slot in found.slots]
+        slots = [_possible(model, slot, how) for slot in found.slots]
         self.facts = Facts(recipe={"learn": describe(how)}, fingerprint=self._fingerprint(slots))
         self.facts.environment = environment()
         note_left_out(self.facts, replace(found, slots=tuple(slots)))
@@ -379,8 +384,31 @@ def _begin(how: Learner, model: nn.Module, slots: list[Slot]) -> Learning:
     return learning
 
 
-def _possible(model: nn.Module, slot: Slot) -> Slot:
+def _plain(model: nn.Module, how: Learner) -> nn.Module:
+    """The network without wrappers, if its masks can be learned by all processes together."""
+    asked = f"learning masks with {type(how).__name__}"
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            asked,
+            "the model is wrapped in DistributedDataParallel already",
+            "only parameters that are there when a model is wrapped are averaged over the processes, "
+            "and each would learn masks of its own",
+            "make Learned with the plain model, and wrap the model afterwards",
+        )
+    if how.needs_objective and ranks.world() > 1:
+        raise NotYet(
+            f"{asked} while several processes train",
+            f"this is one of {ranks.world()} processes",
+            "it learns beside the optimizer, from the batches of its own process alone",
+            "train on one process, or take another learner",
+        )
+    return network_of(model)
+
+
+def _possible(model: nn.Module, slot: Slot, how: Learner) -> Slot:
     reason = obstacle(model, slot) if slot.prunable else ""
+    if slot.prunable and how.needs_objective and not slot.tensor(model).requires_grad:
+        reason = f"it is frozen, and {type(how).__name__} reads its gradient"
     return replace(slot, reason=reason) if reason else slot
 
 
