@@ -16,7 +16,7 @@ import pytest
 import torch
 from tickets_cases import LEVELS, SHORT, Broken, Shuffled, build, counted, data, plan, search
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import secateur
 from secateur.experiments.training import Stretch, seeded, train_
@@ -121,11 +121,18 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     assert {p.name for p in run.glob(".*")} == {".gitignore"}
 
 
-def test_the_caller_keeps_the_random_state_and_the_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_caller_keeps_the_random_state_and_the_network(inside: bool, tmp_path: Path) -> None:
     net, feed = build(), data()
     generator = torch.Generator().manual_seed(5)
     pairs = TensorDataset(feed.train.x, feed.train.y)
-    feed = replace(feed, train=DataLoader(pairs, 32, shuffle=True, generator=generator))
+    order = BatchSampler(RandomSampler(pairs, generator=generator), 32, drop_last=False)
+    loader = (
+        DataLoader(pairs, batch_sampler=order)
+        if inside
+        else DataLoader(pairs, 32, shuffle=True, generator=generator)
+    )
+    feed = replace(feed, train=loader)
     before, states = copy.deepcopy(net.state_dict()), (torch.get_rng_state(), generator.get_state())
     first = search(tmp_path / "a", model=net, data=feed)
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from secateur.core.batches import Batch, Data, count, size_of, to_device
 from secateur.core.errors import DataError, NeedsData
 from secateur.core.losses import default_loss, differentiable
 from secateur.core.slots import device_of
+from secateur.drive.training.chance import generators_of, parts_of
 from secateur.drive.training.finetune import Progress, parameter_groups
 from secateur.drive.training.held import Held
 from secateur.experiments.terms import Training
@@ -185,7 +186,8 @@ def seed_of(*parts: object) -> int:
 def seeded(seed: int, model: nn.Module | None = None, train: object = None) -> Iterator[None]:
     """Random states from ``seed`` inside, the caller's own afterwards.
 
-    Covers PyTorch, Python, NumPy, and generators that the training loader carries.
+    Covers PyTorch, Python, NumPy, and generators that the training loader, its samplers or its data
+    set carry.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -199,7 +201,7 @@ def seeded(seed: int, model: nn.Module | None = None, train: object = None) -> I
     """
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"} if model else set()
     python, numbers = random.getstate(), np.random.get_state()
-    own = [(generator, generator.get_state()) for generator in _generators(train)]
+    own = [(generator, generator.get_state()) for _, generator in generators_of(train)]
     with torch.random.fork_rng(sorted(cuda, key=str)):
         try:
             _seed_all(seed)
@@ -214,9 +216,9 @@ def seeded(seed: int, model: nn.Module | None = None, train: object = None) -> I
 def start_epoch_(train: object, seed: int, number: int) -> None:
     """Set every random state that the next epoch may draw from."""
     _seed_all(seed)
-    for generator in _generators(train):
+    for _, generator in generators_of(train):
         generator.manual_seed(seed)
-    for part in _parts(train):
+    for part in parts_of(train).values():
         set_epoch = getattr(part, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(number)
@@ -226,12 +228,3 @@ def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-
-
-def _generators(train: object) -> list[torch.Generator]:
-    found = {id(g): g for part in _parts(train) if (g := getattr(part, "generator", None))}
-    return [g for g in found.values() if isinstance(g, torch.Generator)]
-
-
-def _parts(train: object) -> Iterable[object]:
-    return (train, *(getattr(train, name, None) for name in ("sampler", "batch_sampler")))

@@ -62,25 +62,41 @@ def restore_random_(states: Mapping[str, Any], source: object = None) -> None:
 
 def generator_states(source: object) -> dict[str, torch.Tensor]:
     """The states of the generators that a loader, its sampler or its data set carry."""
-    return {name: generator.get_state() for name, generator in _generators(source)}
+    return {name: generator.get_state() for name, generator in generators_of(source)}
 
 
 def restore_generators_(states: Mapping[str, torch.Tensor], source: object) -> None:
     """Inverse of :func:`generator_states`."""
-    for name, generator in _generators(source):
+    for name, generator in generators_of(source):
         if name in states:
             generator.set_state(states[name])
 
 
-def _generators(source: object) -> Iterator[tuple[str, torch.Generator]]:
-    """Generators that a loader, its samplers or its data set carry, each once."""
+def generators_of(source: object) -> Iterator[tuple[str, torch.Generator]]:
+    """Generators that a loader, its samplers or its data set carry, each once, by their place.
+
+    Example:
+        >>> loader = torch.utils.data.DataLoader([1, 2], generator=torch.Generator())
+        >>> [name for name, _ in generators_of(loader)]
+        ['']
+    """
     seen: set[int] = set()
-    holders = {"": source}
-    for name in ("sampler", "batch_sampler", "dataset"):
-        holders[name] = getattr(source, name, None)
-    holders["batch_sampler.sampler"] = getattr(holders["batch_sampler"], "sampler", None)
-    for name, holder in holders.items():
+    for name, holder in parts_of(source).items():
         generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator) and id(generator) not in seen:
             seen.add(id(generator))
             yield name, generator
+
+
+def parts_of(source: object) -> dict[str, object]:
+    """A loader and those of its parts that may decide an order, by their place in it.
+
+    Example:
+        >>> list(parts_of([1, 2]))
+        ['', 'sampler', 'batch_sampler', 'dataset', 'batch_sampler.sampler']
+    """
+    parts = {"": source}
+    for name in ("sampler", "batch_sampler", "dataset"):
+        parts[name] = getattr(source, name, None)
+    parts["batch_sampler.sampler"] = getattr(parts["batch_sampler"], "sampler", None)
+    return parts
