@@ -247,6 +247,17 @@ def test_uniform_models_load_with_plain_from_pretrained(
     assert error(load_transformers(tmp_path / "out"), model, inputs) == 0
 
 
+def test_saving_leaves_every_module_in_its_mode(tmp_path: Path) -> None:
+    model: Any = bert()
+    structure = couple(model, IDS)
+    surgery = cut(model, kept(structure, 0.5, lead=FEED[bert]), structure)
+    model.train()
+    model.embeddings.eval()  # a part that is not trained, say
+    modes = [module.training for module in model.modules()]
+    save_transformers(model, tmp_path / "out", surgery)
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_all_widths_at_once_can_be_uniform(build: Any, tmp_path: Path) -> None:
     """Heads and the residual width too: GPT-2 needs them in proportion, Llama does not."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.atomic import new_folder
+from secateur.core.batches import evaluating
 from secateur.core.errors import MissingExtra, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
@@ -82,7 +83,7 @@ def save_transformers(
     """Write a folder that holds a cut Transformers model.
 
     Args:
-        model: After the cut, in evaluation mode.
+        model: After the cut; every module keeps its mode.
         folder: The folder to make.
         surgery: What was cut.
         example: Inputs on which the rebuilt model must agree; made up for texts and images.
@@ -241,13 +242,11 @@ def _rebuilt(
 
 @torch.no_grad()
 def _agree(built: nn.Module, model: nn.Module, example: Any) -> bool:
-    training = model.training
     try:
-        pair = [predictions(call(net.eval(), example)) for net in (built, model)]
+        with evaluating(model):
+            pair = [predictions(call(net, example)) for net in (built.eval(), model)]
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
-    finally:
-        model.train(training)
     dtype = next(model.parameters()).dtype
     return compare(*pair).error <= _NEAR.get(dtype, 1e-2)
 
