@@ -266,6 +266,21 @@ def test_reestimation_removes_a_barrier_of_statistics() -> None:
     assert again.errors[2] == plain.errors[2]
 
 
+def test_the_ends_are_the_networks_themselves_whole_numbers_too() -> None:
+    class Turned(nn.Module):
+        def __init__(self, order: list[int]) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+            self.register_buffer("order", torch.tensor(order))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * x[:, self.order]
+
+    right, wrong = Turned([0, 1]), Turned([1, 0])
+    found = connectivity(right, right, wrong, [(torch.eye(2), torch.tensor([0, 1]))], points=2)
+    assert found.errors == (0.0, 1.0)
+
+
 def test_connectivity_refuses_what_cannot_be_mixed() -> None:
     net = classifier(0)
     with pytest.raises(UsageError, match="one architecture"):

@@ -112,9 +112,13 @@ def _between(a: State, b: State, share: float) -> dict[str, Tensor]:
     mixed = {}
     for name, value in a.items():
         other = b[name].to(value.device)
-        exact = share == 0 or not value.dtype.is_floating_point
         # Both ends exactly: 0 * inf and rounding would make them other networks.
-        mixed[name] = value if exact else other if share == 1 else torch.lerp(value, other, share)
+        if share == 1:
+            mixed[name] = other
+        elif share == 0 or not value.dtype.is_floating_point:
+            mixed[name] = value
+        else:
+            mixed[name] = torch.lerp(value, other, share)
     return mixed
 
 

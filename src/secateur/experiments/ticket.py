@@ -75,8 +75,6 @@ def find_ticket(
         ...                     folder=tempfile.mkdtemp(), plan=plan)
         >>> [round(stage.sparsity, 2) for stage in found.levels]
         [0.5, 0.75]
-
-    Example: see :class:`TicketFacts`.
     """
     plan = plan or TicketPlan()
     return Search(model, recipe or Recipe(), as_data(data), Path(folder), plan, progress).run()
