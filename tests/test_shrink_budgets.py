@@ -81,6 +81,36 @@ def test_uniform_widths_are_alike_and_within_the_target() -> None:
     assert sum(p.numel() for p in pruned.model.parameters()) == told["reached"] <= told["limit"]
 
 
+class Twins(nn.Module):
+    """Two like blocks; the second may refuse other widths in its code."""
+
+    def __init__(self, *, fussy: bool) -> None:
+        super().__init__()
+        self.fussy = fussy
+        self.wide = nn.ModuleList(nn.Linear(16, 32) for _ in range(2))
+        self.back = nn.ModuleList(nn.Linear(32, 16) for _ in range(2))
+        self.one, self.two = nn.Linear(16, 64), nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not self.fussy or self.wide[1].weight.shape[0] == 32
+        for wide, back in zip(self.wide, self.back, strict=True):
+            x = x + back(wide(x).relu())
+        scores: torch.Tensor = self.two(self.one(x).relu())
+        return scores
+
+
+@pytest.mark.parametrize("fussy", [False, True])
+def test_uniform_widths_stay_whole_if_one_of_them_must(fussy: bool) -> None:
+    torch.manual_seed(0)
+    scope = secateur.Scope() if fussy else secateur.Scope(ignore=("wide.1",))
+    target = secateur.Target("params", 0.9)
+    recipe = secateur.ShrinkRecipe(target=target, uniform=True, scope=scope, recovery=())
+    pruned = secateur.shrink(Twins(fussy=fussy), recipe, torch.zeros(1, 16))
+    assert [width.name for width in pruned.facts.widths if width.kept < width.groups] == ["one"]
+    (note,) = (n.text for n in pruned.facts.notes if n.where == "wide.0")
+    assert note == "it keeps as many groups as 'wide.1', which takes no part"
+
+
 def test_align(net: Residual) -> None:
     recipe = secateur.ShrinkRecipe(align=4, recovery=())
     small = secateur.shrink(net, recipe, torch.zeros(1, 3, 8, 8)).model

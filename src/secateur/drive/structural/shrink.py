@@ -31,6 +31,7 @@ from secateur.drive.structural.refit import refit_
 from secateur.drive.structural.removal import require_slots_alike
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.trial import require_runs, unproved, unrunnable
+from secateur.drive.structural.uniform import held_back
 from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
 from secateur.formats import Surgery
@@ -284,9 +285,14 @@ class _Run:
     def _chosen(self) -> list[Width]:
         widths = widths_in(self.structure, self.recipe.scope)
         chosen = [w for w in widths if w.groups > 1 and w.name not in self.stuck]
+        names = [w.name for w in chosen]
+        held = held_back(self.structure, names) if self.recipe.uniform else {}
+        for name, why in held.items():
+            self.facts.note("pinned", name, why)
+        chosen = [w for w in chosen if w.name not in held]
         if not chosen:
             notes = [note.text for note in self.facts.notes if note.where in self.stuck]
-            reasons = dict.fromkeys([*notes, *self.structure.pinned.values()])
+            reasons = dict.fromkeys([*notes, *held.values(), *self.structure.pinned.values()])
             raise UsageError(
                 "structural pruning",
                 f"none of {len(self.structure.widths)} widths takes part",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -76,11 +76,8 @@ def uniform_keep(
         >>> {name: flags.int().tolist() for name, flags in uniform_keep(structure, keep).items()}
         {'0': [1, 1, 0, 0], '1': [1, 1, 0, 0]}
     """
-    alike: dict[tuple[str, int], list[Width]] = {}
-    for width in structure.widths:
-        alike.setdefault((re.sub(r"\d+", "*", width.name), width.groups), []).append(width)
     evened: dict[str, Tensor] = {}
-    for widths in alike.values():
+    for widths in _alike(structure):
         if not any(width.name in keep for width in widths):
             continue
         flags = [keep.get(w.name, torch.ones(w.groups, dtype=torch.bool)).cpu() for w in widths]
@@ -91,6 +88,37 @@ def uniform_keep(
             score = None if scores is None else scores.get(width.name)
             evened[width.name] = _keeping(own, count, score)
     return evened
+
+
+def held_back(structure: Structure, taking: Collection[str]) -> dict[str, str]:
+    """Widths that stay whole because one that is like them takes no part: name -> why.
+
+    Args:
+        structure: The widths.
+        taking: Names of those that take part otherwise.
+
+    Example:
+        >>> from torch import nn
+        >>> from secateur.structure import couple
+        >>> structure = couple(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), torch.zeros(1, 4))
+        >>> held_back(structure, ["0", "1"]), held_back(structure, ["0"])
+        ({}, {'0': "it keeps as many groups as '1', which takes no part"})
+    """
+    found: dict[str, str] = {}
+    for widths in _alike(structure):
+        out = next((width.name for width in widths if width.name not in taking), None)
+        if out is not None:
+            why = f"it keeps as many groups as {out!r}, which takes no part"
+            found |= {width.name: why for width in widths if width.name in taking}
+    return found
+
+
+def _alike(structure: Structure) -> list[list[Width]]:
+    """Widths whose names differ in numbers only and that have equally many groups, together."""
+    alike: dict[tuple[str, int], list[Width]] = {}
+    for width in structure.widths:
+        alike.setdefault((re.sub(r"\d+", "*", width.name), width.groups), []).append(width)
+    return list(alike.values())
 
 
 def _nearest(mean: float, groups: int, step: int) -> int:
