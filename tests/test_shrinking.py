@@ -402,9 +402,60 @@ def test_each_cut_is_proved_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pruner.facts.history[0]["proof"] < 1e-5
     shapes = [p.shape for p in net.parameters()]
     monkeypatch.setattr(cutting, "prove", lambda *_: Proof(0.5, 1))
-    with pytest.raises(DataError, match="as before this cut"):
+    with pytest.raises(DataError, match="Two runs of the uncut network differ"):
         train(net, optimizer, pruner, range(1, 2))
     assert shapes == [p.shape for p in net.parameters()]
+
+
+class Picky(Net):
+    """Its code divides by a size that no operator shows, or wants the inner width whole."""
+
+    def __init__(self, *, scaled: bool) -> None:
+        super().__init__(inside=24)
+        self.scaled = scaled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.scaled or self.up.weight.shape[0] == 24, "not as built"
+        x = self.norm(self.stem(x)).relu()
+        inner = self.middle(self.up(x)).relu()
+        scores: torch.Tensor = self.head((x + self.down(inner)).mean((2, 3)))
+        return scores / (self.up.weight.shape[0] if self.scaled else 1)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_widths_that_break_the_network_are_left_and_told(scaled: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    words = "differs from the masked one" if scaled else "raises AssertionError: not as built"
+
+    def begin() -> tuple[Any, Shrinking]:
+        net = Picky(scaled=scaled)
+        how = {"pace": pace(0, 3, 1, prove_each=scaled), "recipe": recipe(0.6)}
+        return net, shrinking(net, sgd(net), **how)
+
+    net, pruner = begin()
+    train(net, pruner.optimizer, pruner, range(2))
+    place = save_checkpoint(
+        tmp_path / "a.safetensors", Training(net, pruner.optimizer, pruner), step=8
+    )
+    again, later = begin()
+    resume_(place, Training(again, later.optimizer, later))
+    for model, part in ((net, pruner), (again, later)):
+        train(model, part.optimizer, part, range(2, 3))
+        facts = part.finalize().facts
+        assert [w.name for w in facts.widths] == ["stem"]
+        (note,) = (n for n in facts.notes if n.where == "up")
+        assert note.topic == "pinned"
+        assert "of 24 the network" in note.text
+        assert words in note.text
+        assert part.macs <= 0.6 * 64 * (3 * 10 * 9 + 2 * 10 * 24 * 5) + 40
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_a_target_that_such_widths_make_impossible_is_an_error() -> None:
+    net = Picky(scaled=False)
+    pruner = shrinking(net, sgd(net), pace=pace(0, 3, 1), recipe=recipe(0.02))
+    with pytest.raises(BudgetError):
+        train(net, pruner.optimizer, pruner, range(3))
 
 
 def test_an_early_end_is_refused_unless_asked() -> None:
@@ -416,7 +467,8 @@ def test_an_early_end_is_refused_unless_asked() -> None:
     train(net, optimizer, pruner, range(2))
     with pytest.raises(UsageError, match="33 % of the way"):
         pruner.finalize()
-    assert any(note.topic == "target" for note in pruner.finalize(early=True).facts.notes)
+    (note,) = (n for n in pruner.finalize(early=True).facts.notes if n.topic == "target")
+    assert note.text.endswith("the training ended after 33 % of the way")
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -34,7 +34,8 @@ class Pace:
             share of what is left each time.
         steps_per_epoch: Needed for a schedule in epochs, and for the record of each epoch.
         steps: Optimizer steps of the whole training, if known: a schedule that is longer is refused.
-        prove_each: Compare every cut network with the masked one, which takes two forward passes.
+        prove_each: Compare every cut network with the masked one, which takes two forward passes; a
+            width that is at fault is left alone, with a note.
 
     Example:
         >>> from secateur.schedule import events

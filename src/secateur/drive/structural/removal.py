@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from secateur.allocate.widths import WidthItem
 from secateur.core.batches import Data
-from secateur.core.errors import UsageError
+from secateur.core.errors import DataError, UsageError
 from secateur.core.facts import WidthFacts
+from secateur.core.widths import Width
 from secateur.drive.structural.cutting import proved, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.scores import group_scores
-from secateur.drive.structural.uniform import best_groups
+from secateur.drive.structural.trial import unproved, unrunnable
+from secateur.drive.structural.uniform import best_groups, held_back
 from secateur.drive.structural.width_cost import WidthCost, width_cost
 from secateur.drive.structural.width_steps import Stepped, WidthSteps
 from secateur.formats import Surgery
@@ -55,6 +57,13 @@ class Removal:
         unit = self.recipe.target.unit
         return width_cost(model, structure, unit, self.uses if unit == "macs" else {})
 
+    def taking(self, structure: Structure, stuck: Collection[str] = ()) -> list[Width]:
+        """The widths that may be cut: in scope, of several groups, and not among those named."""
+        widths = widths_in(structure, self.recipe.scope)
+        found = [w for w in widths if w.groups > 1 and w.name not in stuck]
+        held = held_back(structure, [w.name for w in found]) if self.recipe.uniform else {}
+        return [w for w in found if w.name not in held]
+
     def choose(
         self,
         structure: Structure,
@@ -88,43 +97,90 @@ class Removal:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        limit: float,
-        last: float | None = None,
-    ) -> tuple[Surgery | None, dict[str, Any]]:
-        """Cut ``model`` and the state of ``optimizer`` down to a cost of ``limit``.
+        limits: tuple[float, float],
+        stuck: Collection[str] = (),
+    ) -> Removed:
+        """Cut ``model`` and the state of ``optimizer`` down to a cost.
 
-        Where widths come in steps a removal may take a block too much, but not beyond ``last``.
+        Args:
+            model: Changed in place, once the choice has been tried on copies.
+            optimizer: Its optimizer.
+            limits: What the model may cost now, and at the end. Where widths come in steps a removal
+                may take a block too much, but not beyond the second.
+            stuck: Names of widths that stay as they are.
 
-        Returns:
-            What was cut, ``None`` if it was nothing, and a record of it.
+        Raises:
+            BudgetError: Without the widths that are stuck, the limit cannot be met.
+            DataError: The cut network computes something else, and no width alone is at fault.
         """
         structure = couple(model, self.example)
-        widths = [w for w in widths_in(structure, self.recipe.scope) if w.groups > 1]
-        scores = group_scores(model, widths, self.recipe, self.data)
+        every = group_scores(model, self.taking(structure, stuck), self.recipe, self.data)
         cost = self.cost(model, structure)
-        limits = limit, limit if last is None else min(last, limit)
-        chosen = self.choose(structure, scores, cost, limits)
-        keep = best_groups(structure, scores, chosen.kept, uniform=self.recipe.uniform)
-        keep = {name: flags for name, flags in keep.items() if not bool(flags.all())}
+        limits = limits[0], min(limits)
+        found: dict[str, str] = {}
+        while True:
+            free = self.taking(structure, {*stuck, *found})
+            scores = {width.name: every[width.name] for width in free}
+            chosen = self.choose(structure, scores, cost, limits)
+            keep = best_groups(structure, scores, chosen.kept, uniform=self.recipe.uniform)
+            keep = {name: flags for name, flags in keep.items() if not bool(flags.all())}
+            breaks, error = self._tried(model, structure, keep)
+            if not breaks:
+                break
+            found |= breaks
         removed = {name: int((~flags).sum()) for name, flags in keep.items()}
         counts = {name: int(flags.sum()) for name, flags in keep.items()}
         event: dict[str, Any] = {
-            "limit": limit,
+            "limit": limits[0],
             "cost": [cost.dense, cost(counts)],
             "macs": [self.macs(model)] * 2,
             "removed": removed,
             "align": chosen.align,
         }
         if not removed:
-            return None, event
+            return Removed(None, event, found)
         cuts = cuts_for(model, structure, keep)
         require_slots_alike(model, optimizer, cuts.kept)
         surgery = surgery_for(model, cuts, weights=False)  # what it was made from is trained on
-        if self.prove_each:
-            event["proof"] = proved(model, cuts, structure, keep, self.example).error
+        if error is not None:
+            event["proof"] = error
         apply_(model, cuts, optimizer)
         event["macs"][1] = self.macs(model)
-        return surgery, event
+        return Removed(surgery, event, found)
+
+    def _tried(
+        self, model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
+    ) -> tuple[dict[str, str], float | None]:
+        """Widths that break the network -> how they do, and the error of the proof if one is asked."""
+        if not keep:
+            return {}, None
+        breaks = {
+            n: f"raises {w}" for n, w in unrunnable(model, structure, keep, self.example).items()
+        }
+        error = None
+        if not breaks and self.prove_each:
+            try:
+                cuts = cuts_for(model, structure, keep)
+                error = proved(model, cuts, structure, keep, self.example).error
+            except DataError:
+                breaks = unproved(model, structure, keep, self.example)
+        told = {n: f"cut to {int(keep[n].sum())} of {len(keep[n])}" for n in breaks}
+        return {n: f"{told[n]} the network {why}" for n, why in breaks.items()}, error
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What one removal did.
+
+    Args:
+        surgery: What was cut, ``None`` if it was nothing.
+        event: A record of it.
+        stuck: Widths that were found to break the network -> how they do. They were left alone.
+    """
+
+    surgery: Surgery | None
+    event: dict[str, Any]
+    stuck: Mapping[str, str]
 
 
 def require_slots_alike(

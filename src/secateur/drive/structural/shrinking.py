@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,10 @@ from secateur.drive.training.timing import is_due
 from secateur.formats import Surgery
 from secateur.formats.surgery_file import parse_surgery, surgery_text
 from secateur.frontends import discover
+from secateur.frontends.remembered import remember_, surgery_of
 from secateur.frontends.surgery import replay_
 from secateur.schedule import share_at
 from secateur.structure import couple
-
-_SURGERY = "secateur_surgery"  # what was cut so far, kept on the model as shrink_ does
 
 
 class Shrinking:
@@ -47,7 +47,8 @@ class Shrinking:
     :func:`~secateur.shrink`, and parameters, buffers and the optimizer's momenta become smaller in
     place: an epoch gets faster as training goes on. Where widths come in multiples, a removal may take
     one step more than is due, but none goes beyond the target. Parameters and optimizer stay the
-    same objects, so learning-rate schedules run on. Nothing is repaired; training does that.
+    same objects, so learning-rate schedules run on. Nothing is repaired; training does that. Every cut
+    is tried on a copy first: widths that break the network stay as they are from then on, with a note.
 
     ``facts.history`` has one record a removal, ``facts.measures["epochs"]`` one an epoch, and
     ``facts.measures["training_macs"]`` the multiply-adds of the training against dense: those of a
@@ -122,7 +123,7 @@ class Shrinking:
         self._removal = Removal(recipe, example, used, origin, found, pace.prove_each)
         cost = self._removal.cost(self.model, self._structure)
         self._dense, self._limit = cost.dense, limit_of(recipe.target, cost.dense)
-        flat = {w.name: torch.ones(w.groups) for w in widths if w.groups > 1}
+        flat = {w.name: torch.ones(w.groups) for w in self._removal.taking(self._structure)}
         if not flat:
             found_text = f"none of {len(self._structure.widths)} widths takes part"
             why = "; ".join(list(dict.fromkeys(self._structure.pinned.values()))[:3])
@@ -130,8 +131,8 @@ class Shrinking:
         self._removal.choose(self._structure, flat, cost, (self._limit,) * 2)  # can it be reached?
         self._dense_macs = self._macs = self._removal.macs(self.model)
         self._parameters = sum(p.numel() for p in self.model.parameters())
-        self._earlier: Surgery | None = getattr(self.model, _SURGERY, None)
-        self._surgery: Surgery | None = None
+        self._surgery: Surgery | None = None  # of this training alone
+        self._stuck: dict[str, str] = {}
         self.steps, self._share, self._spent, self._before = 0, 0.0, 0.0, 0.0
         self.facts.measures |= {"epochs": [], "cutting_seconds": 0.0}
 
@@ -188,24 +189,24 @@ class Shrinking:
 
     def _remove_(self, share: float) -> None:
         begun = time.perf_counter()
-        limit = self._dense - share * (self._dense - self._limit)
+        limits = self._dense - share * (self._dense - self._limit), self._limit
         with own_random(self.model, self.recipe.seed):
-            surgery, event = self._removal.remove_(self.model, self.optimizer, limit, self._limit)
-        if surgery is not None:
-            self._keep(surgery if self._surgery is None else self._surgery.then(surgery))
-        self._share, self._macs = share, event["macs"][1]
-        self.facts.history.append({"step": self.steps, "time": self.time, "share": share, **event})
+            done = self._removal.remove_(self.model, self.optimizer, limits, self._stuck)
+        if done.surgery is not None:
+            before = self._surgery
+            self._surgery = done.surgery if before is None else before.then(done.surgery)
+            remember_(self.model, done.surgery)
+        self._pin(done.stuck)
+        self._share, self._macs = share, done.event["macs"][1]
+        record = {"step": self.steps, "time": self.time, "share": share}
+        self.facts.history.append({**record, **done.event})
         self.facts.measures["cutting_seconds"] += time.perf_counter() - begun
 
-    def _keep(self, surgery: Surgery) -> None:
-        self._surgery = surgery
-        setattr(self.model, _SURGERY, self._whole())
-
-    def _whole(self) -> Surgery | None:
-        """With what had been cut before the training began."""
-        if self._earlier is None or self._surgery is None:
-            return self._surgery or self._earlier
-        return self._earlier.then(self._surgery)
+    def _pin(self, stuck: Mapping[str, str]) -> None:
+        """Widths that break the network stay as they are from here on."""
+        self._stuck |= stuck
+        for name, text in stuck.items():
+            self.facts.note("pinned", name, text)
 
     def finalize(self, *, early: bool = False) -> Pruned:
         """End: the network as it is, with everything that was cut and the facts.
@@ -233,8 +234,11 @@ class Shrinking:
         measures["target"] = {"unit": unit, "dense": self._dense, "limit": self._limit,
                               "reached": reached, "align": align}  # fmt: skip
         if abs(reached - self._limit) > 0.02 * self._limit:
-            text = f"asked for {self._limit:,.4g} {unit}, reached {reached:,.4g}"
-            self.facts.note("target", "", text + ": groups are whole filters or channels")
+            why = "groups are whole filters or channels"
+            if self._share < 1:
+                why = f"the training ended after {100 * self._share:.0f} % of the way"
+            text = f"asked for {self._limit:,.4g} {unit}, reached {reached:,.4g}: {why}"
+            self.facts.note("target", "", text)
         count = sum(p.numel() for p in self.model.parameters())
         measures["parameters"] = [self._parameters, count]
         dense = self._dense_macs * self.steps
@@ -242,7 +246,7 @@ class Shrinking:
         measures["macs"] = [self._dense_macs, self._macs]
         measures["training_macs"] = {"dense": dense, "spent": self._spent, "share": share}
         self.facts.widths = width_facts(self._structure, self._surgery)
-        return Pruned(self.model, Masks({}), self.facts, surgery=self._whole())
+        return Pruned(self.model, Masks({}), self.facts, surgery=surgery_of(self.model))
 
     def _told_align(self) -> int:
         """The finest steps of all removals; a note says why if they are finer than usual."""
@@ -265,6 +269,7 @@ class Shrinking:
             "spent": [self._spent, self._before],
             "fingerprint": self.facts.fingerprint,
             "surgery": surgery_text(self._surgery) if self._surgery is not None else "",
+            "stuck": dict(self._stuck),
             "history": copy.deepcopy(self.facts.history),
             "epochs": copy.deepcopy(self.facts.measures["epochs"]),
             "cutting_seconds": self.facts.measures["cutting_seconds"],
@@ -294,7 +299,7 @@ class Shrinking:
                 "build model, optimizer and Shrinking anew, and load the state then",
             )
         replay_(self.model, surgery)
-        self._keep(surgery)
+        self._surgery = surgery
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run. Of the three states this one comes first, then the model's, then the optimizer's.
@@ -308,6 +313,7 @@ class Shrinking:
         self.steps, self._share = int(state["steps"]), float(state["share"])
         self._spent, self._before = (float(x) for x in state["spent"])
         self._macs = self._removal.macs(self.model)
+        self._pin(state.get("stuck", {}))
         self.facts.history = copy.deepcopy(list(state["history"]))
         self.facts.measures["epochs"] = copy.deepcopy(list(state["epochs"]))
         self.facts.measures["cutting_seconds"] = float(state["cutting_seconds"])
