@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import secateur
 from secateur.allocate import Ranked
 from secateur.cli.main import app
+from secateur.cli.plot_sources import read_source
 from secateur.experiments import TicketPlan, Training, find_ticket
 from secateur.report.plots_style import write_plot
 
@@ -101,6 +102,8 @@ def test_ticket_runs(runs: Path, tmp_path: Path) -> None:
     assert [(p["name"], p["rows"]) for p in found["plots"]] == [("tickets", 3), ("similarity", 4)]
     document = command(runs / "rate.json", "-o", tmp_path / "document")
     assert [row["plot"] for row in document["left_out"]] == ["similarity"]
+    told = [read_source(place).tickets[0]["split"] for place in (one, runs / "rate.json")]
+    assert told == ["test", "test"]
     texts = [(tmp_path / n / "tickets.csv").read_text("utf-8") for n in ("one", "document")]
     assert texts[0] == texts[1]
     facts = json.loads((runs / "rate.json").read_text("utf-8"))

@@ -101,6 +101,22 @@ def test_tickets_are_means_with_their_range() -> None:
     assert texts == ["rate rewound (2 runs)", "re-initialised"]
 
 
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        (("test", "test"), "accuracy"),
+        (("train", "train"), "accuracy (training)"),
+        (("test", "train"), "accuracy (some runs: training)"),
+    ],
+)
+def test_tickets_say_what_they_were_measured_on(splits: tuple[str, str], said: str) -> None:
+    runs = [{**run, "split": split} for run, split in zip(RUNS[1:], splits, strict=True)]
+    plot = tickets_plot(runs)
+    assert plot.figure.axes[0].get_ylabel() == said
+    assert plot.title == f"Tickets: {said} against weights left"
+    assert plot.columns[3] == "accuracy"
+
+
 def test_methods_are_named_by_what_differs() -> None:
     runs = [run_of("rate", s, 0.9, 0.8, allocation=a) for a in ("global", "erk") for s in (0, 1)]
     names = run_names([*runs, RUNS[2]])

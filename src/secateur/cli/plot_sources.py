@@ -179,7 +179,7 @@ def _tickets(folders: list[Path], asked: str) -> Source:
         plan = dict(identities[folder].get("plan") or {})
         for chain in _chains(levels):
             masks.append([stage.masks for stage in chain])
-            metric = str(chain[0].facts.measures.get("metric", "accuracy"))
+            measures = chain[0].facts.measures
             first = (
                 {"asked": 0.0, "sparsity": 0.0, "accuracy": None} if dense is None else _row(dense)
             )
@@ -188,7 +188,8 @@ def _tickets(folders: list[Path], asked: str) -> Source:
                     "rewind": str(plan.get("rewind", "weights")),
                     "recipe": identities[folder].get("recipe") or {},
                     "plan": {k: v for k, v in plan.items() if k != "rewind"},
-                    "metric": metric,
+                    "metric": str(measures.get("metric", "accuracy")),
+                    "split": str(measures.get("split", "test")),
                     "dense": first,
                     "levels": [_row(stage) for stage in chain],
                 }

@@ -84,13 +84,24 @@ def tickets_plot(runs: Sequence[Mapping[str, Any]]) -> Plot:
         )
     metric = str(runs[0].get("metric", "accuracy"))
     left_out = (f"{silent} stages without an accuracy",) if silent else ()
-    title = f"Tickets: {metric} against weights left"
+    said = f"{metric}{_where(runs)}"
+    title = f"Tickets: {said} against weights left"
     columns = ("method", "asked", "left", metric, "lowest", "highest", "runs")
     with style():
         longest = max(len(row[0]) for row in rows)
         figure = new_figure(title, 5.4 + 0.07 * longest, 3.9)
-        _draw_tickets(figure.subplots(), rows, metric)
+        axes = figure.subplots()
+        _draw_tickets(axes, rows, metric)
+        axes.set_ylabel(said)
     return Plot("tickets", title, figure, columns, tuple(rows), left_out)
+
+
+def _where(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What was measured on, where it was not the test data alone."""
+    splits = {str(run.get("split", "test")) for run in runs}
+    if "train" not in splits:
+        return ""
+    return " (training)" if len(splits) == 1 else " (some runs: training)"
 
 
 def similarity_plot(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Plot:
@@ -203,7 +214,6 @@ def _draw_tickets(axes: Any, rows: Sequence[tuple[Any, ...]], metric: str) -> No
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(*_ticks({row[2] for row in rows}))
     axes.set_xlabel("weights left (logarithmic; band: lowest to highest run)")
-    axes.set_ylabel(metric)
     if metric == "accuracy":
         per_cent(axes.yaxis)
     dense = sorted({row[3] for row in rows if row[1] == 0})
