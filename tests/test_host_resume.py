@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from secateur import Recipe, Regrow, Target, masks_of
+from secateur import Recipe, Regrow, Scope, Target, masks_of
 from secateur.core.errors import UsageError
 from secateur.drive.training.hosts import Session, TransformersCallback
 from secateur.drive.training.regrow import TopKast
-from secateur.schedule import OneShot
+from secateur.schedule import OneShot, Polynomial
 
 TARGET = Target("sparsity", 0.75)
 # All of them choose a mask before the first step.
@@ -132,3 +132,43 @@ def test_the_trainer_continues_dynamic_sparse_training_exactly(name: str, tmp_pa
     assert resumed.masks == whole.masks
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_two_callbacks_of_one_trainer_keep_files_of_their_own(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    # The second one still changes its target while it exchanges weights.
+    recipes = (
+        Recipe(target=TARGET, schedule=Polynomial(2, 8, 2), scope=Scope(include=("body",))),
+        Recipe(
+            target=Target("sparsity", 0.5),
+            schedule=Polynomial(1, 9, 4),
+            scope=Scope(include=("middle",)),
+            regrow=Regrow("random", frequency=3, start="criterion"),
+        ),
+    )
+
+    def go(resume: str | None = None) -> list[Any]:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4,
+            learning_rate=0.02, save_steps=CUT, report_to=[], disable_tqdm=True, use_cpu=True,
+            logging_steps=100, dataloader_pin_memory=False,
+        )  # fmt: skip
+        callbacks = [TransformersCallback(recipe) for recipe in recipes]
+        host = transformers.Trainer(Net(), arguments, train_dataset=Pairs(), callbacks=callbacks)
+        host.train(resume_from_checkpoint=resume)
+        return [callback.pruned for callback in callbacks]
+
+    whole = go()
+    assert [list(p.masks) for p in whole] == [["body.weight"], ["middle.weight"]]
+    saved = tmp_path / f"checkpoint-{CUT}"
+    assert {p.name for p in saved.glob("secateur*")} == {
+        "secateur.safetensors",
+        "secateur-2.safetensors",
+    }
+    resumed = go(str(saved))
+    for before, after in zip(whole, resumed, strict=True):
+        assert after.masks == before.masks
+        assert after.facts.history == before.facts.history
+    for key, value in whole[0].model.state_dict().items():
+        assert torch.equal(value, resumed[0].model.state_dict()[key]), key

@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import ReferenceType, WeakKeyDictionary
+from weakref import ref as ref_to
 
 import torch
 from torch import nn
@@ -20,6 +22,10 @@ from secateur.core.errors import MissingExtra, UsageError
 
 #: The file of a session beside the other files of a Transformers checkpoint.
 FILE = "secateur.safetensors"
+
+#: The callbacks of a training that is going on, in the order in which they began, by its optimizer: each
+#: has a file of its own. Nothing is kept alive by it.
+_RUNNING: WeakKeyDictionary[Any, list[ReferenceType[Any]]] = WeakKeyDictionary()
 
 
 class Session(Protocol):
@@ -86,16 +92,17 @@ def transformers_callback(session: Session) -> Any:
         """Prunes while a ``Trainer`` trains."""
 
         def __init__(self) -> None:
-            self.session = session
+            self.session, self._file = session, FILE
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _refuse_best(args)
+            self._file = _file_of(self, kwargs["optimizer"])
             loader: Any = kwargs.get("train_dataloader")
             length, per_epoch = length_of(loader), None  # no length: the data is a stream
             if length is not None:
                 per_epoch = max(1, math.ceil(length / args.gradient_accumulation_steps))
             if state.global_step:  # before it begins: the Trainer has loaded weights and moments
-                session.read(_saved(args, state.global_step))
+                session.read(_saved(args, state.global_step, self._file))
             session.begin(
                 kwargs["model"], kwargs["optimizer"], steps=state.max_steps, per_epoch=per_epoch
             )
@@ -106,9 +113,10 @@ def transformers_callback(session: Session) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                session.write(folder / FILE)
+                session.write(folder / self._file)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _RUNNING.pop(kwargs["optimizer"], None)
             session.end()
 
         @property
@@ -117,6 +125,15 @@ def transformers_callback(session: Session) -> Any:
             return session.pruned  # type: ignore[attr-defined]
 
     return PruningCallback()
+
+
+def _file_of(callback: Any, optimizer: Any) -> str:
+    begun = [ref for ref in _RUNNING.get(optimizer, ()) if ref() is not None]
+    if all(ref() is not callback for ref in begun):
+        begun.append(ref_to(callback))
+    _RUNNING[optimizer] = begun
+    place = next(i for i, ref in enumerate(begun) if ref() is callback)
+    return FILE if place == 0 else FILE.replace(".", f"-{place + 1}.")
 
 
 def _refuse_best(args: Any) -> None:
@@ -129,20 +146,20 @@ def _refuse_best(args: Any) -> None:
         )
 
 
-def _saved(args: Any, step: int) -> Path:
+def _saved(args: Any, step: int, file: str) -> Path:
     given = getattr(args, "resume_from_checkpoint", None)
     places = [Path(args.output_dir) / f"checkpoint-{step}"]
     if isinstance(given, str) and given not in ("True", "False"):
         places.insert(0, Path(given))
     for place in places:
-        if (place / FILE).is_file():
-            return place / FILE
+        if (place / file).is_file():
+            return place / file
     raise UsageError(
         f"continuing a Trainer run at step {step} with TransformersCallback",
-        f"there is no {FILE} in {' or '.join(str(place) for place in places)}",
+        f"there is no {file} in {' or '.join(str(place) for place in places)}",
         "the masks and the place in the schedule are in that file",
-        "continue a run that was saved with the callback, and set resume_from_checkpoint= in the "
-        "TrainingArguments if the folder was moved",
+        "continue a run that was saved with as many of these callbacks, and set "
+        "resume_from_checkpoint= in the TrainingArguments if the folder was moved",
     )
 
 

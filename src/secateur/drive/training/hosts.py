@@ -103,7 +103,7 @@ class Session:
         self.pruner.step()
 
     def state(self) -> dict[str, Any]:
-        """Masks and the pruner's state, with what they belong to."""
+        """The pruner's own masks and its state, with what they belong to."""
         if self.pruner is None:
             return dict(self._waiting[0]) if self._waiting is not None else {}
         stamp = self._stamp()
@@ -111,7 +111,7 @@ class Session:
             "model": stamp.model,
             "recipe": stamp.recipe,
             "world": stamp.world,
-            "masks": dict(masks_of(self.pruner.model)),
+            "masks": dict(masks_of(self.pruner.model, getattr(self.pruner, "masks", None))),
             "pruner": self.pruner.state_dict(),
         }
 
@@ -195,7 +195,8 @@ def TransformersCallback(what: Recipe | Make, *, data: Any = None) -> Any:  # no
     """A callback for Transformers' ``Trainer``; named like a class, as callbacks are there.
 
     Masks change as the schedule says; the state lies in ``secateur.safetensors`` in each
-    checkpoint folder, so ``resume_from_checkpoint`` continues exactly. After training,
+    checkpoint folder (that of a second callback in ``secateur-2.safetensors``, in the order of the
+    trainer's list), so ``resume_from_checkpoint`` continues exactly. After training,
     ``callback.pruned`` is the result.
 
     Args:
