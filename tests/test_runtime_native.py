@@ -191,6 +191,17 @@ def test_pools(name: str, threads: int) -> None:
     require_close(layer.run(x, threads=3), wanted)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("family", ["list", "gemv"])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_nothing_is_left_of_large_negative_numbers(activation: str, family: str, isa: str) -> None:
+    spec = Spec("linear", 16, 1, activation=activation)
+    layer = Layer.from_dense(torch.ones(16, 1), spec, Variant(family, 1, 1), isa=isa)
+    large = -torch.logspace(2, 38, 37).unsqueeze(1)
+    assert layer.run(large).abs().max() <= 1e-30
+    assert (layer.run(-large) == -large).all()
+
+
 def test_one_layer_and_one_pool_from_many_threads() -> None:
     spec = SPECS["3x3"]
     weight, bias, _ = sample(spec)

@@ -7,8 +7,8 @@
 namespace secateur {
 namespace SECATEUR_ISA {
 
-// e^v by 2^n * e^r with |r| <= ln 2 / 2; a polynomial of degree 6 for e^r. Within 2 ulp; below -87
-// the result is about 1e-38, which no use here can tell from 0.
+// e^v by 2^n * e^r with |r| <= ln 2 / 2; a polynomial of degree 6 for e^r. Within 2 ulp from -87 to
+// 88; what lies outside is taken for the nearer end.
 static inline Vec exponential(Vec v) {
   v = at_most(at_least(v, all(-87.0f)), all(88.0f));
   const Vec round = all(12582912.0f);  // 1.5 * 2^23: adding it leaves a whole number in the mantissa
@@ -26,10 +26,15 @@ static inline Vec exponential(Vec v) {
   return p * reinterpret_cast<Vec>(exponent);
 }
 
-static inline Vec sigmoid(Vec v) { return 1.0f / (1.0f + exponential(-v)); }
+// Exactly 0 far below 0: a large v is multiplied by it.
+static inline Vec sigmoid(Vec v) {
+  const Vec inside = 1.0f / (1.0f + exponential(-v));
+  return v < -88.0f ? Vec{} : inside;
+}
 
 // erf(x) = x * P(x^2) / Q(x^2) up to 3.95, where it is 1 to within half a unit in the last place.
-// P and Q, both of degree 5, are fitted to the relative error: 2e-8 before rounding.
+// P and Q, both of degree 5, are fitted to the relative error: 2e-8 before rounding. From there on
+// it is exactly 1: what GELU leaves of a large negative number is multiplied by that number.
 static inline Vec error_function(Vec v) {
   const Vec x = at_most(at_least(v, all(-3.95f)), all(3.95f));
   const Vec s = x * x;
@@ -45,7 +50,8 @@ static inline Vec error_function(Vec v) {
   q = q * s + 0.11455182731151581f;
   q = q * s + 0.50307297706604f;
   q = q * s + 1.0f;
-  return x * p / q;
+  const Vec inside = x * p / q;
+  return v < -3.95f ? all(-1.0f) : v > 3.95f ? all(1.0f) : inside;
 }
 
 // None, ReLU and clip are but two bounds.
