@@ -191,6 +191,22 @@ def test_pools(name: str, threads: int) -> None:
     require_close(layer.run(x, threads=3), wanted)
 
 
+@pytest.mark.parametrize("family", ["list", "depthwise"])
+@pytest.mark.parametrize("threads", [-3, 0])
+def test_fewer_threads_than_one_are_one(family: str, threads: int) -> None:
+    spec = Spec("conv", 4, 1, 4, kernel=(3, 3), pads=(1, 1, 1, 1))
+    weight, x = torch.randn(4, 1, 3, 3), torch.randn(1, 4, 5, 5)
+    layer = Layer.from_dense(weight, spec, Variant(family, 1, 1))
+    assert torch.equal(layer.run(x, threads=threads), layer.run(x))
+
+
+@pytest.mark.parametrize("family", ["list", "depthwise"])
+def test_an_empty_batch_has_the_shape_of_the_output(family: str) -> None:
+    spec = Spec("conv", 4, 1, 4, kernel=(3, 3), stride=(2, 2), pads=(1, 1, 1, 1))
+    layer = Layer.from_dense(torch.ones(4, 1, 3, 3), spec, Variant(family, 1, 1))
+    assert layer.run(torch.ones(0, 4, 9, 8)).shape == (0, 4, 5, 4)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("family", ["list", "gemv"])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
@@ -200,6 +216,17 @@ def test_nothing_is_left_of_large_negative_numbers(activation: str, family: str,
     large = -torch.logspace(2, 38, 37).unsqueeze(1)
     assert layer.run(large).abs().max() <= 1e-30
     assert (layer.run(-large) == -large).all()
+
+
+def test_a_run_that_is_refused_leaves_the_layer_whole() -> None:
+    # Its taps are so far apart that a tile of all channels cannot be addressed.
+    spec = Spec("conv", 1, 600, kernel=(2, 2), dilation=(1024, 1024), pads=(1024,) * 4)
+    layer = Layer.from_dense(torch.ones(1, 600, 2, 2), spec, Variant("list", 1, 1, columns=600))
+    before = layer.nbytes
+    for _ in range(2):
+        with pytest.raises(UsageError, match="larger than 2 GB"):
+            layer.run(torch.ones(1, 600, 1, 1))
+    assert layer.nbytes == before
 
 
 def test_one_layer_and_one_pool_from_many_threads() -> None:

@@ -127,7 +127,7 @@ SECATEUR_EXPORT int secateur_layer_shape(const secateur_layer *layer, const int6
 
 /* y = activation(weights * x + bias + residual). residual has the shape of y, or is NULL; neither
  * may overlap y. parallel may be NULL: then all runs on the calling thread. threads is how many
- * threads to split for. */
+ * threads to split for; below 1 counts as 1. */
 SECATEUR_EXPORT int secateur_layer_run(const secateur_layer *layer, const float *x,
                                        const int64_t dims[3], const float *residual, float *y,
                                        secateur_parallel parallel, void *context, int threads);

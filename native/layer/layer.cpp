@@ -1,6 +1,7 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "scratch.h"
 
@@ -17,7 +18,7 @@ int parts_for(int64_t tiles, int64_t rows, int64_t row_bytes, int threads) {
   int64_t best = fewest;
   double best_share = 0;
   for (int64_t parts = fewest;
-       parts < fewest + std::min<int64_t>({2 * threads, 16, std::max<int64_t>(1, rows / 16)});
+       parts < fewest + std::min<int64_t>({int64_t{2} * threads, 16, std::max<int64_t>(1, rows / 16)});
        ++parts) {
     const int64_t tasks = tiles * parts;
     const int64_t rounds = (tasks + threads - 1) / threads;
@@ -107,7 +108,7 @@ void Layer::shape(const int64_t dims[3], int64_t out[3]) const {
     }
     out[i] = dims[i];
   }
-  if (spec_.kind == SECATEUR_LINEAR || dims[0] == 0) return;
+  if (spec_.kind == SECATEUR_LINEAR) return;
   const Tiling tiling(spec_, dims[1], dims[2], 1, table_.lanes);
   out[1] = tiling.out_height;
   out[2] = tiling.out_width;
@@ -130,28 +131,32 @@ std::shared_ptr<const Layer::Plan> Layer::plan(const int64_t dims[3], int thread
   tiling.vectors *= step;
   const int parts = parts_for(images * tiling.tiles(), spec_.outputs,
                               int64_t{4} * tiling.vectors * table_.lanes, threads);
-  auto &streams = streams_[{tiling.vectors, tiling.panel_rows, tiling.panel_cols, parts}];
-  if (!streams) {
-    streams = std::make_shared<Streams>(lay_out(spec_, weights_, variant_, tiling, parts));
+  const Shape shape{tiling.vectors, tiling.panel_rows, tiling.panel_cols, parts};
+  auto laid_out = streams_.find(shape);
+  if (laid_out == streams_.end()) {
+    auto made = std::make_shared<Streams>(lay_out(spec_, weights_, variant_, tiling, parts));
+    laid_out = streams_.emplace(shape, std::move(made)).first;
   }
-  return plans_.emplace(key, std::make_shared<Plan>(Plan{tiling, streams})).first->second;
+  auto made = std::make_shared<Plan>(Plan{tiling, laid_out->second});
+  return plans_.emplace(key, std::move(made)).first->second;
 }
 
 void Layer::run(const float *x, const int64_t dims[3], const float *residual, float *y,
-                const Parallel &parallel) const {
+                const Parallel &asked) const {
+  const Parallel parallel = {asked.run, asked.context, std::max(1, asked.threads)};
   int64_t out[3];
   shape(dims, out);
   const bool linear = spec_.kind == SECATEUR_LINEAR;
   if (dims[0] == 0) return;
   if (depthwise_) return depthwise_->run(x, dims, out, residual, y, parallel);
   if (gemv_) return gemv_->run(x, dims[0], residual, y, parallel);
-  const auto plan = this->plan(dims, std::max(1, parallel.threads));
+  const auto plan = this->plan(dims, parallel.threads);
   const int64_t images = linear ? 1 : dims[0];
   const int64_t tiles = plan->tiling.tiles();
   const int64_t parts = static_cast<int64_t>(plan->streams->parts.size());
   const int64_t in = linear ? 0 : int64_t{spec_.inputs} * spec_.groups * dims[1] * dims[2];
   const int64_t image = linear ? 0 : int64_t{spec_.outputs} * out[1] * out[2];
-  const int64_t total = images * tiles * parts, threads = std::max(1, parallel.threads);
+  const int64_t total = images * tiles * parts, threads = parallel.threads;
   parallel(static_cast<size_t>(total), [&](size_t i) {
     const int64_t at = dealt(static_cast<int64_t>(i), total, threads);
     const int64_t n = at / (tiles * parts), rest = at % (tiles * parts);

@@ -22,7 +22,7 @@ class Layer {
 
   void shape(const int64_t dims[3], int64_t out[3]) const;
   void run(const float *x, const int64_t dims[3], const float *residual, float *y,
-           const Parallel &parallel) const;
+           const Parallel &asked) const;
   int64_t nonzeros() const { return nonzeros_; }
   int64_t bytes() const;
 

@@ -213,9 +213,7 @@ void Kernel::run(ort::KernelContext *context) const {
     for (size_t axis = 0; axis + 1 < x.dims.size(); ++axis) dims[0] *= x.dims[axis];
   }
   if (spec.kind == SECATEUR_CONV) {
-    // The shape of one image, so that an empty batch has a shape too.
-    const int64_t image[3] = {1, dims[1], dims[2]};
-    if (secateur_layer_shape(layer.get(), image, out) != SECATEUR_OK) {
+    if (secateur_layer_shape(layer.get(), dims, out) != SECATEUR_OK) {
       refuse("X has the shape " + text(x.dims) + ": " + secateur_last_error() + ".");
     }
     shape = {dims[0], spec.outputs, out[1], out[2]};
