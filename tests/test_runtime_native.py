@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
 import threading
 import weakref
 from typing import Any
@@ -279,6 +281,30 @@ def test_weights_are_copied_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert alive() is None
     assert freed == [address]
+
+
+def test_daemon_threads_may_run_a_layer_until_the_process_ends() -> None:
+    program = """
+import threading, time
+import numpy as np
+from secateur.runtime.native import Layer, Pool, Spec, Variant
+
+weight = np.ones((512, 512), np.float32)
+layer, pool = Layer.from_dense(weight, Spec("linear", 512, 512), Variant("list", 1, 4)), Pool(2)
+x = np.ones((1024, 512), np.float32)
+
+def work():
+    while True:
+        layer.run(x, pool=pool)
+
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # --- refused ---------------------------------------------------------------------------------------

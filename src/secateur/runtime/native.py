@@ -61,7 +61,7 @@ class Pool:
         self.address = library.secateur_pool_create(threads)
         if not self.address:
             raise MemoryError(f"a pool of {threads} threads")
-        weakref.finalize(self, library.secateur_pool_destroy, self.address)
+        _destroyed_with(self, library.secateur_pool_destroy)
 
     @property
     def threads(self) -> int:
@@ -162,7 +162,7 @@ class Layer:
             f"{variant} for {spec}",
         )
         layer = Layer(spec, variant, int(address.value or 0))
-        weakref.finalize(layer, library.secateur_layer_destroy, layer.address)
+        _destroyed_with(layer, library.secateur_layer_destroy)
         return layer
 
     def run(
@@ -321,6 +321,11 @@ def has_half(isa: str | None = None) -> bool:
         False
     """
     return bool(load().secateur_has_half(_name(isa)))
+
+
+def _destroyed_with(owner: Pool | Layer, destroy: Any) -> None:
+    # Not at the end of the process: daemon threads may still run it then, without Python's lock.
+    weakref.finalize(owner, destroy, owner.address).atexit = False
 
 
 def _name(isa: str | None) -> bytes | None:
