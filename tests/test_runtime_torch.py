@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from secateur.core.errors import UsageError
 from secateur.formats.layouts import same_bits
@@ -220,6 +221,10 @@ def test_what_stays_dense_has_a_reason() -> None:
     tied.weight = embedding.weight
     hooked = nn.Linear(4, 4)
     hooked.register_forward_hook(lambda *_: None)
+    replaced = nn.Linear(4, 4)
+    replaced.forward = lambda x: x + 1  # type: ignore[method-assign]
+    computed = nn.Linear(4, 4)
+    prune.l1_unstructured(computed, "weight", 0.9)
     half_sparse = nn.Linear(4, 4)
     half_sparse.weight.data[:1] = 0
     module = nn.ModuleDict(
@@ -227,6 +232,8 @@ def test_what_stays_dense_has_a_reason() -> None:
             "embedding": embedding,
             "tied": tied,
             "hooked": hooked,
+            "replaced": replaced,
+            "computed": computed,
             "own": Own(4, 4),
             "wide": nn.Linear(4, 4).double(),
             "reflect": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
@@ -237,13 +244,24 @@ def test_what_stays_dense_has_a_reason() -> None:
         }
     ).eval()
     with torch.no_grad():
-        for name in ("tied", "hooked", "own", "wide", "reflect", "depthwise", "encoder"):
+        for name in (
+            "tied",
+            "hooked",
+            "replaced",
+            "own",
+            "wide",
+            "reflect",
+            "depthwise",
+            "encoder",
+        ):
             for parameter in module[name].parameters():
                 parameter.zero_()
     found = {c.name: c.reason for c in consider(module)}
     for name, word in {
         "tied": "same weight",
         "hooked": "hooks",
+        "replaced": "forward was replaced",
+        "computed": "computed at every call",
         "wide": "float64",
         "reflect": "'reflect'",
         "depthwise": "depthwise",
@@ -255,6 +273,14 @@ def test_what_stays_dense_has_a_reason() -> None:
     assert set(found) == {"encoder.linear2"}
     accelerate(module)
     assert [n for n, m in module.named_modules() if isinstance(m, SparseLayer)] == ["good"]
+
+
+def test_sizes_and_strides_can_still_be_read() -> None:
+    for dense in (prune_(nn.Conv2d(4, 6, 3, stride=2, padding="valid")), prune_(nn.Linear(9, 5))):
+        layer = accelerate(copy.deepcopy(dense))
+        assert isinstance(layer, SparseLayer)
+        for name in dense.__constants__:
+            assert getattr(layer, name) == getattr(dense, name), name
 
 
 def test_a_layer_that_stands_twice_stays_one() -> None:

@@ -96,6 +96,8 @@ class SparseLayer(nn.Module):
         self._store_(dense.weight)
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
         self.geometry = _geometry(dense) if isinstance(dense, nn.Conv2d) else None
+        for name in dense.__constants__:  # sizes, strides and such, which a parent may read
+            setattr(self, name, getattr(dense, name))
 
     @property
     def weight(self) -> Tensor:
@@ -373,7 +375,7 @@ def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Consi
 def _layers(module: nn.Module) -> Iterator[tuple[str, Dense]]:
     # Subclasses may compute something else, and parametrized layers are subclasses.
     for name, layer in module.named_modules():
-        if type(layer) in (nn.Linear, nn.Conv2d) and isinstance(layer.weight, nn.Parameter):
+        if type(layer) in (nn.Linear, nn.Conv2d):
             yield name, layer
 
 
@@ -384,6 +386,10 @@ def _obstacle(layer: Dense) -> str:
         return f"its weight is {weight.dtype}, and the kernels know float32, bfloat16 and float16"
     if weight.device.type != "cpu" or weight.layout != torch.strided:
         return f"its weight is {weight.layout} on {weight.device}, not dense in main memory"
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed at every call; torch.nn.utils.prune.remove ends that"
+    if "forward" in vars(layer):
+        return "its forward was replaced, which would be lost"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return "it has hooks, which would be lost"
     if weight.numel() == 0:
