@@ -32,8 +32,6 @@ from secateur.runtime.session import session
 
 #: The key under which a compiled file says how it was made.
 METADATA = "secateur.compiled"
-# A protobuf message holds at most 2 GB.
-_LARGEST = 2**31 - 2**20
 PRECISIONS = ("float32", "float16")
 CHOICES = ("measure", "first")
 _ONE = Sample()
@@ -296,13 +294,6 @@ def _require_fit(asked: str, model: Any) -> None:
     if is_compiled(model):
         raise UsageError(
             asked, "it is compiled already", "only a dense file can be", "give the dense file"
-        )
-    if model.ByteSize() > _LARGEST:
-        raise UsageError(
-            asked,
-            f"it has {model.ByteSize():,} bytes",
-            f"one ONNX file holds at most {_LARGEST:,}",
-            "compile its parts",
         )
     isa()  # refuses a wrong SECATEUR_ISA now, by its name
 

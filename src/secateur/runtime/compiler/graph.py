@@ -16,6 +16,8 @@ OLDEST_OPSET = 7
 #: One axis: a number, a name that stands for a number, or nothing known.
 Axis = int | str | None
 _DOMAINS = ("", "ai.onnx")
+# A protobuf message holds at most 2 GB.
+_LARGEST = 2**31 - 2**20
 # Entries of a weight that cannot say anything about shapes.
 _LARGE = 4096
 
@@ -47,7 +49,7 @@ def read_model(path: str | Path) -> Any:
     Raises:
         FileError: It cannot be opened.
         FormatError: It is not an ONNX file, or is damaged.
-        UsageError: Its operators are older than version 7.
+        UsageError: Its operators are older than version 7, or it is larger than one file can be.
     """
     onnx, _ = packages("reading an ONNX file")
     path = Path(path)
@@ -72,6 +74,7 @@ def read_model(path: str | Path) -> Any:
             "it is not an ONNX file, or cut",
             "copy anew",
         ) from error
+    _require_small(asked, model, path)
     try:
         onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     except Exception as error:
@@ -102,6 +105,24 @@ def read_model(path: str | Path) -> Any:
         model.graph.input.extend(inputs)
         model.ir_version = max(4, model.ir_version)
     return model
+
+
+def _require_small(asked: str, model: Any, path: Path) -> None:
+    """Refuse a model that cannot be held as one message, before its weights are read."""
+    sizes = [
+        entry.value
+        for t in model.graph.initializer
+        for entry in t.external_data
+        if entry.key == "length"
+    ]
+    size = path.stat().st_size + sum(int(n) for n in sizes if n.isdecimal())
+    if size > _LARGEST:
+        raise UsageError(
+            asked,
+            f"with its weights in other files it has {size:,} bytes",
+            f"it is compiled as one ONNX file, which holds at most {_LARGEST:,}",
+            "compile its parts",
+        )
 
 
 def replaceable(model: Any) -> frozenset[str]:
