@@ -140,7 +140,30 @@ def test_a_model_with_nothing_to_replace_stays_dense(
     cube = model(
         [node("Conv", ["x", "w"], ["y"])], {"w": weight(4, 2, 3, 3, 3)}, [("x", ["N", 2, 5, 6, 7])]
     )
-    assert not close(tmp_path, cube, {"x": numbers(2, 2, 5, 6, 7)}, choose=choose).layers
+    done = close(tmp_path, cube, {"x": numbers(2, 2, 5, 6, 7)}, choose=choose)
+    assert not done.layers
+    assert any("no layer could be replaced" in note for note in done.notes)
+    assert not any("nothing was faster" in note for note in done.notes)
+
+
+def test_weights_of_other_types_are_told(tmp_path: Path) -> None:
+    held = {
+        "h": weight(16, 8).astype(np.float16),
+        "q": (20 * weight(8, 8)).astype(np.int8),
+        "s": np.float32(0.05),
+        "first": weight(3, 3),
+    }
+    nodes = [
+        node("Cast", ["x"], ["xh"], to=TensorProto.FLOAT16),
+        node("MatMul", ["xh", "h"], ["a"]),
+        node("Cast", ["a"], ["b"], to=TensorProto.FLOAT),
+        node("DequantizeLinear", ["q", "s"], ["w"]),
+        node("MatMul", ["b", "w"], ["c"]),
+        node("MatMul", ["first", "c"], ["y"]),
+    ]
+    done = close(tmp_path, model(nodes, held, [("x", [3, 16])]), {"x": numbers(3, 16)})
+    assert any("(1 in float16, 1 in integers)" in note for note in done.notes), done.notes
+    assert any("not tried: 1 of 1" in note for note in done.notes), done.notes
 
 
 def test_local_functions_are_inlined(tmp_path: Path) -> None:

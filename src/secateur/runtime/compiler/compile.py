@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from secateur.runtime.compiler import choose as choosing
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.fuse import sites
 from secateur.runtime.compiler.graph import Graph, packages, read_model, replaceable, standard
+from secateur.runtime.compiler.notes import notes
 from secateur.runtime.compiler.sample import Sample, concrete_shapes
 from secateur.runtime.compiler.verify import (
     HALF_TOLERANCE,
@@ -25,7 +25,7 @@ from secateur.runtime.compiler.verify import (
     compiled_error,
     require_same,
 )
-from secateur.runtime.compiler.whole import DENSE, Clock, Plan, Progress, fastest
+from secateur.runtime.compiler.whole import Clock, Plan, Progress, fastest
 from secateur.runtime.native import Variant, has_half, isa
 from secateur.runtime.operators import is_sparse
 from secateur.runtime.session import session
@@ -203,7 +203,7 @@ def compile_onnx(  # noqa: PLR0913 - one call says how a file is made
         threads,
         {name: tuple(x.shape) for name, x in feeds.items()},
         tuple(_facts(graph, layer, layer in plan.layers) for layer in timed),
-        _notes(graph, found, plan),
+        notes(graph, found, plan),
     )
     return _written(plan.model, compiled)
 
@@ -316,46 +316,6 @@ def _facts(graph: Graph, layer: Timed, chosen: bool) -> CompiledLayer:
         own[0] if own else None,
         tuple(KernelTime(t.variant, t.ms) for t in layer.timings),
     )
-
-
-def _notes(graph: Graph, found: Sequence[Any], plan: Plan) -> tuple[str, ...]:
-    notes = []
-    layers = [n for n in graph.nodes if standard(n, "Conv", "Gemm", "MatMul", "ConvTranspose")]
-    own = [n for n in layers if any(graph.constant(name) is not None for name in n.input[1:2])]
-    inputs = replaceable(graph.model)
-    given = [n for n in layers if any(name in inputs for name in n.input[1:2])]
-    if graph.frozen:
-        notes.append(
-            f"all {len(graph.frozen)} weights are inputs of the file, too: they were taken as constants, "
-            "which a caller cannot replace any more"
-        )
-    if given:
-        word = (
-            "layer whose weight is an input"
-            if len(given) == 1
-            else "layers whose weights are inputs"
-        )
-        notes.append(
-            f"not tried: {len(given)} {word} of the model, which a caller may replace; leave the "
-            "initializers out of the inputs to have them compiled"
-        )
-    if len(own) > len(found):
-        notes.append(
-            f"not tried: {len(own) - len(found)} of {len(own)} layers, with fewer than 20 % zeros "
-            "or of a kind that has no sparse operator"
-        )
-    text = [o.name for o in graph.model.graph.output if _is_text(o)]
-    if text:
-        notes.append(f"not compared with the dense model, as text: {', '.join(map(repr, text))}")
-    if plan.name == DENSE:
-        notes.append("nothing was faster than the dense model on this machine: it was kept")
-    return tuple(notes)
-
-
-def _is_text(value: Any) -> bool:
-    import onnx
-
-    return bool(value.type.tensor_type.elem_type == onnx.TensorProto.STRING)
 
 
 def _written(model: Any, compiled: Compiled) -> Compiled:

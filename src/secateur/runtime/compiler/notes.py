@@ -1,0 +1,87 @@
+"""What a user should know about a compiled model beside its figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from secateur.runtime.compiler.graph import Graph, replaceable, standard
+from secateur.runtime.compiler.site import Site
+from secateur.runtime.compiler.whole import DENSE, Plan
+
+_LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+_QUANTIZED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+
+
+def notes(graph: Graph, found: Sequence[Site], plan: Plan) -> tuple[str, ...]:
+    """Sentences about what was not tried, not compared, or taken to be constant.
+
+    Args:
+        graph: The dense model.
+        found: The layers that could be replaced.
+        plan: What was chosen.
+    """
+    said = []
+    layers = [node for node in graph.nodes if standard(node, *_LAYERS)]
+    types = [_weight_type(graph, node) for node in graph.nodes]
+    others = Counter(t for t in types if t not in ("", "float32"))
+    inputs = replaceable(graph.model)
+    given = [n for n in layers if any(name in inputs for name in n.input[1:2])]
+    if graph.frozen:
+        said.append(
+            f"all {len(graph.frozen)} weights are inputs of the file, too: they were taken as constants, "
+            "which a caller cannot replace any more"
+        )
+    if given:
+        word = (
+            "layer whose weight is an input"
+            if len(given) == 1
+            else "layers whose weights are inputs"
+        )
+        said.append(
+            f"not tried: {len(given)} {word} of the model, which a caller may replace; leave the "
+            "initializers out of the inputs to have them compiled"
+        )
+    if others:
+        counts = ", ".join(f"{count} in {kind}" for kind, count in others.items())
+        said.append(
+            f"not tried: layers whose weights have another type ({counts}); sparse operators are made "
+            "from float32"
+        )
+    own = types.count("float32")
+    if own > len(found):
+        said.append(
+            f"not tried: {own - len(found)} of {own} layers, with fewer than 20 % zeros "
+            "or of a kind that has no sparse operator"
+        )
+    text = [o.name for o in graph.model.graph.output if _is_text(o)]
+    if text:
+        said.append(f"not compared with the dense model, as text: {', '.join(map(repr, text))}")
+    if not found:
+        said.append("no layer could be replaced: the dense model was kept")
+    elif plan.name == DENSE:
+        said.append("nothing was faster than the dense model on this machine: it was kept")
+    return tuple(said)
+
+
+def _weight_type(graph: Graph, node: Any) -> str:
+    """Of a layer with a constant weight; empty for other nodes."""
+    if standard(node, *_QUANTIZED):
+        return "integers"
+    if not standard(node, *_LAYERS):
+        return ""
+    for name in node.input[:2]:
+        held, maker = graph.constant(name), graph.producer.get(name)
+        if held is not None and (name == node.input[1] or held.ndim == 2):
+            return str(held.dtype)
+        made_of = graph.nodes[maker] if maker is not None else node
+        if standard(made_of, "DequantizeLinear") and graph.constant(made_of.input[0]) is not None:
+            return "integers"
+    return ""
+
+
+def _is_text(value: Any) -> bool:
+    import onnx
+
+    return bool(value.type.tensor_type.elem_type == onnx.TensorProto.STRING)
