@@ -25,7 +25,7 @@ from secateur.runtime import accelerate
 from secateur.runtime.native import isa
 from secateur.runtime.race import race
 from secateur.runtime.torch_layers import SparseLayer
-from secateur.runtime.torch_operators import stays_dense
+from secateur.runtime.torch_packed import stays_dense
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 GOALS = {0.5: 1.6, 0.7: 2.4}

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 from secateur.core.errors import UsageError
 from secateur.formats.layouts import same_bits
-from secateur.runtime import library, torch_operators
+from secateur.runtime import library, torch_packed
 from secateur.runtime.native import Variant
 from secateur.runtime.race import Raced
 from secateur.runtime.torch_layers import SparseLayer, accelerate, consider, restore
@@ -168,7 +168,7 @@ def _unpacked_once(layer: nn.Module) -> None:
     """The layer and the operator use one dense weight, not two."""
     assert isinstance(layer, SparseLayer)
     bias = None if layer.bias is None else layer.bias.detach()
-    raced = torch_operators.unpacked(layer.values, layer.index, bias, layer.shape)
+    raced = torch_packed.unpacked(layer.values, layer.index, bias, layer.shape)
     assert raced is not None
     assert layer._known is not None
     assert layer._known.weight is raced
@@ -189,22 +189,22 @@ def test_the_fastest_runs_dense_included(
             def fixed(runs: list[object], winner: int = winner, **_: object) -> Raced:
                 return Raced(tuple((float(i != winner),) for i in range(len(runs))))
 
-            monkeypatch.setattr(torch_operators, "race", fixed)
-            monkeypatch.setattr(torch_operators, "_CHOICES", {})
+            monkeypatch.setattr(torch_packed, "race", fixed)
+            monkeypatch.setattr(torch_packed, "_CHOICES", {})
             ours = accelerate(copy.deepcopy(layer), minimum_sparsity=0.0)
             with torch.inference_mode():
                 assert relative(ours(x), layer(x)) < 1e-5
                 assert relative(ours(x), layer(x)) < 1e-5
                 if isinstance(layer, nn.Linear):  # where dense won, no operator is called again
                     with pytest.MonkeyPatch.context() as patch:
-                        patch.setattr(torch_operators.Packed, "run", _refused)
+                        patch.setattr(torch_packed.Packed, "run", _refused)
                         if winner == 0:
                             assert torch.equal(ours(x), layer(x))
                             _unpacked_once(ours)
                         else:
                             with pytest.raises(RuntimeError, match="called"):
                                 ours(x)
-            form = list(torch_operators._PACKED.values())[-1]
+            form = list(torch_packed._PACKED.values())[-1]
             assert (form.chosen.popitem()[1] is None) == (winner == 0)
             assert len(form.ways) == 1
 
@@ -310,17 +310,17 @@ def test_wrong_arguments(ask: Callable[[], object], word: str) -> None:
 def test_a_kernel_must_win_by_more_than_its_call_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = prune_(nn.Linear(600, 500), 0.5), torch.randn(3, 600)
     for lead, dense in ((0.5, True), (2.0, False)):
-        times = (1.0, 1.0 - lead * torch_operators._CALL)
+        times = (1.0, 1.0 - lead * torch_packed._CALL)
         made = Raced(tuple((each,) for each in times))
-        monkeypatch.setattr(torch_operators, "race", lambda runs, made=made, **_: made)
-        monkeypatch.setattr(torch_operators, "_CHOICES", {})
-        monkeypatch.setattr(torch_operators, "_kernels", lambda *_: [Variant("gemv", 1, 1)])
+        monkeypatch.setattr(torch_packed, "race", lambda runs, made=made, **_: made)
+        monkeypatch.setattr(torch_packed, "_CHOICES", {})
+        monkeypatch.setattr(torch_packed, "_kernels", lambda *_: [Variant("gemv", 1, 1)])
         ours = accelerate(copy.deepcopy(layer), minimum_sparsity=0.0)
         assert isinstance(ours, SparseLayer)
         with torch.inference_mode():
             ours(x)
         stored = (ours.values, ours.index, ours.bias.detach() if ours.bias is not None else None)
-        assert torch_operators.stays_dense(*stored, ours.shape, 3) is dense
+        assert torch_packed.stays_dense(*stored, ours.shape, 3) is dense
 
 
 def test_layers_of_one_kind_share_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,8 +330,8 @@ def test_layers_of_one_kind_share_the_choice(monkeypatch: pytest.MonkeyPatch) ->
         raced.append(len(runs))
         return Raced(tuple((float(i < len(runs) - 1),) for i in range(len(runs))))
 
-    monkeypatch.setattr(torch_operators, "race", last)
-    monkeypatch.setattr(torch_operators, "_CHOICES", {})
+    monkeypatch.setattr(torch_packed, "race", last)
+    monkeypatch.setattr(torch_packed, "_CHOICES", {})
 
     def runs(layer: nn.Module, tokens: int) -> int:
         """How often kernels are timed for a layer and an input."""
@@ -341,7 +341,7 @@ def test_layers_of_one_kind_share_the_choice(monkeypatch: pytest.MonkeyPatch) ->
         with torch.inference_mode():
             assert relative(ours(x), layer(x)) < 1e-5
         stored = (ours.values, ours.index, None if ours.bias is None else ours.bias.detach())
-        assert torch_operators.stays_dense(*stored, ours.shape, tokens) is False
+        assert torch_packed.stays_dense(*stored, ours.shape, tokens) is False
         return len(raced) - before
 
     blocks = nn.Linear(600, 512)
@@ -393,7 +393,7 @@ def test_where_a_call_costs_more_than_the_work_the_layer_is_dense() -> None:
     assert isinstance(ours, SparseLayer)
     calls: list[Any] = []
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_operators.Packed, "run", lambda *a: calls.append(a) or a[2])
+        patch.setattr(torch_packed.Packed, "run", lambda *a: calls.append(a) or a[2])
         few, many = torch.randn(3, 64), torch.randn(500, 64)
         assert torch.equal(ours(few), layer(few))
         assert not calls
@@ -509,16 +509,16 @@ def test_the_weight_can_be_read() -> None:
 
 def test_packed_forms_go_with_their_modules() -> None:
     gc.collect()
-    torch_operators.forget()
-    before = len(torch_operators._PACKED)
+    torch_packed.forget()
+    before = len(torch_packed._PACKED)
     ours = accelerate(prune_(net()))
     with torch.inference_mode():
         ours(torch.randn(20, 3, 16, 16))
-    assert len(torch_operators._PACKED) == before + 3
+    assert len(torch_packed._PACKED) == before + 3
     del ours
     gc.collect()
-    torch_operators.forget()
-    assert len(torch_operators._PACKED) == before
+    torch_packed.forget()
+    assert len(torch_packed._PACKED) == before
 
 
 # ---- compile and export
@@ -552,10 +552,10 @@ def test_compile_whole_graph() -> None:
         x = torch.randn(batch, 3, 16, 16)
         with torch.no_grad():
             assert relative(compiled(x), module(x)) < 1e-5
-    held = len(torch_operators._PACKED)
+    held = len(torch_packed._PACKED)
     with torch.no_grad():
         compiled(torch.randn(7, 3, 16, 16))
-    assert len(torch_operators._PACKED) == held  # nothing was packed again
+    assert len(torch_packed._PACKED) == held  # nothing was packed again
 
 
 def test_export_and_save() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from secateur.core.errors import UsageError
-from secateur.runtime import accelerate, library, restore, torch_operators
+from secateur.runtime import accelerate, library, restore, torch_packed
 from secateur.runtime.torch_layers import SparseLayer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
@@ -99,7 +99,7 @@ def test_a_bias_may_change_in_any_way(layer: nn.Module, choose: Any) -> None:
         if isinstance(layer, nn.Conv2d)
         else torch.randn(2, layer.in_features)
     )
-    held = len(torch_operators._PACKED)
+    held = len(torch_packed._PACKED)
     bias = swapped(net, choose=choose).bias
     assert bias is not None
 
@@ -113,7 +113,7 @@ def test_a_bias_may_change_in_any_way(layer: nn.Module, choose: Any) -> None:
             assert moved() == size
         bias.fill_(7.0)
         assert moved() == 7.0
-    assert len(torch_operators._PACKED) <= held + 1  # one form, however often the bias changes
+    assert len(torch_packed._PACKED) <= held + 1  # one form, however often the bias changes
 
 
 def test_a_bias_made_in_inference_mode_may_change() -> None:
@@ -133,7 +133,7 @@ def test_a_bias_of_nan_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         bias.fill_(float("nan"))
         assert net(x).isnan().all()
-        monkeypatch.setattr(torch_operators, "_way_of", None)  # packing again would call it
+        monkeypatch.setattr(torch_packed, "_way_of", None)  # packing again would call it
         assert net(x).isnan().all()
 
 
