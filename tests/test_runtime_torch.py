@@ -499,6 +499,26 @@ def test_copies_are_independent() -> None:
         assert not torch.equal(twin(x), before)  # a change in place is seen
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_without_memory_shapes_are_known_and_weights_can_be_assigned() -> None:
+    ours = accelerate(prune_(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(2), nn.Linear(36, 300))))
+    state, x = ours.state_dict(), torch.randn(2, 4, 8, 8)
+    hollow = copy.deepcopy(ours).to("meta")
+    assert hollow(x.to("meta")).shape == (2, 6, 300)
+    assert {k: v.shape for k, v in hollow.state_dict().items()} == {
+        k: v.shape for k, v in state.items()
+    }
+    hollow.load_state_dict(state)
+    assert hollow[0].weight.is_meta
+    emptied = copy.deepcopy(hollow).to_empty(device="cpu")
+    emptied.load_state_dict(state)
+    hollow.load_state_dict(state, assign=True)
+    for filled in (emptied, hollow):
+        assert all(same_bits(v, state[k]) for k, v in filled.state_dict().items())
+        with torch.inference_mode():
+            assert relative(filled(x), ours(x)) < 1e-5
+
+
 def test_the_weight_can_be_read() -> None:
     layer = prune_(nn.Linear(9, 9))
     ours = accelerate(copy.deepcopy(layer))

@@ -87,11 +87,14 @@ class SparseLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, unpacked anew at every use: what is written into it is lost."""
+        dtype, device = self.values.dtype, self.values.device
+        whole = torch.empty_strided(self.shape, self._order, dtype=dtype, device=device)
+        if whole.is_meta:
+            return whole
         parts = {"values": self.values, "bitmask": self.index}
-        value, _ = _BITMASK.unpack(parts, self.shape, self.values.dtype)
+        value, _ = _BITMASK.unpack(parts, self.shape, dtype)
         if self.negative is not None:
             value[unpack_bits(self.negative, self.shape)] = -0.0
-        whole = torch.empty_strided(self.shape, self._order, dtype=value.dtype, device=value.device)
         return whole.copy_(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -137,7 +140,7 @@ class SparseLayer(nn.Module):
         outputs, inputs = self.shape
         # One path is to serve all inputs of what is compiled or traced.
         traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if not self.measure or torch.compiler.is_compiling() or traced:
+        if not self.measure or torch.compiler.is_compiling() or traced or x.is_meta:
             return None
         fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs
         if not fits or not x.numel():
@@ -225,8 +228,9 @@ class SparseLayer(nn.Module):
             error_msgs.append(f"size mismatch for {name}: {tuple(given.shape)}, not {self.shape}")
         elif given is not None:
             assigned = local_metadata.get("assign_to_params_buffers", False)
-            dtype = given.dtype if assigned else self.values.dtype
-            self._store_(given.to(dtype=dtype, device=self.values.device))
+            like = given if assigned else self.values
+            if not like.is_meta:  # torch, too, copies nothing into a tensor without memory
+                self._store_(given.to(dtype=like.dtype, device=like.device))
         own = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k != name}
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
