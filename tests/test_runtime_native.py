@@ -403,8 +403,9 @@ def test_variants_that_do_not_exist(variant: Variant) -> None:
 
 @pytest.mark.parametrize("threads", [0, -1, 257])
 def test_pools_of_no_or_too_many_threads(threads: int) -> None:
-    with pytest.raises(UsageError, match="1 to 256"):
+    with pytest.raises(UsageError, match="1 to 256") as caught:
         Pool(threads)
+    assert all(caught.value.parts().values())
 
 
 # --- packing ---------------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def machine(threads: int) -> Machine:
         UsageError: ``threads`` is below 1.
     """
     if threads < 1:
-        raise UsageError(f"threads={threads}", "a measurement needs a thread", do="give 1 or more")
+        raise UsageError(
+            f"threads={threads}", "it is below 1", "a measurement needs a thread", "give 1 or more"
+        )
     kernels, isa, problem = _kernels()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -56,7 +56,12 @@ class Pool:
 
     def __init__(self, threads: int) -> None:
         if not 1 <= threads <= 256:
-            raise UsageError(f"a pool of {threads} threads", "1 to 256 are possible")
+            raise UsageError(
+                f"a pool of {threads} threads",
+                "1 to 256 are possible",
+                "the thread that calls is one of them, and more than that wait for each other",
+                "give as many threads as there are cores",
+            )
         library = load()
         self.address = library.secateur_pool_create(threads)
         if not self.address:

@@ -194,14 +194,18 @@ class SparseLayer(nn.Module):
     def _require_inference(self, x: Tensor) -> None:
         if self.training:
             raise UsageError(
-                "an accelerated layer in training mode", INFERENCE, do="call .eval(), or restore()"
+                "a run of an accelerated layer",
+                "it is in training mode",
+                INFERENCE,
+                "call .eval(), or restore()",
             )
         # A program is exported with gradients on, and run as its user likes.
         if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             raise UsageError(
-                "an accelerated layer on an input that requires a gradient",
+                "a run of an accelerated layer",
+                "its input requires a gradient",
                 INFERENCE,
-                do="run the module under torch.inference_mode() or no_grad(), or restore() it",
+                "run the module under torch.inference_mode() or no_grad(), or restore() it",
             )
 
     def _save_to_state_dict(

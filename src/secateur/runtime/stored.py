@@ -67,8 +67,9 @@ def store(weight: np.ndarray[Any, Any] | Tensor, layout: str = "auto") -> Stored
     if value.dtype not in DTYPES:
         raise UsageError(
             f"a sparse layer with a weight of type {value.dtype}",
-            "the kernels know float32, bfloat16 and float16",
-            do="convert it to one of these",
+            "it is none of float32, bfloat16 and float16",
+            "the kernels read these and no other",
+            "convert it to one of these",
         )
     mask = value != 0
     if layout == "auto":

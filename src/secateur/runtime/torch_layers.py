@@ -83,7 +83,12 @@ def accelerate(
             "leave it out for as many as torch uses",
         )
     if choose not in ("measured", "first"):
-        raise UsageError(f"choose={choose!r}", "it is 'measured' or 'first'")
+        raise UsageError(
+            f"choose={choose!r}",
+            "'measured' and 'first' are possible",
+            "kernels are timed, or the likeliest is taken",
+            "leave it out to have them timed",
+        )
     if module.training:
         raise UsageError(
             "accelerate(module)",
@@ -134,7 +139,12 @@ def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Consi
         [('0', 'its sparsity 0.000 is below 0.5')]
     """
     if not 0 <= minimum_sparsity <= 1:
-        raise UsageError(f"minimum_sparsity={minimum_sparsity}", "it is not in [0, 1]")
+        raise UsageError(
+            f"minimum_sparsity={minimum_sparsity}",
+            f"{minimum_sparsity} is not in [0, 1]",
+            "it is a share of zeros",
+            "write 0.5 for a half",
+        )
     uses: dict[int, int] = {}
     for _, owner in module.named_modules():
         for parameter in owner._parameters.values():

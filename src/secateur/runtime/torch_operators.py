@@ -61,6 +61,7 @@ def sparse_linear(  # noqa: PLR0913, PLR0917 - the operator's schema
             f"sparse_linear on an input of shape {tuple(x.shape)}",
             f"the weight is {outputs} x {inputs}",
             f"the last axis of the input is to have {inputs} features",
+            "transpose or reshape the input, or give the parts of another layer",
         )
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], outputs))
@@ -103,6 +104,7 @@ def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
             f"sparse_conv on an input of shape {tuple(x.shape)}",
             f"the weight is {tuple(weight)} in {groups} groups",
             f"the input is to have {weight[1] * groups} channels",
+            "permute the input to (n, c, h, w), or give the parts of another layer",
         )
     if min(shape) <= 0:
         if min(shape[2:]) <= 0:
@@ -110,6 +112,7 @@ def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
                 f"sparse_conv on an input of shape {tuple(x.shape)}",
                 f"its output would be {shape[2]} x {shape[3]}",
                 "the kernel is larger than the padded input",
+                "give a larger image, or more padding",
             )
         return x.new_empty(shape)
     spec = Spec(
@@ -156,7 +159,10 @@ def _conv_shape(
 ) -> tuple[int, int, int, int]:
     if x.dim() != 4:
         raise UsageError(
-            f"sparse_conv on an input of shape {tuple(x.shape)}", "it needs (n, c, h, w)"
+            f"sparse_conv on an input of shape {tuple(x.shape)}",
+            f"it has {x.dim()} axes",
+            "the kernels read images as (n, c, h, w)",
+            "give a batch of images: x.unsqueeze(0) for one",
         )
     height, width = (
         (x.shape[2 + i] + pads[i] + pads[2 + i] - dilation[i] * (weight[2 + i] - 1) - 1)
