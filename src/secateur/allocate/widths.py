@@ -87,12 +87,17 @@ def floor_of(items: Sequence[WidthItem], spend: Spend, limit: float) -> dict[str
     narrow = {item.name: item.allowed(0) for item in items}
     if spend(narrow) > limit:
         raise BudgetError(
-            f"a limit of {limit:,.4g}",
-            f"with every width at its least, {spend(narrow):,.4g} remain",
+            f"a limit of {_amount(limit)}",
+            f"with every width at its least, {_amount(spend(narrow))} remain",
             "what is pinned, or kept by ignore= and by the floor, costs that much",
             "ask for more than that, lower the floor, or see inspect --structure for what is pinned",
         )
     return narrow
+
+
+def _amount(cost: float) -> str:
+    """Parameters, multiply-adds and bytes are whole and many; milliseconds are few."""
+    return f"{cost:,.0f}" if cost >= 1000 else f"{cost:.4g}"
 
 
 @dataclass(frozen=True)

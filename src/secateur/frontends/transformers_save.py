@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,22 +116,16 @@ def save_transformers(
     host: Any = model
     original = _original_config(host, surgery)
     example = example_for(host, example)
-    shorter, renamed = _without_removed(host, original, surgery)
-    search = Search(type(model), shorter)
-    wanted = _wanted(model, surgery, renamed)
-    for values in search.find(wanted):
-        built = _rebuilt(search, values, model, renamed)
-        if built is not None and _agree(built, model, example):
-            with new_folder(folder, overwrite=overwrite) as temporary:
-                built.save_pretrained(temporary)
-            changed = {_text(key): value for key, value in values.items()}
-            if shorter is not original:
-                changed["num_hidden_layers"] = shorter.num_hidden_layers
-            return SavedModel(Path(folder), True, changed)
+    plain = _plain(model, surgery, example)
+    if plain is not None:
+        built, changed = plain
+        with new_folder(folder, overwrite=overwrite) as temporary:
+            built.save_pretrained(temporary)
+        return SavedModel(Path(folder), True, changed)
     search = Search(type(model), original)
-    plain, saved = _per_layer(search, _wanted(model, surgery, None), host, surgery)
+    config, saved = _per_layer(search, _wanted(model, surgery, None), host, surgery)
     with new_folder(folder, overwrite=overwrite) as temporary:
-        (temporary / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for block in surgery.blocks:
             if block.kind == "deleted":
                 undeleted_(original, block.details)
@@ -163,6 +158,21 @@ def load_transformers(folder: str | Path) -> nn.Module:
     model = build(folder / ORIGINAL)
     load_bundle_(model, Bundle(tensors, masks, {}, Facts(), surgery))
     return model
+
+
+def loadable(model: nn.Module, surgery: Surgery, example: Any) -> bool:
+    """Whether plain ``from_pretrained`` would load what :func:`save_transformers` writes.
+
+    Args:
+        model: After the cut, in evaluation mode.
+        surgery: What was cut.
+        example: Inputs on which the rebuilt model must agree.
+
+    Example:
+        >>> loadable(nn.Linear(2, 2), Surgery("Linear"), None)
+        False
+    """
+    return is_transformers(model) and _plain(model, surgery, example) is not None
 
 
 # -- what the configuration must build --------------------------------------------------------------
@@ -221,6 +231,21 @@ def _per_layer(
 
 
 # -- the model that a configuration builds ----------------------------------------------------------
+
+
+def _plain(model: Any, surgery: Surgery, example: Any) -> tuple[Any, dict[str, int]] | None:
+    """What a plain configuration builds, with the weights, and the keys that changed in it."""
+    original = _original_config(model, surgery)
+    shorter, renamed = _without_removed(model, original, surgery)
+    search = Search(type(model), shorter)
+    for values in search.find(_wanted(model, surgery, renamed)):
+        built = _rebuilt(search, values, model, renamed)
+        if built is not None and _agree(built, model, example):
+            changed = {_text(key): value for key, value in values.items()}
+            if shorter is not original:
+                changed["num_hidden_layers"] = shorter.num_hidden_layers
+            return built, changed
+    return None
 
 
 def _rebuilt(
@@ -340,6 +365,17 @@ def _original_config(model: Any, surgery: Surgery) -> Any:
         if name.startswith("config.") and "[" not in name:
             setattr(config, name.removeprefix("config."), before)
     return config
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether it has a configuration of Transformers.
+
+    Example:
+        >>> is_transformers(nn.Linear(2, 2))
+        False
+    """
+    library = sys.modules.get("transformers")  # there, if the model is one of its own
+    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def require_transformers(model: nn.Module) -> None:

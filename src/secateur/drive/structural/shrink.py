@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from secateur.core.arguments import require_kind
 from secateur.core.batches import Data, as_data, lack
 from secateur.core.budget import Target
-from secateur.core.errors import DataError, NeedsData, SelectorError, UsageError
+from secateur.core.errors import BudgetError, DataError, NeedsData, SelectorError, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
@@ -31,7 +31,7 @@ from secateur.drive.structural.refit import refit_
 from secateur.drive.structural.removal import require_slots_alike
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.trial import require_runs, unproved, unrunnable
-from secateur.drive.structural.uniform import held_back
+from secateur.drive.structural.uniform import held_back, unstated
 from secateur.drive.training.finetune import Loop, Progress
 from secateur.drive.training.held import masks_of
 from secateur.formats import Surgery
@@ -210,6 +210,10 @@ class _Run:
             keep = self._choice(recipe, example, last)
             found = unrunnable(self.model, self.structure, keep, example)
             stuck = {name: f"raises {why}" for name, why in found.items()}
+            topic = "pinned"
+            if not stuck and recipe.uniform:
+                stuck = unstated(self.model, self.structure, keep, example)
+                topic = "widths"
             if not stuck:
                 try:
                     self._prove(keep, example)
@@ -219,7 +223,7 @@ class _Run:
                     return keep
             for name, why in stuck.items():
                 text = f"cut to {int(keep[name].sum())} of {len(keep[name])} the network {why}"
-                self.facts.note("pinned", name, text)
+                self.facts.note(topic, name, text)
             self.stuck |= set(stuck)
 
     def _prove(self, keep: dict[str, Tensor], example: Any) -> None:
@@ -239,13 +243,17 @@ class _Run:
         scores = group_scores(self.model, widths, recipe, self.data, around=around)
         try:
             return self._budget(recipe, last).keep(widths, scores, example)
-        except SelectorError as error:  # an allocation may name a width that turned out to be stuck
+        except (BudgetError, SelectorError) as error:
+            # An allocation may name a width that turned out to be stuck, or need it for the target.
             told = [f"{n.where}: {n.text}" for n in self.facts.notes if n.where in self.stuck]
             if not told:
                 raise
-            why = "a width that breaks the network is pinned, and takes no part any more"
-            do = "leave it out of the allocation"
-            raise SelectorError(error.asked, "; ".join(told[:3]), why, do) from error
+            found = error.found if isinstance(error, BudgetError) else ""
+            found = "; ".join(filter(None, [found, *told[:3]]))
+            why = "a width that cannot be cut as chosen is pinned, and takes no part any more"
+            do = "ask for more than that" if isinstance(error, BudgetError) else "leave it out"
+            do += ", or leave uniform out" if self.recipe.uniform else ""
+            raise type(error)(error.asked, found, why, do) from error
 
     def _check(self) -> None:
         require_finite(self.model)

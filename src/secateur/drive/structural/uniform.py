@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.core.select import keep_top
 from secateur.core.widths import Width
-from secateur.structure import Structure
+from secateur.frontends.remembered import surgery_of
+from secateur.frontends.surgery import surgery_for
+from secateur.frontends.transformers_save import is_transformers, loadable
+from secateur.structure import Structure, apply_, cuts_for
+
+_ALL = torch.ones(1, dtype=torch.bool)
 
 
 def best_groups(
@@ -111,6 +118,51 @@ def held_back(structure: Structure, taking: Collection[str]) -> dict[str, str]:
             why = f"it keeps as many groups as {out!r}, which takes no part"
             found |= {width.name: why for width in widths if width.name in taking}
     return found
+
+
+def unstated(
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> dict[str, str]:
+    """Widths of a Transformers model that no configuration can state as chosen: name -> why.
+
+    Nothing is looked up: configurations are built and compared, see
+    :func:`~secateur.frontends.transformers_save.save_transformers`. Like widths are tried together.
+
+    Args:
+        model: Not cut yet. One that is not of Transformers has no configuration, and no such widths.
+        structure: Its widths.
+        keep: Name of a width -> ``(groups,)``, True = kept.
+        example: Inputs on which the rebuilt model must agree.
+
+    Returns:
+        Empty if a configuration builds what is chosen, or each kind of width alone.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> from secateur.structure import couple
+        >>> unstated(net, couple(net, torch.zeros(1, 2)), {"0": torch.tensor([True, True, False])}, 0)
+        {}
+    """
+    if not is_transformers(model) or _stated(model, structure, keep, example):
+        return {}
+    found: dict[str, str] = {}
+    for widths in _alike(structure):
+        part = {w.name: keep[w.name] for w in widths if not bool(keep.get(w.name, _ALL).all())}
+        if part and not _stated(model, structure, part, example):
+            found |= dict.fromkeys(
+                part, f"is one that no {type(model).__name__} configuration builds"
+            )
+    return found
+
+
+def _stated(
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> bool:
+    cuts = cuts_for(model, structure, keep)
+    surgery, earlier = surgery_for(model, cuts, weights=False), surgery_of(model)
+    small = copy.deepcopy(model).eval()
+    apply_(small, cuts)
+    return loadable(small, earlier.then(surgery) if earlier else surgery, example)
 
 
 def _alike(structure: Structure) -> list[list[Width]]:
