@@ -55,7 +55,8 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
         second = load_model(b, model=architecture if is_bundle(b) else None)
         batches = None if data is None else load_data(data)
         masks = first.masks or None, second.masks or None
-        found = compare_networks(first.model, second.model, batches, masks=masks)
+        with out.watching(batches) as watched:
+            found = compare_networks(first.model, second.model, watched, masks=masks)
         out.text.print(comparison_table(found, (_short(a), _short(b))))
         out.show(verdict_text(found.verdict))
         if found.identical:

@@ -28,7 +28,8 @@ def evaluate(
     with screen("evaluate", json=json, threads=threads) as out:
         loaded = load_model(model, weights=weights, model=architecture)
         batches = None if data is None else load_data(data)
-        found = measure(loaded.model, batches, masks=loaded.masks)
+        with out.watching(batches) as watched:
+            found = measure(loaded.model, watched, masks=loaded.masks)
         out.text.print(measurement_table(found))
         if batches is None:
             out.show(Text("Accuracy, multiply-adds and latency need --data file.py:function."))

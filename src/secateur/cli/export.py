@@ -53,7 +53,8 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
         require_new_file(output, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
         example = first_of(batches_of(load_data(data))[1])
-        done = export_onnx(loaded.model, example, output)
+        with out.working("exporting"):
+            done = export_onnx(loaded.model, example, output)
         out.say(
             f"Written to {done.path}: {size(done.bytes)}, opset {done.opset}; ONNX Runtime differs "
             f"from PyTorch by {done.error:.1g} of the largest output."

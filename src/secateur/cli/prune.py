@@ -135,10 +135,14 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
             batches = dataclasses.replace(batches, calibration=calibration)
         _announce(out, loaded, wanted, model)
         pruned = _run(out, loaded, wanted, batches, saved)
-        found = compare_networks(loaded.model, pruned, _measurable(batches))
+        with out.watching(_measurable(batches)) as watched:
+            found = compare_networks(loaded.model, pruned, watched)
         pruned.facts.measures["comparison"] = comparison_json(found)
         # Checked before it is written: an ONNX file that fails leaves no bundle either.
-        exported = None if onnx is None else export_onnx(pruned.model, _example(batches), onnx)
+        exported = None
+        if onnx is not None:
+            with out.working("exporting"):
+                exported = export_onnx(pruned.model, _example(batches), onnx)
         pruned.save(output, overwrite=overwrite)
         _report(out, pruned, found, exported, output=output)
 

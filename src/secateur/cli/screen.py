@@ -7,9 +7,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 import torch
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from secateur.core.batches import Batch, Data, length_of
 from secateur.core.errors import SecateurError, UsageError
 from secateur.report import document, error_document
 
@@ -86,7 +87,7 @@ class Screen:
         tasks: dict[str, Any] = {}
         start, shown = time.monotonic(), False
 
-        def report(stage: str, done: float, total: float) -> None:
+        def report(stage: str, done: float, total: float | None) -> None:
             nonlocal shown
             if not self.errors.is_terminal:
                 return
@@ -102,6 +103,37 @@ class Screen:
         finally:
             if shown:
                 bar.stop()
+
+    @contextmanager
+    def watching(self, data: Data | None) -> Iterator[Data | None]:
+        """Data whose batches for measuring draw a bar as they are read, where that takes long."""
+        with self.progress() as report:
+            if data is None or data.test is not None:
+                yield data and replace(data, test=_Watched(data.test or (), report))
+            else:
+                yield data if data.train is None else replace(data, train=_Watched(data.train, report))
+
+    @contextmanager
+    def working(self, stage: str) -> Iterator[None]:
+        """A sign of life for one long step that cannot say how far it is."""
+        wheel = self.errors.status(f"{stage} ...") if self.errors.is_terminal else None
+        with wheel or contextlib.nullcontext():
+            yield
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Batches that report how many of them were read."""
+
+    batches: Iterable[Batch]
+    report: Callable[[str, float, float | None], None]
+
+    def __iter__(self) -> Iterator[Batch]:
+        total, done = length_of(self.batches), 0
+        for done, batch in enumerate(self.batches):
+            self.report("measuring", done, total)
+            yield batch
+        self.report("measuring", done + 1, total)
 
 
 @contextmanager

@@ -159,17 +159,22 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         measurable = batches is not None and (batches.test or batches.train) is not None
         _note_masks(pruned, loaded.masks)
         masks = (loaded.masks or None, None)
-        found = compare_networks(loaded.model, pruned, batches if measurable else None, masks=masks)
+        with out.watching(batches if measurable else None) as watched:
+            found = compare_networks(loaded.model, pruned, watched, masks=masks)
         pruned.facts.measures["comparison"] = comparison_json(found)
         exported = None
         if onnx is not None:
             assert batches is not None
-            exported = export_onnx(pruned.model, first_of(batches_of(batches)[1]), onnx)
+            with out.working("exporting"):
+                exported = export_onnx(pruned.model, first_of(batches_of(batches)[1]), onnx)
         pruned.save(output, overwrite=overwrite)
         saved = None
         if pretrained is not None:
             assert pruned.surgery is not None
-            saved = save_transformers(pruned.model, pretrained, pruned.surgery, overwrite=overwrite)
+            with out.working("looking for a configuration"):
+                saved = save_transformers(
+                    pruned.model, pretrained, pruned.surgery, overwrite=overwrite
+                )
         _report(out, pruned, found, (exported, saved), output)
 
 
@@ -228,7 +233,7 @@ def _report(
     if exported is not None:
         out.text.print(exported_text(exported))
     if saved is not None:
-        how = "from_pretrained" if saved.uniform else "secateur.frontends.load_transformers"
+        how = "from_pretrained" if saved.uniform else "secateur.load_transformers"
         out.say(f"Written to {saved.folder}; load it with {how}.")
     out.finish(
         {
