@@ -26,6 +26,7 @@ from secateur.drive.structural.branches import pack_branches
 from secateur.drive.structural.depth import drop_blocks
 from secateur.drive.structural.experts import drop_experts
 from secateur.drive.structural.heads import prune_heads
+from secateur.drive.structural.pace import Pace
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.shrink import shrink, shrink_
 from secateur.drive.structural.shrinking import Shrinking, train_and_shrink
@@ -42,6 +43,7 @@ from secateur.evaluate import compare, measure
 from secateur.evaluate.robustness import robustness
 from secateur.experiments import TicketPlan, find_ticket
 from secateur.frontends import export_onnx
+from secateur.frontends.transformers_save import load_transformers, save_transformers
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,7 @@ __all__ = [
     "Learned",
     "LightningCallback",
     "Masks",
+    "Pace",
     "Pruned",
     "Recipe",
     "Regrow",
@@ -76,6 +79,7 @@ __all__ = [
     "finetune",
     "learn_masks",
     "load",
+    "load_transformers",
     "masks_of",
     "measure",
     "pack_branches",
@@ -88,6 +92,7 @@ __all__ = [
     "resume_",
     "robustness",
     "save_checkpoint",
+    "save_transformers",
     "shrink",
     "shrink_",
     "train_and_shrink",
