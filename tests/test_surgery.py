@@ -220,3 +220,14 @@ def test_the_script_in_the_docs_replays_without_secateur(
     failed = subprocess.run(call, capture_output=True, text=True, check=False)
     assert failed.returncode != 0
     assert "the file was altered" in failed.stderr
+
+
+def test_the_script_in_the_docs_loads_a_network_that_was_pruned_only(tmp_path: Path) -> None:
+    net = build()
+    pruned = secateur.prune(net, secateur.recipes.magnitude(0.5))
+    folder = pruned.save(tmp_path / "pruned")
+    script: dict[str, object] = {"__name__": "replay"}
+    exec((ROOT / "docs" / "formats" / "replay.py").read_text(), script)  # noqa: S102 - our own page
+    again = script["replay"](build(seed=1), folder)  # type: ignore[operator]
+    for name, x in pruned.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x), name

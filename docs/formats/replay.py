@@ -100,10 +100,7 @@ def set_size(module, name, value):
 
 
 @torch.no_grad()
-def replay(model, folder):
-    """Cut a freshly built original ``model``, load the weights, and return it."""
-    surgery = read_surgery(Path(folder) / "surgery.json")
-    tensors = read_tensors(Path(folder) / "model.safetensors")
+def cut_(model, surgery):
     if shapes_hash(model.state_dict()) != surgery["original"]["shapes"]:
         raise ValueError(f"this {type(model).__name__} is not the network that was cut")
     if any(block["kind"] != "removed" for block in surgery["blocks"]):
@@ -128,12 +125,17 @@ def replay(model, folder):
         setattr(model.get_submodule(path), name, PassThrough(**block["details"]))
     if shapes_hash(model.state_dict()) != surgery["result"]["shapes"]:
         raise ValueError("the shapes after the cut are not those that surgery.json promises")
-    lacking = set(model.state_dict()) - set(tensors)
+
+
+def replay(model, folder):
+    """Cut a freshly built original ``model``, if it was cut, load the weights, and return it."""
+    tensors = read_tensors(Path(folder) / "model.safetensors")
+    if (Path(folder) / "surgery.json").exists():
+        cut_(model, read_surgery(Path(folder) / "surgery.json"))
     own = model.state_dict(keep_vars=True)
-    for name in lacking:  # tied weights may be stored under one of their names only
+    for name in set(own) - set(tensors):  # a tied weight may be stored under one of its names
         twin = next((n for n in tensors if n in own and own[n] is own[name]), None)
-        if twin is not None:
-            tensors[name] = tensors[twin]
+        tensors |= {name: tensors[twin]} if twin else {}
     model.load_state_dict(tensors)
     return model
 
@@ -144,5 +146,4 @@ if __name__ == "__main__":
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = replay(getattr(module, function)(), sys.argv[1])
-    count = sum(x.numel() for x in model.parameters())
-    print(f"{type(model).__name__} with {count:,} parameters")
+    print(f"{type(model).__name__} with {sum(x.numel() for x in model.parameters()):,} parameters")
