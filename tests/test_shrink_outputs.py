@@ -176,3 +176,26 @@ def test_scores_that_are_masked_out_agree() -> None:
     assert compare([inf + 1], [inf]).error == pytest.approx(0.5)
     assert compare([inf.nan_to_num()], [inf]).error == float("inf")
     assert compare([inf * float("nan")], [inf]).error == float("inf")
+
+
+class Padded(nn.Module):
+    """PyTorch fuses its encoder layers without gradients, and gives zeros for padding then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 24, batch_first=True)
+        self.stack = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        out: Tensor = self.stack(x, src_key_padding_mask=padding)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_outputs_for_padding_are_compared_in_one_way() -> None:
+    torch.manual_seed(0)
+    padding = torch.arange(5) >= torch.tensor([[5], [3]])
+    example = torch.randn(2, 5, 8), padding
+    recipe = secateur.ShrinkRecipe(target=secateur.Target.parse("params=80%"), recovery=())
+    pruned = secateur.shrink(Padded().eval(), recipe, example)
+    assert pruned.facts.measures["proof"] < 1e-5

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
+from secateur.core.attention import unfused_attention
 from secateur.core.errors import UsageError
 
 
@@ -104,13 +105,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention as products and a softmax, not as one fused operator."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with unfused_attention(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
