@@ -78,9 +78,26 @@ def test_gpt2_rows_are_outputs(gpt2: tuple[nn.Module, list[Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "magnitude"])
 def test_torch_transformer_layers(name: str) -> None:
-    """MultiheadAttention calls no module for its projections, so no hook sees their inputs."""
+    """MultiheadAttention calls no module for queries, keys and values: no hook sees their inputs."""
     net = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4))
     pruned = prune(net.eval(), alias(name), [torch.randn(4, 5, 16)])
     sound(pruned, net)
     if name != "magnitude":
-        assert any("out_proj" in n.where for n in pruned.facts.notes)
+        left_out = [n.where for n in pruned.facts.notes if n.topic == "left-out"]
+        assert left_out == ["1.weight", "0.self_attn.in_proj_weight"]  # the first as a classifier
+        assert pruned.masks["0.self_attn.out_proj.weight"].float().mean() == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_torch_transformer_layers_with_padding() -> None:
+    """PyTorch makes nested tensors of padded inputs, of which no rows can be read."""
+
+    class Padded(nn.TransformerEncoder):
+        def forward(self, x: Any, padding: Any) -> Any:  # type: ignore[override]
+            return super().forward(x, src_key_padding_mask=padding)
+
+    net = Padded(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
+    padding = torch.arange(5) >= torch.tensor([[5], [3]])
+    batch = torch.randn(2, 5, 16), padding, torch.zeros(2)
+    pruned = prune(net, alias("wanda"), [batch])
+    assert pruned.masks["layers.0.linear1.weight"].float().mean() == 0.5

@@ -181,9 +181,21 @@ def test_multiply_adds_equal_the_formula() -> None:
 
 
 def test_weights_out_of_sight_are_named() -> None:
-    net = nn.MultiheadAttention(8, 2)
-    x = torch.randn(4, 1, 8)
-    assert "in_proj_weight" in cost_of(net, example=(x, x, x, torch.zeros(1))).uncounted
+    net = nn.Bilinear(8, 8, 2)
+    x = torch.randn(4, 8)
+    assert "weight" in cost_of(net, example=(x, x, torch.zeros(1))).uncounted
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multiply_adds_of_attention_equal_the_formula(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    batch = (torch.randn(3, 3, 8), torch.zeros(3))  # of one axis are samples, of one tokens
+    cost = cost_of(layer, example=batch)
+    assert cost.macs_dense == 3 * (4 * 8 * 8 + 2 * 8 * 16)
+    assert cost.uncounted == ()
+    decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+    cost = cost_of(decoder, example=(torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.zeros(2)))
+    assert cost.macs_dense == pytest.approx(5 * (6 * 8 * 8 + 2 * 8 * 16) + 7 * 2 * 8 * 8)
 
 
 def test_bytes_are_those_of_the_bundle(tmp_path: Any) -> None:

@@ -15,7 +15,7 @@ from secateur.core.weight import Weight
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.held import SUFFIX, masks_of
 from secateur.formats import smallest
-from secateur.stats import Positions, collect
+from secateur.stats import Positions, collect, projection_uses
 
 # What a tensor's entry in the file's header takes, beside its name: type, shape, offsets, layout.
 _ENTRY = 110
@@ -55,7 +55,8 @@ def uses(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> dict[str, flo
     stats = collect(model, seen, [Positions()], [batch])
     reached = set(stats.names())
     found = [slot.weight(model) for slot in seen if slot.name in reached]
-    return {weight.name: float(stats(Positions(), weight)) for weight in found}
+    counted = {weight.name: float(stats(Positions(), weight)) for weight in found}
+    return counted | projection_uses(model, batch)
 
 
 def money(

@@ -12,10 +12,10 @@ from secateur.core.batches import Batch
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot
+from secateur.drive.money import uses
 from secateur.drive.training.held import SUFFIX
 from secateur.formats import write_bundle
 from secateur.frontends import discover
-from secateur.stats import Positions, collect
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Cost:
 def cost_of(model: nn.Module, masks: Masks | None = None, example: Batch | None = None) -> Cost:
     """Count, and write the file to see how large it is.
 
-    Multiply-adds are those of linear, convolutional and recurrent layers; products of two
-    activations (inside attention) are not among them.
+    Multiply-adds are those of linear, convolutional and recurrent layers and of the projections of
+    attention; products of two activations (inside attention) are not among them.
 
     Args:
         model: Left as it is.
@@ -102,16 +102,15 @@ def file_bytes(model: nn.Module, masks: Masks | None = None) -> int:
 
 def _macs(model: nn.Module, example: Batch) -> tuple[float, float, tuple[str, ...]]:
     slots = discover(model)
-    seen = [slot for slot in slots if slot.rows is not None]
-    stats = collect(model, seen, [Positions()], [example])
+    used = uses(model, slots, example)
     dense = kept = 0.0
-    for slot in seen:
-        weight = slot.weight(model)
-        if (Positions(), slot.name) in stats:
-            used = float(stats(Positions(), weight))
-            dense += used * weight.value.numel()
-            kept += used * int(weight.value.count_nonzero())
-    return dense, kept, tuple(slot.name for slot in slots if _multiplies(slot))
+    for slot in slots:
+        if slot.name in used:
+            value = slot.tensor(model)
+            dense += used[slot.name] * value.numel()
+            kept += used[slot.name] * int(value.count_nonzero())
+    hidden = (slot.name for slot in slots if slot.name not in used and _multiplies(slot))
+    return dense, kept, tuple(hidden)
 
 
 def _multiplies(slot: Slot) -> bool:

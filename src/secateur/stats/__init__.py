@@ -1,6 +1,7 @@
 """Evidence from data: streamable, mergeable statistics, and the one engine that collects them."""
 
 from secateur.stats.activations import Gram, InputNorm, Moments, Positions, Sketch
+from secateur.stats.attention import projection_uses
 from secateur.stats.blocks import BlockCosine
 from secateur.stats.engine import Stats, collect, stream_gradients
 from secateur.stats.experts import RoutedOutput
@@ -38,6 +39,7 @@ __all__ = [
     "WeightGradient",
     "collect",
     "collect_groups",
+    "projection_uses",
     "stream_gradients",
     "wants_data",
 ]

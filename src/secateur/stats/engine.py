@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from secateur.core.attention import open_attention
 from secateur.core.batches import (
     Batch,
     Loss,
@@ -167,7 +168,7 @@ def collect(
     gradients = [s for s in wanted if getattr(s, "source", "") == "gradients"]
     probes = [s for s in wanted if not hasattr(s, "source")]
     device = device_of(model)
-    with evaluating(model):
+    with evaluating(model), open_attention(model):
         if inputs:
             _Watch(model, slots, inputs, stats).run(batches, replay)
         for samples in {s.samples for s in gradients}:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from secateur.core.attention import open_attention
 from secateur.core.batches import Batch, evaluating, forward, narrow, to_device
 from secateur.core.errors import NonFinite
 from secateur.core.slots import Slot, device_of
@@ -224,7 +225,7 @@ class Replay:
             return self._run(self._sample)
 
     def _run(self, batch: Batch) -> Any:
-        with evaluating(self._model), torch.no_grad():
+        with evaluating(self._model), open_attention(self._model), torch.no_grad():
             return forward(self._model, to_device(batch, device_of(self._model)))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from secateur.core.attention import open_attention
 from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
 from secateur.core.slots import Slot, device_of
 from secateur.recover import Moments
@@ -105,7 +106,7 @@ def _rows(model: nn.Module, slot: Slot, batch: Batch, replay: Replay, draw: _Dra
     module = model.get_submodule(slot.module)
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
-        with evaluating(model), replay.serving(batch), suppress(_Seen):
+        with evaluating(model), open_attention(model), replay.serving(batch), suppress(_Seen):
             forward(model, to_device(batch, device_of(model)))
     finally:
         handle.remove()
@@ -147,7 +148,7 @@ def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:
 def _run_once(model: nn.Module, batch: Batch, hooks: Sequence[RemovableHandle]) -> None:
     """One forward pass, after which the hooks are off."""
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), open_attention(model), torch.no_grad():
             forward(model, to_device(batch, device_of(model)))
     finally:
         for hook in hooks:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.attention import PrunedAttention, open_attention
 from secateur.core.batches import Batch, evaluating, forward
 from secateur.runtime.layer_times import Layer
+from secateur.stats.attention import projected
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -37,7 +39,7 @@ class Use:
 
 @torch.no_grad()
 def layers_of(model: nn.Module, example: Batch) -> tuple[Use, ...]:
-    """Every run of a convolution or linear layer in a forward pass, in order.
+    """Every run of a convolution or linear layer, or a projection of attention, in order.
 
     Transposed convolutions, recurrent layers and what is no layer are left to the rest.
 
@@ -62,8 +64,17 @@ def layers_of(model: nn.Module, example: Batch) -> tuple[Use, ...]:
         or (hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor))
     ]
     hooks = [module.register_forward_pre_hook(hook) for module in known]
+
+    def projects(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for weight, positions in projected(module, args, kwargs).items():
+            outputs, inputs = module.get_parameter(weight).shape
+            name = names[id(module.get_parameter(weight))]
+            found.append(Use(name, Layer(inputs, outputs, round(positions))))
+
     try:
-        with evaluating(model):
+        with evaluating(model), open_attention(model):
+            attention = [m for m in model.modules() if type(m) is PrunedAttention]
+            hooks += [m.register_forward_pre_hook(projects, with_kwargs=True) for m in attention]
             forward(model, example)
     finally:
         for handle in hooks:
