@@ -56,12 +56,3 @@ def test_layers_with_a_computed_weight_stay(
         target=secateur.Target("params", 0.9), recovery=(), scope=secateur.Scope(include=("2",))
     )
     assert secateur.shrink(net, recipe, X).facts.measures["proof"] < 1e-5
-
-
-def test_attention_of_torch_stays_with_what_to_write() -> None:
-    layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
-    structure = couple(layer, torch.randn(1, 3, 16))
-    assert (
-        "write the attention with linear layers" in structure.pinned["self_attn.in_proj_weight", 0]
-    )
-    assert [w.name for w in structure.widths] == ["linear1"]

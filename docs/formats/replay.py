@@ -92,10 +92,8 @@ def set_size(module, name, value):
         name = name.removeprefix("config.")
     name, _, entry = name.partition("[")
     if entry:
-        old = getattr(holder, name)
-        values = list(old)
-        values[int(entry[:-1])] = value
-        value = type(old)(values)
+        old, at = getattr(holder, name), int(entry[:-1])
+        value = old[:at] + type(old)([value]) + old[at + 1 :]
     setattr(holder, name, value)
 
 
@@ -116,10 +114,12 @@ def cut_(model, surgery):
         if (id(x), axis) not in done:
             kept = [torch.arange(start, stop) for start, stop in selection["runs"]]
             x.data = x.data.index_select(axis, torch.cat(kept).to(x.device)).clone()
-            x.grad = None
         done.add((id(x), axis))
     for edit in surgery["attributes"]:
         set_size(model.get_submodule(edit["module"]), edit["name"], edit["after"])
+    attention = [m for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)]
+    if any(len({m.embed_dim, *m.out_proj.weight.shape}) > 1 for m in attention):
+        raise ValueError("heads of nn.MultiheadAttention were cut: only secateur.load can run them")
     for block in surgery["blocks"]:
         path, _, name = block["module"].rpartition(".")
         setattr(model.get_submodule(path), name, PassThrough(**block["details"]))

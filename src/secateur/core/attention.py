@@ -30,11 +30,15 @@ class PrunedAttention(nn.MultiheadAttention):
     **Source** torch.nn.functional.multi_head_attention_forward of PyTorch 2.13
 
     Example:
-        >>> layer, x = nn.MultiheadAttention(8, 4), torch.randn(3, 1, 8)
-        >>> wanted = layer(x, x, x)[0]
-        >>> _ = free_heads_(layer)
-        >>> type(layer).__name__, torch.allclose(layer(x, x, x)[0], wanted, atol=1e-6)
-        ('PrunedAttention', True)
+        >>> from secateur.structure import apply_, couple, cuts_for
+        >>> layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval()
+        >>> x = torch.randn(1, 3, 8)
+        >>> keep = {"self_attn": torch.tensor([True, False, True, False])}
+        >>> apply_(layer, cuts_for(layer, couple(layer, x), keep))
+        >>> layer.self_attn.num_heads, tuple(layer.self_attn.out_proj.weight.shape)
+        (2, (8, 4))
+        >>> type(layer.self_attn).__name__
+        'PrunedAttention'
     """
 
     def extra_repr(self) -> str:

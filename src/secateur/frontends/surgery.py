@@ -283,18 +283,18 @@ def _restored_on_error(model: nn.Module, surgery: Surgery) -> Iterator[None]:
     """Put back everything that a replay touches if it, or what follows, fails."""
     tensors = _tensors(model)
     values = [(x, x.data, x.grad) for x in (tensors[name] for name in surgery.cuts)]
-    touched = list(
-        model.modules() if surgery.blocks else map(model.get_submodule, surgery.attributes)
-    )
+    touched = list(model.modules())
     children = [(module, dict(module._modules)) for module in touched]
-    stated = [(module, dict(vars(module))) for module in touched]
+    stated = [(module, type(module), dict(vars(module))) for module in touched]
     try:
         yield
     except BaseException:
         for module, modules in children:
             module._modules.clear()
             module._modules.update(modules)
-        for module, attributes in stated:
+        for module, kind, attributes in stated:
+            if type(module) is not kind:  # an attention of which heads were cut
+                module.__class__ = kind
             vars(module).update(attributes)
         for x, value, gradient in values:
             x.grad = None

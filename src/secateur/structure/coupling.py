@@ -168,7 +168,8 @@ def _pin_given(model: nn.Module, found: Trace, root: Tensor, reasons: dict[int, 
 def _reads(model: nn.Module, name: str, axis: int) -> bool:
     """Whether the inputs of a layer lie along this axis of its weight."""
     module = model.get_submodule(name.rpartition(".")[0])
-    layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or hasattr(module, "nf")
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+    layer = isinstance(module, kinds) or hasattr(module, "nf")
     return layer and axis != _out_axis(module)
 
 

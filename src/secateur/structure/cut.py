@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.attention import settle_heads_
 from secateur.core.errors import UsageError
 from secateur.structure.coupling import Structure
 from secateur.structure.layers import layer_sizes
@@ -150,6 +151,7 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
         module = model.get_submodule(path)
         for attribute, value in attributes.items():
             set_attribute_(module, attribute, value)
+    settle_heads_(model)
 
 
 def _other(dtype: torch.dtype) -> torch.dtype:

@@ -65,9 +65,20 @@ def _sizes(module: Any, shapes: Mapping[str, Shape]) -> dict[str, int]:
             "hidden_size": shapes["weight_hh_l0"][1],
             "input_size": shapes["weight_ih_l0"][1],
         }
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(module, shapes)
     if hasattr(module, "nf") and hasattr(module, "nx") and len(weight) == 2:
         return {"nx": weight[0], "nf": weight[1]}
     return {}
+
+
+def _attention(module: Any, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    packed = shapes.get("in_proj_weight")
+    three = [packed] * 3 if packed else [shapes[f"{x}_proj_weight"] for x in "qkv"]
+    inner = three[0][0] // (3 if packed else 1)
+    query, key, value = (shape[1] for shape in three)
+    heads = inner // module.head_dim
+    return {"embed_dim": query, "kdim": key, "vdim": value, "num_heads": heads}
 
 
 def _convolution(module: Any, weight: Shape, *, transposed: bool) -> dict[str, int]:

@@ -11,12 +11,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from secateur.core.attention import PrunedAttention, is_plain
 from secateur.structure.trace import Trace
 
 _SPECTRAL = "a spectral norm divides by one number of the whole weight: take it off before with "
 _OPAQUE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "the heads of nn.MultiheadAttention follow from its width: to cut them, "
-    "write the attention with linear layers and scaled_dot_product_attention",
     _SpectralNorm: f"{_SPECTRAL}torch.nn.utils.parametrize.remove_parametrizations",
 }
 #: Hooks that compute a weight before each call, and why their layers stay.
@@ -53,13 +52,25 @@ def pin_opaque(model: nn.Module, found: Trace) -> None:
     """Pin the parameters of opaque modules."""
     for path, module in model.named_modules():
         reason = next((text for kind, text in _OPAQUE.items() if isinstance(module, kind)), None)
-        reason = reason or _hooked(module)
+        reason = reason or _rewritten(module) or _hooked(module)
         if reason is None:
             continue
         inside = f"{path}." if path else ""
         for (name, _), ids in found.axes.items():
             if name.startswith(inside):
                 found.ledger.pin(ids, reason)
+
+
+def _rewritten(module: nn.Module) -> str | None:
+    """Why an attention stays whose code is not PyTorch's, so that no other code can take its place."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return None
+    if is_plain(module) or type(module) is PrunedAttention:
+        return None
+    return (
+        "it changes the code of nn.MultiheadAttention, which takes its number of heads from its width: "
+        "use that class itself, or linear layers and scaled_dot_product_attention"
+    )
 
 
 def _hooked(module: nn.Module) -> str | None:

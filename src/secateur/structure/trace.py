@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from secateur.core.attention import free_heads_
 from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
 from secateur.structure.counted import Counted, Sizes, Source, counting, follow, rows_along
@@ -354,6 +355,7 @@ def _failing(model: nn.Module, example: Any, device: str) -> Trace:
 
 def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
     model = shared_copy(model)  # a forward pass may store what it computes in the modules
+    free_heads_(model)  # PyTorch's own code ties the heads to the width
     tracer = Tracer(model, run_without_values if device == "meta" else run_plainly)
     output = run_traced(model, example, tracer, device)
     for x in require_predictions(output, model):
