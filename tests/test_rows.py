@@ -143,6 +143,40 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("state", [True, False], ids=["state", "zeros"])
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["both ways", "one way"])
+@pytest.mark.parametrize("mode", KINDS)
+def test_packed_sequences_have_the_rows_of_each_sequence_alone(
+    mode: str, bidirectional: bool, state: bool, in_order: bool
+) -> None:
+    kind, more = KINDS[mode]
+    module: Any = kind(3, 4, 2, bidirectional=bidirectional, **more)
+    lengths = [5, 3, 3, 1] if in_order else [3, 5, 1, 3]
+    alone = [torch.randn(size, 3) for size in lengths]
+    packed = nn.utils.rnn.pack_sequence(alone, enforce_sorted=in_order)
+    start = torch.randn(2, 2 + 2 * bidirectional, 4, 4)
+
+    def inputs(x: Any, chosen: Any) -> tuple[Any, ...]:
+        if not state:
+            return (x,)
+        h, c = start[:, :, chosen]
+        return x, ((h, c) if mode == "LSTM" else h)
+
+    for slot in discover(module):
+        if slot.rows is None:
+            continue
+        args = inputs(packed, slice(None))
+        rows = slot.rows(module, args, module(*args))[0]
+        require_draw(slot, module, args, None)
+        parts = [inputs(x[:, None], slice(i, i + 1)) for i, x in enumerate(alone)]
+        wanted = torch.cat([slot.rows(module, part, module(*part))[0] for part in parts])
+        order = [
+            torch.tensor(sorted(range(len(r)), key=r.tolist().__getitem__)) for r in (rows, wanted)
+        ]
+        torch.testing.assert_close(rows[order[0]], wanted[order[1]])
+
+
 @pytest.mark.parametrize("state", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["NT", "TN"])
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["both ways", "one way"])
@@ -366,19 +400,20 @@ def test_a_bad_activation_is_named() -> None:
 
 
 def test_inputs_that_are_no_tensor_are_refused() -> None:
-    net = nn.GRU(3, 4)
-    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    class Listed(nn.Linear):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(x[0])
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.cell = net
+            self.inner = Listed(3, 3)
 
         def forward(self, x: Tensor) -> Any:
-            return self.cell(packed)
+            return self.inner([x])
 
     outer = Net()
-    with pytest.raises(NeedsData, match="PackedSequence"):
+    with pytest.raises(NeedsData, match="first argument is a list"):
         collect(outer, [s for s in discover(outer) if s.rows], [InputNorm()], [torch.randn(2, 3)])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from secateur.core.slots import Draw
 
@@ -118,42 +119,63 @@ class Recurrent:
     def __call__(
         self, module: Any, inputs: tuple[object, ...], output: object, draw: Draw | None = None
     ) -> Tensor:
-        x = inputs[0]
-        assert isinstance(x, Tensor)
         state = inputs[1] if len(inputs) > 1 else None
-        x = x.detach()
-        if x.ndim == 2:
-            x = x[:, None] if not module.batch_first else x[None]
-        if module.batch_first:
-            x = x.transpose(0, 1)
+        x, lengths = _padded(module, inputs[0])
         with torch.no_grad():
             for layer in range(self.layer):
                 ways = range(2 if module.bidirectional else 1)
-                x = torch.cat([self._run(module, layer, bool(w), x, state)[1:] for w in ways], -1)
-            if not self.hidden:
-                return _drawn(x.reshape(1, -1, x.shape[-1]), draw)
-            states = self._run(module, self.layer, self.reverse, x, state)
-        # Going backwards, the state before step t is the output at t + 1 (the start state at the end).
-        previous = torch.cat([states[2:], states[:1]]) if self.reverse else states[:-1]
-        return _drawn(previous.reshape(1, -1, previous.shape[-1]), draw)
+                both = [self._run(module, layer, bool(w), (x, lengths), state) for w in ways]
+                x = torch.cat([_turned(s[1:], lengths, w) for w, s in enumerate(both)], -1)
+            if self.hidden:
+                states = self._run(module, self.layer, self.reverse, (x, lengths), state)
+                x = _turned(states[:-1], lengths, self.reverse)
+        steps = torch.arange(len(x), device=x.device)[:, None]
+        return _drawn(x[steps < lengths.to(x.device)][None], draw)
 
-    def _run(self, module: Any, layer: int, reverse: bool, x: Tensor, state: Any) -> Tensor:
-        """Start state and outputs of one layer and direction: ``(1 + time, N, hidden)``."""
+    def _run(
+        self, module: Any, layer: int, reverse: bool, x: tuple[Tensor, Tensor], state: Any
+    ) -> Tensor:
+        """Start state and outputs of one layer, ``(1 + steps, N, hidden)``, in its own direction."""
         suffix = f"l{layer}" + ("_reverse" if reverse else "")
         # On the meta device first: initial values would move the caller's random state.
-        cell = _CELLS[module.mode](x.shape[-1], module.hidden_size, bias=module.bias, device="meta")
-        single = cell.to_empty(device=x.device).to(x.dtype)
+        steps = _turned(*x, reverse)
+        cell = _CELLS[module.mode](
+            steps.shape[-1], module.hidden_size, bias=module.bias, device="meta"
+        )
+        single = cell.to_empty(device=steps.device).to(steps.dtype)
         single.nonlinearity = getattr(module, "nonlinearity", "tanh")
         single.mode = module.mode
         for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ())):
             getattr(single, f"{kind}_l0").copy_(getattr(module, f"{kind}_{suffix}"))
         index = layer * (2 if module.bidirectional else 1) + int(reverse)
         start = _start(state, index)
-        outputs, _ = single(x.flip(0) if reverse else x, start)
+        outputs, _ = single(steps, start)
         first = start[0] if isinstance(start, tuple) else start
         if first is None:
-            first = x.new_zeros(1, x.shape[1], module.hidden_size)
-        return torch.cat([first, outputs.flip(0) if reverse else outputs])
+            first = steps.new_zeros(1, steps.shape[1], module.hidden_size)
+        return torch.cat([first, outputs])
+
+
+def _padded(module: Any, x: object) -> tuple[Tensor, Tensor]:
+    """The input as ``(steps, N, features)``, and how many steps each of the sequences has."""
+    if isinstance(x, PackedSequence):
+        return pad_packed_sequence(x._replace(data=x.data.detach()))
+    assert isinstance(x, Tensor)
+    x = x.detach()
+    if x.ndim == 2:
+        x = x[:, None] if not module.batch_first else x[None]
+    if module.batch_first:
+        x = x.transpose(0, 1)
+    return x, torch.full(x.shape[1:2], len(x))
+
+
+def _turned(x: Tensor, lengths: Tensor, reverse: object) -> Tensor:
+    """The steps of each sequence from its last to its first, if ``reverse``; padding stays behind."""
+    if not reverse:
+        return x
+    steps = torch.arange(len(x))[:, None]
+    places = torch.where(steps < lengths, lengths - 1 - steps, steps).to(x.device)
+    return x.gather(0, places[..., None].expand_as(x))
 
 
 def _start(state: Any, index: int) -> Any:

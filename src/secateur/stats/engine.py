@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from secateur.core.attention import open_attention
@@ -239,7 +240,7 @@ class _Watch:
     def _update(self, slot: Slot, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         assert slot.rows is not None
         x = inputs[0] if inputs else None
-        if not isinstance(x, Tensor):
+        if not isinstance(x, (Tensor, PackedSequence)):
             raise NeedsData(
                 f"the inputs of {slot.module!r}",
                 f"its first argument is a {type(x).__name__}",
@@ -250,7 +251,8 @@ class _Watch:
         # Unfolding a convolution's input multiplies it by the taps: go through it in slices.
         total = max(1, len(x))
         step = total
-        if slot.axes is not None and 2 < len(slot.axes.names) == x.ndim:
+        convolved = slot.axes is not None and len(slot.axes.names) > 2
+        if convolved and isinstance(x, Tensor) and len(slot.shape) == x.ndim:
             step = max(1, _ROWS_AT_ONCE * total // max(1, x.numel() * weight.cube().shape[2]))
         for start in range(0, total, step):
             part = inputs if step >= total else (x[start : start + step], *inputs[1:])
