@@ -166,6 +166,16 @@ def counting(
 
         return run
 
+    def agreeing(norm: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # It is taken apart below Python, where it compares these sizes with those of its input.
+            if len(args) > 1:
+                for mine, size in zip(args[0].shape[::-1], args[1][::-1], strict=False):
+                    _ = mine == size
+            return norm(*args, **kwargs)
+
+        return run
+
     changes: list[tuple[Any, str, Any]] = [
         (Tensor, "shape", property(shape)),
         (Tensor, "size", size),
@@ -179,6 +189,10 @@ def counting(
     ]
     makes = ("zeros", "ones", "empty", "full")
     changes += [(torch, name, told(getattr(torch, name), _made)) for name in makes]
+    changes += [(torch, "rms_norm", agreeing(torch.rms_norm))]
+    changes += [(torch._C._nn, "pad", told(torch._C._nn.pad, _padded))]
+    unpack = torch._VF._pad_packed_sequence
+    changes += [(torch._VF, "_pad_packed_sequence", told(unpack, _unpacked))]
     whole = ("view", "reshape", "expand", "broadcast_to", *(f"new_{name}" for name in makes))
     changes += [(Tensor, name, told(getattr(Tensor, name), _whole)) for name in whole]
     signs = [f"__{side}{name}__" for name in _ARITHMETIC for side in ("", "r")]
@@ -209,6 +223,17 @@ def _whole(x: Any, *args: Any, **kwargs: Any) -> Sizes | None:
 def _made(*args: Any, **kwargs: Any) -> Sizes | None:
     """The sizes of ``torch.zeros(2, 3)``, which has no tensor in front."""
     return _whole(None, *args) if args else _whole(None, kwargs.get("size", ()))
+
+
+def _padded(x: Tensor, pads: Any, *rest: Any) -> Sizes:
+    """The sizes that ``F.pad`` leaves; circular padding copies into an empty tensor of its own."""
+    grown = x.ndim - len(pads) // 2
+    return [*x.shape[:grown], *[None] * (x.ndim - grown)]
+
+
+def _unpacked(data: Tensor, *rest: Any) -> Sizes:
+    """Steps and batch, then the sizes of one step: packed sequences are copied into zeros."""
+    return [None, None, *data.shape[1:]]
 
 
 def _parts(x: Tensor, *args: Any, **kwargs: Any) -> Sizes | None:

@@ -81,7 +81,7 @@ def run_on_kept(tracer: Tracer, call: Call, alive: Tensor) -> Any:
         return weight.nan_to_num(0.0), norms
     if "batch_norm" in call.name and own_statistics(call):
         return _batch_norm(tracer, call, alive)
-    if call.name == "aten.native_layer_norm":
+    if call.name in ("aten.native_layer_norm", "aten._fused_rms_norm"):
         return _layer_norm(tracer, call, alive)
     if call.name == "aten.native_group_norm":
         return _group_norm(tracer, call, alive)
@@ -133,16 +133,16 @@ def _drawn(tracer: Tracer, call: Call, alive: Tensor) -> Any:
 
 
 def _layer_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:
-    x, shape, weight, bias, eps = call.args[:5]
+    x, shape, *vectors, eps = call.args
     lead = x.ndim - len(shape)
     kept = _kept(tracer, x, range(lead, x.ndim), alive)
     if not kept:
         return None
     inner = {axis - lead: places for axis, places in kept.items()}
-    picked = [None if v is None else _select(v, inner) for v in (weight, bias)]
+    picked = [None if v is None else _select(v, inner) for v in vectors]
     small = _select(x, kept)
-    part, mean, scale = call.func(small, list(small.shape[lead:]), *picked, eps)
-    return _spread(part, x, kept), mean, scale
+    part, *rest = call.func(small, list(small.shape[lead:]), *picked, eps)
+    return _spread(part, x, kept), *rest
 
 
 def _batch_norm(tracer: Tracer, call: Call, alive: Tensor) -> Any:

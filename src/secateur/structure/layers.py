@@ -60,10 +60,11 @@ def _sizes(module: Any, shapes: Mapping[str, Shape]) -> dict[str, int]:
         return {"num_channels": weight[0]}
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight[1]}
-    if isinstance(module, nn.RNNBase) and not module.proj_size:
+    if isinstance(module, nn.RNNBase):
         return {
-            "hidden_size": shapes["weight_hh_l0"][1],
             "input_size": shapes["weight_ih_l0"][1],
+            **({"proj_size": shapes["weight_hr_l0"][0]} if module.proj_size else {}),
+            "hidden_size": shapes["weight_hr_l0" if module.proj_size else "weight_hh_l0"][1],
         }
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module, shapes)

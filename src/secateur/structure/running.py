@@ -179,16 +179,30 @@ def run_without_values(
 ) -> Any:
     """Where any argument has no values the result has none, either."""
     tensors = tensors_in((args, tuple(kwargs.values())))
-    if any(x.is_meta for x in tensors):
+    if func is torch.ops.aten._to_copy.default and not _floats(args[0]) and not args[0].is_meta:
+        kwargs = {**kwargs, "device": None}  # indices and lengths keep their values
+    elif any(x.is_meta for x in tensors):
         if func in _LIKE_ITS_INPUT:
             return torch.empty_like(args[0], device="meta")
         if func is torch.ops.aten.native_batch_norm.default and not args[5]:
             none = torch.empty(0, device="meta")
             return torch.empty_like(args[0], device="meta"), none, none
+        if func is torch.ops.aten._pack_padded_sequence.default:
+            return _packed(*args)
         args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
     elif not tensors and str(kwargs.get("device")) == "meta" and not _recurrent(tracer):
         kwargs = {**kwargs, "device": "cpu"}  # a constant: its values are known
     return func(*args, **kwargs)
+
+
+def _packed(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Their number is known from the lengths, without a value of any step."""
+    steps, counts = torch._VF._pack_padded_sequence(torch.empty(x.shape[:2]), lengths, batch_first)
+    return x.new_empty((len(steps), *x.shape[2:])), counts
+
+
+def _floats(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _recurrent(tracer: Any) -> bool:

@@ -23,6 +23,16 @@ def embedding(tracer: Tracer, call: Call) -> None:
     tracer.put(call.out, [label[0].expand(call.out.shape) for label in labels])
 
 
+@rule("aten._pack_padded_sequence")
+def packed(tracer: Tracer, call: Call) -> None:
+    """Steps of sequences of several lengths one after the other: ``(steps, ...)``, and their counts."""
+    data = call.outputs[0]
+    labels = tracer.labels(call.args[0])
+    for axis in (0, 1):
+        labels = tuple(tracer.fixed(labels, axis, _LOOKED_UP))
+    tracer.put(data, [label[0, :1].expand(data.shape) for label in labels])
+
+
 @rule("aten.index_select", "aten.gather", "aten.take_along_dim")
 def picked_along(tracer: Tracer, call: Call) -> None:
     """Entries along one axis are picked by an index."""
