@@ -172,3 +172,47 @@ def test_two_callbacks_of_one_trainer_keep_files_of_their_own(tmp_path: Path) ->
         assert after.facts.history == before.facts.history
     for key, value in whole[0].model.state_dict().items():
         assert torch.equal(value, resumed[0].model.state_dict()[key]), key
+
+
+def test_a_callback_can_be_used_for_the_next_training(tmp_path: Path) -> None:
+    """A notebook: the same callback, and the same trainer, continue or begin anew."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    callback = TransformersCallback(FIRST["rigl"])
+
+    def host() -> Any:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4,
+            learning_rate=0.02, save_steps=CUT, report_to=[], disable_tqdm=True, use_cpu=True,
+            logging_steps=100, dataloader_pin_memory=False,
+        )  # fmt: skip
+        return transformers.Trainer(Net(), arguments, train_dataset=Pairs(), callbacks=[callback])
+
+    first = host()
+    first.train()
+    whole = copy.deepcopy(callback.pruned)
+    first.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{CUT}"))
+    assert callback.pruned.masks == whole.masks
+    for other in (str(tmp_path / f"checkpoint-{CUT}"), None):
+        host().train(resume_from_checkpoint=other)
+        assert callback.pruned.masks == whole.masks
+        assert callback.pruned.facts.history == whole.facts.history
+
+
+def test_a_training_that_was_interrupted_leaves_nothing_for_the_next() -> None:
+    net = Net()
+    adamw = torch.optim.AdamW(net.parameters(), 0.02)
+    session = Session(FIRST["rigl"])
+    session.begin(net, adamw, steps=STEPS, per_epoch=None)
+    train(session, net, adamw, 0, CUT)
+    assert len(masks_of(net))
+    session.forget()
+    assert not len(masks_of(net))
+    assert not adamw._optimizer_step_pre_hooks
+    assert not adamw._optimizer_step_post_hooks
+    with pytest.raises(UsageError, match="never called"):
+        _ = session.pruned
+    session.begin(net, adamw, steps=STEPS, per_epoch=None)
+    train(session, net, adamw, 0, STEPS)
+    session.end()
+    assert session.pruned.masks.sparsity == pytest.approx(0.75, abs=0.02)

@@ -31,6 +31,10 @@ _RUNNING: WeakKeyDictionary[Any, list[ReferenceType[Any]]] = WeakKeyDictionary()
 class Session(Protocol):
     """What a callback drives."""
 
+    def forget(self) -> None:
+        """Another training begins."""
+        ...
+
     def begin(
         self,
         model: nn.Module,
@@ -38,10 +42,12 @@ class Session(Protocol):
         *,
         steps: int | None,
         per_epoch: int | None,
+        trial: bool = False,
     ) -> None:
         """Training begins: attach masks. ``steps`` is the length of the training.
 
         If a state was restored or read before, the host has loaded weights and optimizer as well.
+        A ``trial`` is too short for any schedule.
         """
         ...
 
@@ -67,6 +73,10 @@ class Session(Protocol):
 
     def end(self) -> None:
         """Training ends: the target must have been reached."""
+        ...
+
+    def hold(self) -> None:
+        """All callbacks have ended: what they wrote into pruned weights goes."""
         ...
 
 
@@ -101,6 +111,7 @@ def transformers_callback(session: Session) -> Any:
             length, per_epoch = length_of(loader), None  # no length: the data is a stream
             if length is not None:
                 per_epoch = max(1, math.ceil(length / args.gradient_accumulation_steps))
+            session.forget()
             if state.global_step:  # before it begins: the Trainer has loaded weights and moments
                 session.read(_saved(args, state.global_step, self._file))
             session.begin(
@@ -168,13 +179,14 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
 
     Args:
         session: What is driven.
-        begin: Called with the trainer before the session begins.
-        verbose: 1 prints each mask update.
+        begin: Called with steps, and steps of an epoch, before the session begins.
+        verbose: 1 prints the masks of every step.
 
     Raises:
-        MissingExtra: Lightning is not installed.
+        UsageError: Lightning is not installed.
     """
-    base = _lightning().Callback
+    lightning = _lightning()
+    base = lightning.Callback
 
     class PruningCallback(base):  # type: ignore[misc, valid-type]  # untyped
         """Prunes while a Lightning ``Trainer`` fits."""
@@ -182,27 +194,32 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
         def __init__(self) -> None:
             self.session = session
             self._steps = 0
+            self._fits = self._new = self._restored = False
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self._fits = self._new = stage == "fit"
+
+        def _renew(self) -> None:
+            if self._new:  # not in setup: a fit with nothing left to do begins no training
+                session.forget()
+                self._new = self._restored = False
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if self._fits:  # test and validate load the states of callbacks, too
+                self._renew()
+                self._restored = bool(state_dict)
+                session.restore(state_dict)
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            if len(trainer.optimizers) != 1:
-                raise UsageError(
-                    "LightningCallback(...)",
-                    f"the module has {len(trainer.optimizers)} optimizers",
-                    "masks are held after the step of one optimizer",
-                    "use secateur.Gradual in training_step, with manual optimization",
-                )
-            begin(trainer)
-            total = trainer.estimated_stepping_batches
-            batches = trainer.num_training_batches
-            known = isinstance(batches, int) or math.isfinite(batches)
-            per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
-            session.begin(
-                pl_module,
-                trainer.optimizers[0],
-                steps=int(total) if math.isfinite(total) and total > 0 else None,
-                per_epoch=per_epoch,
-            )
+            self._renew()
+            _require_one(trainer.optimizers)
+            _refuse_average(lightning, trainer.callbacks, pl_module)
             self._steps = int(trainer.global_step)
+            steps, per_epoch = _length(trainer, 0 if self._restored else self._steps)
+            begin(steps, per_epoch)
+            trial = bool(getattr(trainer, "fast_dev_run", False))
+            optimizer = trainer.optimizers[0]
+            session.begin(pl_module, optimizer, steps=steps, per_epoch=per_epoch, trial=trial)
 
         def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
             while self._steps < trainer.global_step:  # not while gradients are accumulated
@@ -214,11 +231,11 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
         def state_dict(self) -> dict[str, Any]:
             return session.state()
 
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            session.restore(state_dict)
-
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             session.end()
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            session.hold()  # an average may have been put into the model after our on_train_end
 
         @property
         def pruned(self) -> Any:
@@ -226,6 +243,41 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
             return session.pruned  # type: ignore[attr-defined]
 
     return PruningCallback()
+
+
+def _length(trainer: Any, done: int) -> tuple[int | None, int | None]:
+    """Steps from ``done`` to the end of the training, and those of an epoch; ``None`` if not known."""
+    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    known = isinstance(batches, int) or math.isfinite(batches)
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
+    return int(total) - done if math.isfinite(total) and total > done else None, per_epoch
+
+
+def _require_one(optimizers: list[Any]) -> None:
+    if len(optimizers) != 1:
+        raise UsageError(
+            "LightningCallback(...)",
+            f"the module has {len(optimizers)} optimizers",
+            "masks are held after the step of one optimizer",
+            "use secateur.Gradual in training_step, with manual optimization",
+        )
+
+
+def _refuse_average(lightning: Any, callbacks: list[Any], module: nn.Module) -> None:
+    """Refuse averages that go through all buffers by their place: masks are buffers that they lack."""
+    kind = getattr(lightning.callbacks, "WeightAveraging", None)
+    if kind is None or next(module.buffers(), None) is None:
+        return
+    for callback in callbacks:
+        if isinstance(callback, kind):
+            raise UsageError(
+                f"LightningCallback(...) together with {type(callback).__name__}",
+                "the module has buffers, e.g. those of a batch normalisation",
+                "that callback copies buffers by their place, and masks are buffers that its copy of "
+                "the module does not have",
+                "use Lightning's StochasticWeightAveraging, which leaves buffers alone, or average with "
+                "torch.optim.swa_utils.AveragedModel in a loop of your own",
+            )
 
 
 def _lightning() -> Any:

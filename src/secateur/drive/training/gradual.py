@@ -146,6 +146,7 @@ class Gradual:
         require_trains(model, optimizer, own)
         already = self._before = masks_of(model, own)
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
+        self._brought = tuple(fresh)
         # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.
         self._names = frozenset([*own, *unheld(model)])
         self._updated = False  # whether the optimizer has taken a step yet
@@ -428,6 +429,16 @@ class Gradual:
             for name, mask in masks.items()
         ]
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
+
+    def abandon_(self) -> None:
+        """End without a result: the masks that it brought, and its hooks on the optimizer, go off.
+
+        Weights stay as they are.
+        """
+        if not self._finalized:
+            self._take_hooks_off()
+            detach_(self.model, self._brought)
+            self._finalized = True
 
     def _require_open(self, asked: str) -> None:
         if self._finalized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,27 @@ class Session:
     """
 
     def __init__(self, what: Recipe | Make, data: Any = None, *, permanent: bool = True) -> None:
+        if not isinstance(what, Recipe) and not callable(what):
+            raise UsageError(
+                "pruning in the training loop of a host",
+                f"a {type(what).__name__} was given: {what!r}"[:200],
+                "the callback wants a Recipe, or a function (model, optimizer, steps_per_epoch) that "
+                "builds a pruner",
+                "pass e.g. secateur.recipes.gmp(0.9), or a function that returns a Gradual or Shrinking",
+            )
         self.what = what
         self._data: Data | None = as_data(data)
         self._permanent = permanent
         self.pruner: Any = None
         self._pruned: Pruned | None = None
         self._waiting: tuple[Mapping[str, Any], str | Path] | None = None
+        self._trial = False
+
+    def forget(self) -> None:
+        """Begin anew: what an earlier training with this session left is no part of the next one."""
+        if self._pruned is None and hasattr(self.pruner, "abandon_"):  # it was interrupted
+            self.pruner.abandon_()
+        self.pruner = self._pruned = self._waiting = None
 
     def begin(
         self,
@@ -64,13 +80,24 @@ class Session:
         *,
         steps: int | None,
         per_epoch: int | None,
+        trial: bool = False,
     ) -> None:
         """Attach masks; continue from a state that was restored or read before.
+
+        Args:
+            model: Trained by the host.
+            optimizer: Its optimizer.
+            steps: Length of the training, from where the pruner begins.
+            per_epoch: Steps of an epoch.
+            trial: A few steps that only try the code: the schedule need not come to its end.
 
         Raises:
             UsageError: The schedule is longer than the training.
         """
-        if isinstance(self.what, Recipe):
+        self._trial = trial
+        if trial and isinstance(self.what, Recipe):
+            steps = _long_enough(self.what, steps, per_epoch)
+        elif isinstance(self.what, Recipe):
             _require_length(self.what, steps, per_epoch)
         waiting, self._waiting = self._waiting, None
         # A host that continues has loaded weights and moments already. The first mask of a pruner
@@ -150,16 +177,51 @@ class Session:
             UsageError: The target was not reached.
         """
         masks = masks_of(self.pruner.model)
-        self._pruned = self.pruner.finalize()
+        if self._trial:
+            self._pruned = self.pruner.finalize(early=True)
+            self._pruned.facts.note("trial", "", "the host only tried the code, for a few steps")
+        else:
+            self._pruned = self._finalized()
         if not self._permanent:
             attach_(self.pruner.model, masks)
+
+    def _finalized(self) -> Pruned:
+        try:
+            return self.pruner.finalize()  # type: ignore[no-any-return]
+        except UsageError as error:
+            raise UsageError(
+                error.asked,
+                error.found,
+                error.why,
+                "train longer or shorten the schedule; what there is so far can be had with "
+                "callback.session.pruner.finalize(early=True)",
+            ) from None
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Put pruned weights back to zero, where the host wrote something else after :meth:`end`."""
+        if self._pruned is None or not self._awake():
+            return
+        self._pruned.masks.apply_(self._pruned.model)
+        text = "the host wrote other weights at the end (an average?); the final masks were applied to them"
+        self._pruned.facts.note("masks", "", text)
+
+    def _awake(self) -> list[str]:
+        """Names of weights that are not zero where the result says so."""
+        assert self._pruned is not None
+        known = dict(self._pruned.model.named_parameters())
+        masks = {n: m for n, m in self._pruned.masks.items() if n in known}
+        return [
+            n for n, m in masks.items() if bool(known[n].detach()[~m.to(known[n].device)].any())
+        ]
 
     @property
     def pruned(self) -> Pruned:
         """The result.
 
         Raises:
-            UsageError: Training did not reach its end, or the callback was never called.
+            UsageError: Training did not reach its end, the callback was never called, or the model
+                has other weights since.
         """
         if self._pruned is None:
             found = "training did not reach its end"
@@ -170,6 +232,15 @@ class Session:
                 found,
                 "masks are finished when training ends",
                 "pass the callback to the trainer (callbacks=[...]) and let it train to the end",
+            )
+        awake = self._awake()
+        if awake:
+            raise UsageError(
+                "the result of a pruning callback",
+                f"{awake[0]!r} is not zero where it was pruned ({len(awake)} such weights)",
+                "the model was changed after training; trainer.test(ckpt_path='best'), for one, loads "
+                "weights that may be from before the last mask update",
+                "keep the result (callback.pruned.save) before other weights are loaded",
             )
         return self._pruned
 
@@ -240,7 +311,8 @@ def LightningCallback(  # noqa: N802
         amount: Share of zeros at the end, without ``what``.
         data: For criteria that need data at mask updates.
         make_pruning_permanent: Remove the masks at the end; the zeros stay.
-        prune_on_train_epoch_end: Without ``what``: masks change at the end of epochs only.
+        prune_on_train_epoch_end: Without ``what``: masks change at the end of epochs only, where there
+            are any: not in a stream, and not in a training of less than an epoch.
         verbose: 1 prints the masks of every step.
 
     Raises:
@@ -255,19 +327,37 @@ def LightningCallback(  # noqa: N802
         ...     print("pip install lightning")
         pip install lightning
     """
-    session = Session(what or _default(amount, 2.0, 1.0), data, permanent=make_pruning_permanent)
+    default = what is None
+    session = Session(
+        _default(amount, 2.0, 1.0) if what is None else what, data, permanent=make_pruning_permanent
+    )
 
-    def begin(trainer: Any) -> None:
-        if what is None:
-            epochs = float(trainer.max_epochs if (trainer.max_epochs or 0) > 0 else 1)
-            end = max(1.0, epochs // 2) if prune_on_train_epoch_end else epochs / 2
-            session.what = _default(amount, end, 1.0 if prune_on_train_epoch_end else end / 50)
+    def begin(steps: int | None, per_epoch: int | None) -> None:
+        if default:
+            session.what = _first_half(amount, steps, per_epoch, whole=prune_on_train_epoch_end)
 
     return lightning_callback(session, begin, verbose=verbose)
 
 
-def _default(amount: float, end: float, frequency: float) -> Recipe:
-    schedule = Polynomial(begin=0, end=end, frequency=frequency, unit="epochs")
+def _first_half(amount: float, steps: int | None, per_epoch: int | None, *, whole: bool) -> Recipe:
+    """Magnitude, during the first half of a training; ``whole``: at the end of epochs, if it has any."""
+    if per_epoch and (steps is None or steps >= per_epoch):
+        epochs = 1.0 if steps is None else steps / per_epoch
+        end = max(1.0, epochs // 2) if whole else epochs / 2
+        return _default(amount, end, 1.0 if whole else end / 50)
+    if steps is None:
+        raise UsageError(
+            "LightningCallback(...) without a recipe",
+            "neither the training nor its epochs have a known length",
+            "it prunes during the first half of the training",
+            "give the trainer max_steps=, or pass a recipe whose schedule counts steps",
+        )
+    end = max(1, steps // 2)
+    return _default(amount, end, max(1, end // 50), "steps")
+
+
+def _default(amount: float, end: float, frequency: float, unit: str = "epochs") -> Recipe:
+    schedule = Polynomial(begin=0, end=end, frequency=frequency, unit=unit)
     return Recipe(target=Target("sparsity", amount), allocation=Ranked(), schedule=schedule)
 
 
@@ -301,6 +391,13 @@ def _require_length(recipe: Recipe, steps: int | None, per_epoch: int | None) ->
             "the target would never be reached",
             "shorten the schedule or train longer",
         )
+
+
+def _long_enough(recipe: Recipe, steps: int | None, per_epoch: int | None) -> int:
+    """Steps of a training in which the schedule would come to its end."""
+    each = per_epoch or 1 if recipe.schedule.unit == "epochs" else 1
+    end = 0 if recipe.schedule.unit == "rounds" else math.ceil(recipe.schedule.end * each)
+    return max(steps or 1, end)
 
 
 def hide_(model: nn.Module) -> None:
