@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from structure_layers import TOKENS, require_exact
+from structure_layers import TOKENS, fresh, require_exact
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import secateur
-from secateur.structure import couple
+from secateur.structure import apply_, couple, cuts_for, prove
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -86,6 +87,35 @@ def test_sizes_of_a_projected_layer_follow() -> None:
     layer: Any = secateur.shrink(net, recipe, example).model.rnn
     assert layer.weight_hr_l0.shape == (layer.proj_size, layer.hidden_size)
     assert layer.weight_ih_l0.shape == (4 * layer.hidden_size, layer.input_size)
+
+
+@pytest.mark.parametrize("kind", [*CELLS, "projected", nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_one_step_is_enough_to_see_the_state(kind: Any) -> None:
+    """What the layer gives is what it reads at the next step, which the example does not have."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(6, 8), nn.Linear(2 if kind == "projected" else 7, 4)
+            options = {"proj_size": 2} if kind == "projected" else {}
+            cell = CELLS.get({"projected": "LSTM"}.get(kind, kind), kind)
+            self.rnn: Any = cell(8, 7, **options)
+
+        def forward(self, x: Tensor) -> Any:
+            found, state = [], None
+            for step in self.embed(x):
+                whole = step[None] if isinstance(self.rnn, nn.RNNBase) else step
+                made = self.rnn(whole, state)
+                y, state = made if isinstance(self.rnn, nn.RNNBase) else (made, made)
+                found.append(self.out(y[0] if isinstance(self.rnn, nn.LSTMCell) else y))
+            return torch.stack(found)
+
+    structure = require_exact(Net, TOKENS[:1])
+    net = fresh(Net)
+    keep = {w.name: torch.arange(w.groups) % 4 != 1 for w in structure.widths}
+    small = copy.deepcopy(net)
+    apply_(small, cuts_for(net, structure, keep))
+    assert prove(net, small, structure, keep, TOKENS).error < 1e-10
 
 
 def test_a_sequence_that_is_unpacked_is_padded_along_tokens_only() -> None:

@@ -97,6 +97,7 @@ def couple(model: nn.Module, example: Any) -> Structure:
     """
     found = trace(model, example)
     pin_opaque(model, found)
+    _tie_states(model, found)
     root = found.ledger.settle()
     tie_named_sizes(found, root)
     root = found.ledger.settle(root)
@@ -112,6 +113,21 @@ def couple(model: nn.Module, example: Any) -> Structure:
     pinned = _pinned(found, root, reasons)
     pinned = {key: text for key, text in pinned.items() if key[0] in set(parameters)}
     return Structure(_widths(model, found, root, reasons), pinned, unreached, found, root)
+
+
+def _tie_states(model: nn.Module, found: Trace) -> None:
+    """The state that a recurrent layer gives is the one that it reads, also if one step was traced."""
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            continue
+        for name in module._parameters:
+            if name.startswith("weight_hh"):
+                read = found.axes.get((f"{path}.{name}".lstrip("."), 1))
+                given = name.replace("hh", "hr")
+                given = given if given in module._parameters else name
+                made = found.axes.get((f"{path}.{given}".lstrip("."), 0))
+                if read is not None and made is not None:
+                    found.ledger.join(made.reshape(-1, len(read)), read)
 
 
 def _tie_sizes(found: Trace, root: Tensor) -> bool:
