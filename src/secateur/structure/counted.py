@@ -166,6 +166,14 @@ def counting(
 
         return run
 
+    def scaled(attention: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if args and kwargs.get("scale") is None and args[0].ndim:
+                used(args[0].shape[-1])
+            return attention(*args, **kwargs)
+
+        return run
+
     def agreeing(norm: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             # It is taken apart below Python, where it compares these sizes with those of its input.
@@ -190,6 +198,8 @@ def counting(
     makes = ("zeros", "ones", "empty", "full")
     changes += [(torch, name, told(getattr(torch, name), _made)) for name in makes]
     changes += [(torch, "rms_norm", agreeing(torch.rms_norm))]
+    attention = "scaled_dot_product_attention"
+    changes += [(torch.nn.functional, attention, scaled(getattr(torch._C._nn, attention)))]
     changes += [(torch._C._nn, "pad", told(torch._C._nn.pad, _padded))]
     unpack = torch._VF._pad_packed_sequence
     changes += [(torch._VF, "_pad_packed_sequence", told(unpack, _unpacked))]

@@ -303,7 +303,11 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
 
 def _out_axis(module: nn.Module) -> int:
     swapped = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    return 1 if swapped or isinstance(module, nn.Embedding) or hasattr(module, "nf") else 0
+    return (
+        1
+        if swapped or isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or hasattr(module, "nf")
+        else 0
+    )
 
 
 def _unique_names(widths: list[Width]) -> list[Width]:

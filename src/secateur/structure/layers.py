@@ -58,8 +58,18 @@ def _sizes(module: Any, shapes: Mapping[str, Shape]) -> dict[str, int]:
         return {"num_features": weight[0]}
     if isinstance(module, nn.GroupNorm) and weight:
         return {"num_channels": weight[0]}
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"embedding_dim": weight[1]}
+    if isinstance(module, nn.Bilinear):
+        return {
+            "out_features": weight[0],
+            "in1_features": weight[1],
+            "in2_features": weight[2],
+        }
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight[0]}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": shapes["weight_ih"][1], "hidden_size": shapes["weight_hh"][1]}
     if isinstance(module, nn.RNNBase):
         return {
             "input_size": shapes["weight_ih_l0"][1],

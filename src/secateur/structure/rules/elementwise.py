@@ -60,6 +60,8 @@ rule(
     "aten.rrelu_with_noise",
     "aten.rrelu_with_noise_",
     "aten.fake_quantize_per_tensor_affine_cachemask",
+    "aten.complex",
+    "aten.polar",
 )(elementwise)
 
 

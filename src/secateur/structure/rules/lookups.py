@@ -23,6 +23,23 @@ def embedding(tracer: Tracer, call: Call) -> None:
     tracer.put(call.out, [label[0].expand(call.out.shape) for label in labels])
 
 
+@rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def embedding_bag(tracer: Tracer, call: Call) -> None:
+    """Rows are looked up and summed, averaged or compared; columns are the units of the output."""
+    out, (weight, *others) = call.outputs[0], call.tensors
+    for x in others:
+        for label in tracer.labels(x):
+            tracer.ledger.pin(label, "entries of an embedding are weighted with them")
+    labels = tracer.fixed(tracer.labels(weight), 0, _LOOKED_UP)
+    tracer.put(out, [label[0].expand(out.shape) for label in labels])
+
+
+@rule("aten.embedding_renorm_")
+def renormed(tracer: Tracer, call: Call) -> None:
+    """Rows that are too long are scaled; columns of zeros add nothing to their length."""
+    tracer.put(call.out, tracer.labels(call.args[0]))
+
+
 @rule("aten._pack_padded_sequence")
 def packed(tracer: Tracer, call: Call) -> None:
     """Steps of sequences of several lengths one after the other: ``(steps, ...)``, and their counts."""

@@ -74,6 +74,6 @@ def group_norm(tracer: Tracer, call: Call) -> None:
         places = label.unflatten(1, (groups, -1))
         tracer.ledger.box(places)
         tracer.reduces(f"{call.name} over a cut axis sees the kept units only")
-        if groups > 1:
-            tracer.size(places, 1)
+        if groups > 1 and tracer.size(places, 1) is None:
+            tracer.ledger.whole(places, 1, f"its code gives the {groups} groups as a number")
     tracer.put(call.outputs[0], labels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.structure.labels import along, first_along, varying
@@ -90,6 +91,34 @@ def linear(tracer: Tracer, call: Call) -> None:
     right = (tuple(weight.shape), tracer.labels(weight))
     labels = summed(tracer, tracer.meet_labels(frame, [left, right], READS), len(frame) - 1)
     with_bias(tracer, call.out, labels, call.argument(2, "bias"))
+
+
+@rule("aten._trilinear")
+def trilinear(tracer: Tracer, call: Call) -> None:
+    """A product of three tensors, each with new axes where it is told so, then sums over axes."""
+    x, weight, y, *places, axes = call.args[:7]
+    operands: list[tuple[tuple[int, ...], Labels]] = []
+    for tensor, new in zip((x, weight, y), places, strict=True):
+        shape, labels = list(tensor.shape), list(tracer.labels(tensor))
+        for axis in new:
+            shape.insert(axis, 1)
+            labels = [label.unsqueeze(axis) for label in labels]
+        operands.append((tuple(shape), tuple(labels)))
+    frame = torch.broadcast_shapes(*(shape for shape, _ in operands))
+    found = tracer.meet_labels(tuple(frame), operands, READS)
+    for axis in sorted(axes, reverse=True):
+        found = summed(tracer, found, axis)
+    tracer.put(call.out, found)
+
+
+@rule("aten._cdist_forward", "aten._euclidean_dist")
+def distances(tracer: Tracer, call: Call) -> None:
+    """Between all rows of two tensors: a sum over the last axis, as of a product."""
+    a, b = call.args[:2]
+    left = ((*a.shape[:-1], 1, a.shape[-1]), tuple(v.unsqueeze(-2) for v in tracer.labels(a)))
+    right = ((*b.shape[:-2], 1, *b.shape[-2:]), tuple(v.unsqueeze(-3) for v in tracer.labels(b)))
+    frame = (*call.out.shape, a.shape[-1])
+    tracer.put(call.out, summed(tracer, tracer.meet_labels(frame, [left, right], READS), -1))
 
 
 @rule("aten._grouped_mm")

@@ -11,8 +11,13 @@ from secateur.structure.trace import Call, Tracer
 REDUCTIONS = ("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
               "aten.prod", "aten.any", "aten.all", "aten.logsumexp", "aten.linalg_vector_norm",
               "aten.norm", "aten.var_mean", "aten.std_mean", "aten.argmax", "aten.argmin",
-              "aten.max", "aten.min", "aten.median", "aten.count_nonzero", "aten.nansum")  # fmt: skip
+              "aten.max", "aten.min", "aten.median", "aten.count_nonzero", "aten.nansum",
+              "aten.kthvalue", "aten.mode", "aten.nanmedian")  # fmt: skip
 _EXACT = ("aten.sum", "aten.count_nonzero")
+_WITH_POSITIONS = tuple(
+    f"aten.{name}" for name in ("max", "min", "median", "nanmedian", "kthvalue", "mode")
+)
+_SPECTRUM = "a Fourier transform runs over them"
 _FUSED = "they are compared or normalised with one another"
 _NUMBERED = "the position of one of them is a value"
 
@@ -48,14 +53,15 @@ def _positions(call: Call) -> list[Tensor]:
     """The results that say where along the reduced axes something lies, e.g. the likeliest class."""
     if call.name in ("aten.argmax", "aten.argmin"):
         return call.outputs
-    return call.outputs[1:] if call.name in ("aten.max", "aten.min", "aten.median") else []
+    return call.outputs[1:] if call.name in _WITH_POSITIONS else []
 
 
 def reduced_axes(call: Call) -> list[int]:
     """The axes that a reduction takes away; all of them where none is named."""
     x = call.args[0]
-    names = [a.name for a in call.func._schema.arguments]
-    values = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    known = call.func._schema.arguments
+    values = {a.name: a.default_value for a in known} | dict(call.kwargs)
+    values |= dict(zip((a.name for a in known), call.args, strict=False))
     dims = values.get("dim")
     if dims is None or dims == []:
         return list(range(x.ndim))
@@ -116,3 +122,13 @@ def _weight_norm(tracer: Tracer, call: Call) -> None:
     operands = [(tuple(v.shape), tracer.labels(v)), (tuple(g.shape), tracer.labels(g))]
     labels = tracer.meet_labels(tuple(v.shape), operands, "")
     tracer.put(call.outputs[0], labels)
+
+
+@rule("aten._fft_r2c", "aten._fft_c2c", "aten._fft_c2r")
+def transformed(tracer: Tracer, call: Call) -> None:
+    """A Fourier transform along some axes; the others pass."""
+    labels = list(tracer.labels(call.args[0]))
+    for axis in call.args[1]:
+        labels = tracer.fixed(labels, axis % call.out.ndim, _SPECTRUM)
+        labels = [first_along(label, axis % call.out.ndim) for label in labels]
+    tracer.put(call.out, [label.expand(call.out.shape) for label in labels])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from secateur.structure.labels import fill, first_along, varying
+from torch import Tensor
+
+from secateur.structure.labels import fill, first_along, relaxed, varying
 from secateur.structure.rules import rule
+from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.trace import Call, Tracer
+
+_WINDOW = (
+    "a window slides over them, as in a LocalResponseNorm: after a cut others would be neighbours"
+)
+_PATCHES = "patches are taken along them"
 
 
 @rule("aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.max_pool1d",
@@ -16,26 +24,75 @@ from secateur.structure.trace import Call, Tracer
       "aten._upsample_nearest_exact2d", "aten.upsample_linear1d", "aten.upsample_bilinear2d",
       "aten._upsample_bilinear2d_aa", "aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa",
       "aten.upsample_trilinear3d", "aten.grid_sampler_2d", "aten.grid_sampler_3d",
-      "aten.mkldnn_max_pool2d", "aten.im2col", "aten.affine_grid_generator")  # fmt: skip
+      "aten.mkldnn_max_pool2d", "aten.affine_grid_generator")  # fmt: skip
 def pooled(tracer: Tracer, call: Call) -> None:
     """Batch and channels stay, the other axes may change their size."""
     x = call.args[0]
-    if "im2col" in call.name:
-        tracer.refuse(call, "patches are unfolded into rows")
-        return
     for out in call.outputs:
-        labels = []
-        for before in tracer.labels(x):
-            label = before
-            for axis in range(label.ndim):
-                if out.shape[axis] == x.shape[axis]:
-                    continue
-                if axis in varying(label):
-                    left = tracer.ledger.whole(label, axis, "their pixels are pooled or resized")
-                    label = fill(tuple(label.shape)) if left is None else left
-                label = first_along(label, axis)
-            labels.append(label.expand(out.shape))
+        labels = [_slid(tracer, label, out, _windows(call, out)) for label in tracer.labels(x)]
         tracer.put(out, labels)
+
+
+def _windows(call: Call, out: Tensor) -> list[int]:
+    """The axes along which an output is made of several entries of the input."""
+    x = call.args[0]
+    axes = [axis for axis in range(x.ndim) if out.shape[axis] != x.shape[axis]]
+    if "pool" in call.name and "adaptive" not in call.name:
+        sizes = list(call.argument(1, "kernel_size"))
+        dims = int(call.name.partition("d_with")[0].rstrip("d")[-1])
+        sizes = sizes * dims if len(sizes) == 1 else sizes
+        axes += [x.ndim - dims + i for i, size in enumerate(sizes) if size > 1]
+    return sorted(set(axes))
+
+
+def _slid(tracer: Tracer, label: Tensor, out: Tensor, axes: list[int]) -> Tensor:
+    for axis in axes:
+        if axis in varying(label):
+            left = tracer.ledger.whole(label, axis, _WINDOW)
+            label = fill(tuple(label.shape)) if left is None else left
+        label = first_along(label, axis)
+    return label.expand(out.shape)
+
+
+@rule("aten.max_unpool2d", "aten.max_unpool3d")
+def unpooled(tracer: Tracer, call: Call) -> None:
+    """Values go back to the pixels that they came from, in each channel."""
+    x, places = call.args[:2]
+    labels = tracer.meet(tuple(x.shape), [x, places], FIXED)
+    axes = list(range(x.ndim - int(call.name[-2]), x.ndim))
+    tracer.put(call.out, [_slid(tracer, label, call.out, axes) for label in labels])
+
+
+@rule("aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
+def pooled_at_random(tracer: Tracer, call: Call) -> None:
+    """Other channels would get other regions after a cut, so no proof is possible."""
+    tracer.refuse(call, "the regions that are pooled are drawn at random for each of them")
+
+
+@rule("aten.im2col")
+def unfolded(tracer: Tracer, call: Call) -> None:
+    """Patches ``(n, c, h, w) -> (n, c * taps, patches)``: each channel gives as many rows as taps."""
+    x, out = call.args[0], call.out
+    labels = []
+    for label in tracer.labels(x):
+        kept = tracer.fixed([label], x.ndim - 1, _PATCHES)
+        kept = tracer.fixed(kept, x.ndim - 2, _PATCHES)
+        rows = [v[..., :1, 0].repeat_interleave(out.shape[-2] // x.shape[-3], -2) for v in kept]
+        labels += [relaxed(v).expand(out.shape) for v in rows]
+    tracer.put(out, labels)
+
+
+@rule("aten.col2im")
+def folded(tracer: Tracer, call: Call) -> None:
+    """The other way round: the rows of a channel are one unit."""
+    x, out = call.args[0], call.out
+    labels = []
+    for label in tracer.labels(x):
+        for left in tracer.fixed([label], x.ndim - 1, _PATCHES):
+            rows = left[..., 0].unflatten(-1, (out.shape[-3], -1))
+            tracer.ledger.join(rows, rows[..., :1])
+            labels.append(relaxed(rows[..., :1])[..., None].expand(out.shape))
+    tracer.put(out, labels)
 
 
 @rule("aten.rot90")
