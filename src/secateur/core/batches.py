@@ -1,13 +1,15 @@
 """What a batch is and how a model is run on it.
 
 Accepted batches: a tensor, a ``(inputs, targets)`` pair or longer tuple (the last element is the
-target), or a mapping of keyword arguments as Transformers uses (``labels`` makes its own loss).
+target), or a mapping of keyword arguments as Transformers uses (``labels`` makes its own loss). A part
+may be a mapping, tuple or list of tensors itself: ``(features,)`` calls ``model(features)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, fields
 from itertools import islice
 from numbers import Integral
@@ -195,18 +197,58 @@ def first_of(batches: Iterable[Batch]) -> Batch:
 
 
 def first_tensor(batch: Batch) -> Tensor:
-    """The first tensor inside a batch that has an axis of samples."""
-    if isinstance(batch, Tensor):
-        return batch
-    items = batch.values() if isinstance(batch, Mapping) else batch
-    for item in items:
-        if isinstance(item, Tensor) and item.ndim:
-            return item
-    raise DataError(
-        "a batch",
-        f"a {type(batch).__name__} without any tensor of samples",
-        "batches are a tensor, a tuple (inputs, targets) or a mapping of keyword arguments",
-        "change what the loader yields",
+    """The first tensor inside a batch that has an axis of samples.
+
+    Example:
+        >>> first_tensor(({"size": 3, "x": torch.zeros(2, 5)}, torch.zeros(2))).shape
+        torch.Size([2, 5])
+    """
+    found = next((part for part in _tensors(batch) if part.ndim), None)
+    if found is None:
+        raise DataError(
+            "a batch",
+            f"a {type(batch).__name__} without any tensor of samples",
+            "batches are a tensor, a tuple (inputs, targets) or a mapping of keyword arguments",
+            "change what the loader yields",
+        )
+    return found
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, (Mapping, tuple, list)):
+        for inner in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors(inner)
+
+
+def mapped(part: Any, function: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
+    """A batch, or a part of one, with ``function`` of each tensor in it; classes stay as they are.
+
+    Mappings and lists are new ones, so that a model may write into them.
+
+    Example:
+        >>> mapped([{"x": torch.ones(1), "size": 3}], torch.neg)
+        [{'x': tensor([-1.]), 'size': 3}]
+    """
+    if isinstance(part, Tensor):
+        return function(part)
+    if isinstance(part, MutableMapping):
+        found = copy(part)
+        for key, value in part.items():
+            found[key] = mapped(value, function)
+        return found
+    if type(part) in (tuple, list):  # not those with names, such as a packed sequence
+        return type(part)(mapped(value, function) for value in part)
+    return part
+
+
+def _plain(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """:func:`mapped` of a whole batch: a tensor, a plain mapping or a tuple."""
+    if isinstance(batch, Mapping):
+        return {key: mapped(value, function) for key, value in batch.items()}
+    return (
+        function(batch) if isinstance(batch, Tensor) else tuple(mapped(v, function) for v in batch)
     )
 
 
@@ -218,16 +260,10 @@ def narrow(batch: Batch, size: int, start: int = 0) -> Batch:
         [2, 1, 2]
     """
 
-    def part(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 1:
-            return x
-        return x[start : start + size]
+    def part(x: Tensor) -> Tensor:
+        return x if x.ndim == 0 or len(x) == 1 else x[start : start + size]
 
-    if isinstance(batch, Tensor):
-        return part(batch)
-    if isinstance(batch, Mapping):
-        return {k: part(v) for k, v in batch.items()}
-    return tuple(part(v) for v in batch)
+    return _plain(batch, part)
 
 
 def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
@@ -242,11 +278,7 @@ def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to where the model is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
+    return _plain(batch, lambda part: part.to(device))
 
 
 def inputs_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -254,8 +286,9 @@ def inputs_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return tuple(batch[:-1]) if len(batch) > 1 else tuple(batch), {}
+        return (), {key: mapped(value) for key, value in batch.items()}
+    given = tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)
+    return mapped(given), {}
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:

@@ -23,6 +23,7 @@ from secateur.core.widths import Slices
 from secateur.structure.coupling import Structure
 from secateur.structure.kept_units import SameDraws, run_on_kept
 from secateur.structure.outputs import predictions
+from secateur.structure.running import positional
 from secateur.structure.trace import Call, Tracer, run_traced
 
 
@@ -135,9 +136,8 @@ def _devices(model: nn.Module) -> list[torch.device]:
 
 def call(model: nn.Module, example: Any) -> Any:
     """Run ``model`` on example inputs."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+    args, kwargs = positional(example)
+    return model(*args, **kwargs)
 
 
 def compare(found: list[Tensor], wanted: list[Tensor]) -> Proof:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from secateur.core.attention import unfused_attention
+from secateur.core.batches import mapped
 from secateur.core.errors import UsageError
 
 
@@ -47,15 +48,15 @@ class Call:
 
 
 def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example as positional and keyword arguments.
+    """An example as positional and keyword arguments; a model may write into the mappings in it.
 
     Example:
         >>> positional(torch.zeros(1))
         ((tensor([0.]),), {})
     """
     if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+        return (), {key: mapped(value) for key, value in example.items()}
+    return mapped(tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
 def require_python(model: nn.Module) -> None:
