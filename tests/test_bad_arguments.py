@@ -8,13 +8,22 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from secateur import Data, FineTune, Recipe, ShrinkRecipe, Target, plan, prune, recipes, shrink
-from secateur.allocate import Ranked
+from secateur.allocate import Ranked, Sensitivity, Tolerance
 from secateur.core.errors import BudgetError, UsageError
 from secateur.experiments import Training
 from secateur.pattern import NM
-from secateur.recover import LeastSquares
+from secateur.recover import ColumnSweep, FisherUpdate, LeastSquares
 from secateur.schedule import OneShot
-from secateur.score import GroupTaylor, Magnitude, Wanda
+from secateur.score import (
+    Grasp,
+    GroupTaylor,
+    Magnitude,
+    Obd,
+    Smoothed,
+    Taylor,
+    Wanda,
+    WoodFisher,
+)
 
 GIVEN = torch.Generator().manual_seed(0)
 BATCHES = [(x, x[:, :4].argmax(1)) for x in torch.randn(4, 16, 16, generator=GIVEN)]
@@ -229,3 +238,29 @@ def test_scalars_in_a_batch_are_not_samples() -> None:
 
     data = Data(train=[(torch.tensor(2.0), x, y) for x, y in BATCHES], calibration=20)
     assert prune(Scaled(), recipes.wanda(0.5), data).facts.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: ColumnSweep(block=0), "ColumnSweep(block=...)"),
+        (lambda: ColumnSweep(block=2.5), "ColumnSweep(block=...)"),
+        (lambda: LeastSquares(iterations=0), "LeastSquares(iterations=...)"),
+        (lambda: FisherUpdate(block=0), "FisherUpdate(block=...)"),
+        (lambda: FisherUpdate(samples=0), "FisherUpdate(samples=...)"),
+        (lambda: WoodFisher(block=-1), "WoodFisher(block=...)"),
+        (lambda: WoodFisher(samples=0), "WoodFisher(samples=...)"),
+        (lambda: Obd(samples=0), "Obd(samples=...)"),
+        (lambda: Taylor(samples=0), "Taylor(samples=...)"),
+        (lambda: GroupTaylor(samples=0), "GroupTaylor(samples=...)"),
+        (lambda: Tolerance(inner=0), "Tolerance(inner=...)"),
+        (lambda: Tolerance(outer=0), "Tolerance(outer=...)"),
+        (lambda: Sensitivity(()), "Sensitivity(levels=())"),
+        (lambda: Grasp(temperature=0), "Grasp(temperature=0)"),
+        (lambda: Smoothed(Magnitude(), beta=1.5), "Smoothed(beta=1.5)"),
+    ],
+)
+def test_settings_of_parts(build: Any, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        build()
+    assert said in whole(error)

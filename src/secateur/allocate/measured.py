@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.allocate.allocation import meet
+from secateur.core.arguments import require_count
 from secateur.core.budget import Budget, Item, Probe
 from secateur.core.errors import NeedsData, UsageError
 
@@ -43,10 +44,11 @@ class Sensitivity:
     needs_probe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if list(self.levels) != sorted(self.levels) or not all(0 < s < 1 for s in self.levels):
+        rising = list(self.levels) == sorted(self.levels) and all(0 < s < 1 for s in self.levels)
+        if not self.levels or not rising:
             raise UsageError(
                 f"Sensitivity(levels={self.levels})",
-                "they do not rise from 0 to 1",
+                "they do not rise from 0 to 1" if self.levels else "there are none",
                 "levels are sparsities to try",
                 "write e.g. (0.5, 0.7, 0.9)",
             )
@@ -151,6 +153,9 @@ class Tolerance:
             raise UsageError(
                 f"Tolerance(step={self.step!r})", "unknown", "it is 'each' or 'total'", "choose one"
             )
+        what, write = "how often a range is halved", "inner=7, outer=10"
+        require_count("Tolerance(inner=...)", self.inner, what=what, write=write)
+        require_count("Tolerance(outer=...)", self.outer, what=what, write=write)
 
     def __call__(self, items: Sequence[Item], budget: Budget) -> Mapping[str, float]:
         if budget.probe is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 from secateur.core.errors import UsageError
 
@@ -44,6 +44,31 @@ def require_kind(
     truth = isinstance(value, bool) and bool not in expected
     if truth or not isinstance(value, expected):
         _refuse(asked, value, what, write)
+
+
+def require_count(asked: str, value: object, *, what: str, write: str) -> None:
+    """Raise unless a value is a whole number of at least 1.
+
+    Args:
+        asked: The argument, as an error names it.
+        value: What was given.
+        what: What it counts, in words.
+        write: An example that would do.
+
+    Raises:
+        UsageError: It is not.
+
+    Example:
+        >>> require_count("ColumnSweep(block=...)", 0, what="how many columns", write="block=128")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: ColumnSweep(block=...): 0 was given. It is how many columns, 1 or \
+more. Write block=128.
+    """
+    what = f"{what}, 1 or more"
+    require_kind(asked, value, Integral, what=what, write=write)
+    if isinstance(value, Integral) and int(value) < 1:
+        raise UsageError(asked, f"{value} was given", f"it is {what}", f"write {write}")
 
 
 def require_part(asked: str, value: object, has: Sequence[str], *, what: str, write: str) -> None:

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
 from itertools import islice
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import require_kind
+from secateur.core.arguments import require_count
 from secateur.core.errors import DataError, NeedsData, UnknownName, UsageError
 
 Batch = Any
@@ -52,13 +51,8 @@ class Data:
     def __post_init__(self) -> None:
         for name in ("train", "test"):
             _require_batches(f"Data({name}=...)", getattr(self, name))
-        asked, write = "Data(calibration=...)", "e.g. calibration=1024"
-        what = "how many samples are measured, 1 or more"
-        require_kind(asked, self.calibration, Integral, what=what, write=write)
-        if self.calibration < 1:
-            raise UsageError(
-                asked, f"{self.calibration} was given", f"it is {what}", f"write {write}"
-            )
+        what, write = "how many samples are measured", "e.g. calibration=1024"
+        require_count("Data(calibration=...)", self.calibration, what=what, write=write)
         if isinstance(self.loss, nn.modules.loss._Loss):
             kind = type(self.loss).__name__
             raise UsageError(

@@ -11,6 +11,7 @@ from secateur.core.cholesky import cholesky
 from secateur.core.weight import Weight
 from secateur.recover.recovery import Choose, Repaired, Rounding
 from secateur.stats import BlockFisher, Stat, Stats
+from secateur.stats.gradients import require_block, require_samples
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class FisherUpdate:
     block: int = 50
     damp: float = 1e-4
     samples: int = 1
+
+    def __post_init__(self) -> None:
+        require_block("FisherUpdate(block=...)", self.block)
+        require_samples("FisherUpdate(samples=...)", self.samples)
 
     @property
     def needs(self) -> frozenset[Stat]:

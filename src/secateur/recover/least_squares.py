@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.arguments import require_count
 from secateur.core.weight import Weight
 from secateur.recover.recovery import Choose, Repaired, Rounding
 from secateur.stats import Gram, Stat, Stats
@@ -38,6 +39,10 @@ class LeastSquares:
 
     iterations: int = 300
     tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        what, write = "how many steps are made at most", "e.g. iterations=300"
+        require_count("LeastSquares(iterations=...)", self.iterations, what=what, write=write)
 
     @property
     def needs(self) -> frozenset[Stat]:

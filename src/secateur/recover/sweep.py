@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.arguments import require_count
 from secateur.core.weight import Weight
 from secateur.recover.recovery import Choose, Grid, Repaired, Rounding
 from secateur.stats import Gram, Stat, Stats
@@ -46,6 +47,10 @@ class ColumnSweep:
 
     block: int = 128
     damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        what, write = "how many columns are swept at a time", "e.g. block=128"
+        require_count("ColumnSweep(block=...)", self.block, what=what, write=write)
 
     @property
     def needs(self) -> frozenset[Stat]:

@@ -11,6 +11,7 @@ from secateur.core.cholesky import cholesky
 from secateur.core.weight import Weight
 from secateur.score.criterion import Needs
 from secateur.stats import BlockFisher, SquaredGradient, Stats
+from secateur.stats.gradients import require_block, require_samples
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Obd:
 
     samples: int = 1
     damp: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_samples("Obd(samples=...)", self.samples)
 
     @property
     def needs(self) -> Needs:
@@ -97,6 +101,10 @@ class WoodFisher:
     block: int = 50
     damp: float = 1e-4
     samples: int = 1
+
+    def __post_init__(self) -> None:
+        require_block("WoodFisher(block=...)", self.block)
+        require_samples("WoodFisher(samples=...)", self.samples)
 
     @property
     def needs(self) -> Needs:

@@ -9,6 +9,7 @@ from torch import Tensor
 from secateur.core.weight import Weight
 from secateur.score.criterion import Needs
 from secateur.stats import Gradient, SquaredGradient, Stats, WeightGradient
+from secateur.stats.gradients import require_samples
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Taylor:
     """
 
     samples: int | None = None
+
+    def __post_init__(self) -> None:
+        require_samples("Taylor(samples=...)", self.samples)
 
     @property
     def needs(self) -> Needs:

@@ -11,6 +11,7 @@ from secateur.core.groups import Groups
 from secateur.score.groups import GroupNeeds, one_of
 from secateur.stats import Stats
 from secateur.stats.gates import GATES, Gate, GateGradient
+from secateur.stats.gradients import require_samples
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class GroupTaylor:
     def __post_init__(self) -> None:
         one_of("GroupTaylor", "gate", self.gate, GATES)
         one_of("GroupTaylor", "of", self.of, ("squared", "absolute"))
+        require_samples("GroupTaylor(samples=...)", self.samples)
 
     @property
     def needs(self) -> GroupNeeds:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateur.core.errors import UsageError
 from secateur.core.weight import Weight
 from secateur.score.criterion import Needs
 from secateur.stats import GradientFlow, Stats, SynapticFlow
@@ -35,6 +36,15 @@ class Grasp:
     """
 
     temperature: float = 200.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UsageError(
+                f"Grasp(temperature={self.temperature:g})",
+                "it is not positive",
+                "logits are divided by it",
+                "write e.g. temperature=200",
+            )
 
     @property
     def needs(self) -> Needs:

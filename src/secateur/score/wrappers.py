@@ -130,6 +130,15 @@ class Smoothed:
     inner: Criterion
     beta: float = 0.85
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise UsageError(
+                f"Smoothed(beta={self.beta:g})",
+                f"{self.beta:g} is not in [0, 1)",
+                "beta is the share of the scores before",
+                "write e.g. beta=0.85",
+            )
+
     @property
     def needs(self) -> Needs:
         return self.inner.needs

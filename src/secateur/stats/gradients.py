@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from secateur.core.arguments import require_count
 from secateur.core.weight import Weight
 from secateur.stats.stat import State
 
@@ -140,6 +141,17 @@ class BlockFisher:
         scale = float(fisher.diagonal(dim1=1, dim2=2).mean()) if len(fisher) else 0.0
         eye = torch.eye(self.block, dtype=torch.float64, device=fisher.device)
         return fisher.double() + max(damp, 1e-6 * scale, 1e-30) * eye
+
+
+def require_samples(asked: str, samples: int | None) -> None:
+    """Raise unless it is a number of samples per gradient, or ``None`` for whole batches."""
+    if samples is not None:
+        require_count(asked, samples, what="how many samples a gradient is of", write="samples=1")
+
+
+def require_block(asked: str, block: int) -> None:
+    """Raise unless it is a number of weights per block of a Fisher matrix."""
+    require_count(asked, block, what="how many weights share a block", write="e.g. block=50")
 
 
 def _sums(weight: Weight) -> State:
