@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from secateur.core.errors import (
     UsageError,
 )
 from secateur.drive.oneshot import prune_
+from secateur.evaluate import cost_of
 from secateur.frontends import discover
 from secateur.pattern import NM, Columns, PerRow, Rows
 from secateur.recover import BatchNorm, BiasCorrection, ColumnSweep, LeastSquares
@@ -340,3 +342,33 @@ def test_masks_of_an_earlier_run_on_other_weights_are_kept() -> None:
     assert set(second.masks) == {"0.weight", "2.weight"}
     assert torch.equal(second.masks["0.weight"], first.masks["0.weight"])
     assert not masks_of(second.model)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        recipes.sparsegpt(0.5),
+        recipes.snip(0.5),
+        recipes.synflow(0.5, rounds=2),
+        Recipe(target=Target("macs", 0.6)),
+        Recipe(pattern=Rows()),
+    ],
+    ids=lambda r: type(r.criterion).__name__,
+)
+def test_a_layer_without_any_weights_stays_out(recipe: Recipe) -> None:
+    """What a network looks like after another tool has taken all units of a layer."""
+    with warnings.catch_warnings():  # torch's own: there is nothing to initialise
+        warnings.simplefilter("ignore")
+        net = nn.Sequential(
+            nn.Linear(4, 8), nn.Linear(8, 0), nn.Linear(0, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        )
+    pruned = prune(net, recipe, [(torch.randn(8, 4), torch.arange(8) % 2)])
+    cost = cost_of(pruned.model, example=torch.zeros(1, 4))
+    assert set(pruned.masks) == {"0.weight", "3.weight"}
+    assert {n.where for n in pruned.facts.notes if n.text == "it is empty"} == {
+        "1.weight",
+        "2.weight",
+    }
+    assert cost.macs_dense == 32 + 16 + 8
+    assert cost.uncounted == ()

@@ -116,4 +116,4 @@ def _macs(model: nn.Module, example: Batch) -> tuple[float, float, tuple[str, ..
 def _multiplies(slot: Slot) -> bool:
     """Whether it is a weight that multiplies something, out of sight."""
     looked_up = slot.kind == "Embedding" and not slot.aliases
-    return slot.rows is None and len(slot.shape) > 1 and not looked_up
+    return slot.rows is None and len(slot.shape) > 1 and 0 not in slot.shape and not looked_up

@@ -65,6 +65,8 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
     owners = [type(model.get_submodule(a.rpartition(".")[0])) for a in aliases]
     if parameter.ndim < 2:
         return Slot(name, kind, shape, aliases=aliases, reason=_vector_reason(kind, attribute))
+    if 0 in shape:
+        return Slot(name, kind, shape, aliases=aliases, reason="it is empty")
     if not parameter.dtype.is_floating_point:
         return Slot(name, kind, shape, aliases=aliases, reason=f"its type is {parameter.dtype}")
     if isinstance(module, nn.Embedding) or any(issubclass(o, nn.Embedding) for o in owners):
