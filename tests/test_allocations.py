@@ -86,6 +86,8 @@ def test_given_spreads_what_is_left() -> None:
 def test_given_refuses_nonsense() -> None:
     with pytest.raises(BudgetError, match=r"1\.5 is not in"):
         Given({"a": 1.5})
+    with pytest.raises(BudgetError, match=r"a budget of 50: .* cost 80 alone, beside 1 more"):
+        Given({"a": 0.2})([item("a", (10, 10)), item("b", (10, 10))], Budget(50.0))
     with pytest.raises(SelectorError, match="'z'"):
         Given({"z": 0.5})([item("a", (10, 10))], Budget(50.0))
 

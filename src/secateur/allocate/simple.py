@@ -96,6 +96,9 @@ class Given:
 
     If the levels cover every weight they decide alone and the target has no say.
 
+    Raises:
+        BudgetError: A level is not in [0, 1), or the weights with given levels cost too much alone.
+
     **formula** given
     **Shapes** one number per weight
     **Units** none
@@ -141,6 +144,13 @@ class Given:
         if not free:
             return fixed
         spent = sum(i.cost(i.keep(fixed[i.name])) for i in items if i.name in fixed)
+        if spent > budget.limit:
+            raise BudgetError(
+                f"a budget of {budget.limit:,.0f}",
+                f"the weights with given levels cost {spent:,.0f} alone, beside {len(free)} more",
+                "given levels are not changed to meet a target",
+                "raise the budget, or give higher levels",
+            )
         chosen = {
             **fixed,
             **self.rest(free, Budget(budget.limit - spent, budget.probe, budget.share)),
