@@ -5,42 +5,36 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, as_data, lack, size_of, to_device
+from secateur.core.batches import Data, as_data, lack, size_of, to_device
 from secateur.core.errors import NeedsData, SecateurError, UsageError
-from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.facts import Facts, environment
 from secateur.core.losses import unusable
 from secateur.core.masks import Masks
-from secateur.core.slots import Slot, device_of, weights
-from secateur.core.weight import Weight
-from secateur.drive.decide import allocate, group_scores, items, probe_for, score
+from secateur.core.slots import device_of
+from secateur.drive.calibration import Calibration
 from secateur.drive.diagnosis import diagnose
-from secateur.drive.gather import gather
-from secateur.drive.layerwise import MaskChoice, repair_
-from secateur.drive.money import money, uses
 from secateur.drive.network import copy_of, network_of
-from secateur.drive.plan import Plan, note_left_out, plan, require_finite, require_something
+from secateur.drive.plan import note_left_out, plan, require_finite, require_something
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, require_recipe
 from secateur.drive.recipe_file import to_plain
+from secateur.drive.rounds import Rounds
 from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress, parameter_groups
-from secateur.drive.training.gradual import Gradual, mean_loss
+from secateur.drive.training.gradual import Gradual
 from secateur.drive.training.held import attach_, detach_, masks_of, require_free
 from secateur.drive.training.recorder import Checkpoints, as_checkpoints
 from secateur.formats.checkpoint import values_hash
 from secateur.frontends.remembered import surgery_of
 from secateur.recover import BatchNorm
-from secateur.schedule import events, share_at
-from secateur.stats import Positions, Replay, Sketch, Stats, collect
+from secateur.schedule import events
 
 
 def prune(
@@ -119,9 +113,6 @@ def prune_(
     return _Run(network_of(model), recipe or Recipe(), as_data(data), dense, progress, saved).run()
 
 
-_FEW = 128
-
-
 class _Run:
     """One pruning run from start to end."""
 
@@ -142,24 +133,7 @@ class _Run:
         self.plan = plan(model, recipe)
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
-        self._batches: list[Batch] | None = None
-        self._few: list[Batch] | None = None
-        self._step = (0, 1)
-
-    @property
-    def batches(self) -> list[Batch]:
-        """The calibration batches, read once."""
-        if self._batches is None:
-            assert self.data is not None
-            self._batches = self.data.sample()
-        return self._batches
-
-    @property
-    def few(self) -> list[Batch]:
-        """At most ``_FEW`` samples, enough to say where the damage is."""
-        if self._few is None:
-            self._few = Data(train=self.batches, calibration=_FEW).sample()
-        return self._few
+        self.sample = Calibration(data)
 
     def run(self) -> Pruned:
         """Check everything first, then prune, then train."""
@@ -213,7 +187,7 @@ class _Run:
         }
         for step in recipe.recovery:
             wants[f"recovery {type(step).__name__}"] = bool(getattr(step, "needs", True))
-        if self.data is None or self.data.train is None:
+        if not self.sample.given:
             for what, needed in wants.items():
                 if needed:
                     raise NeedsData(
@@ -240,148 +214,10 @@ class _Run:
                     "shorten the schedule or train longer",
                 )
 
-    # -- pruning without training ---------------------------------------------------------------
-
     def _rounds(self) -> Masks:
-        recipe = self.recipe
-        # Whether a round does anything does not depend on the target; at share 0 nothing does.
-        times = [t for t in events(recipe.schedule) if share_at(recipe.schedule, t, 0.5) > 0]
-        before = masks = masks_of(self.model)
-        memory = Stats(recipe.seed)
-        for index, moment in enumerate(times):
-            self.progress("pruning", index, len(times))
-            self._step = (index, len(times))
-            masks = self._round(moment, masks, memory, last=index == len(times) - 1)
-        self.progress("pruning", len(times), len(times))
-        detach_(self.model)
-        return before & masks  # what was pruned earlier and takes no part now stays pruned
-
-    def _round(self, moment: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
-        recipe = self.recipe
-        whole = not recipe.sequential or recipe.allocation.needs_scores
-        needs = set(recipe.criterion.needs) if whole else set()
-        repair_needs = self._repair_needs(last)
-        stats = self._collect(
-            self.plan.chosen, needs | (set() if recipe.sequential else repair_needs)
-        )
-        stats.memory, stats.seed = memory.memory, memory.seed
-        slots = self._reached(self.plan.chosen, stats)
-        found = weights(self.model, slots)
-        groups = {w.name: self._ranks(w, stats, prior) for w in found} if whole else {}
-        levels = self._levels(slots, groups, moment, last)
-        layers: dict[str, LayerFacts] = {}
-        masks: dict[str, torch.Tensor] = {}
-        replay = self._replay(slots) if recipe.sequential else None
-        for slot in self._order(slots) if recipe.sequential else slots:
-            self.progress("pruning", self._step[0] + len(masks) / len(slots), self._step[1])
-            weight, local = slot.weight(self.model), stats
-            if replay is not None:
-                needs = repair_needs | set(recipe.criterion.needs)
-                local = replay.trying(partial(self._collect, [slot], needs, replay))
-                local.memory, local.seed = memory.memory, memory.seed
-                groups[slot.name] = self._ranks(weight, local, prior)
-            picked = MaskChoice(
-                weight, recipe, groups.pop(slot.name), levels[slot.name], prior.get(slot.name)
-            )
-            masks[slot.name], layers[slot.name] = repair_(
-                self.model, slot, picked, recipe=recipe, stats=local, facts=self.facts
-            )
-            local.drop(slot.name)
-            if replay is not None:
-                replay.finish(slot)
-        self.facts.layers = [layers[slot.name] for slot in slots]
-        done = Masks({slot.name: masks[slot.name] for slot in slots})
-        if not last:
-            attach_(self.model, done)
-        return done
-
-    def _ranks(self, weight: Weight, stats: Stats, prior: Masks) -> torch.Tensor:
-        scores = score(weight, self.recipe, stats)
-        return group_scores(scores, weight, self.recipe, prior.get(weight.name))
-
-    def _levels(
-        self, slots: list[Slot], groups: Mapping[str, torch.Tensor], moment: float, last: bool
-    ) -> dict[str, float]:
-        """The sparsity of every weight at this moment of the schedule."""
-        recipe, found = self.recipe, weights(self.model, slots)
-        assert recipe.target is not None
-        used = {}
-        if recipe.target.unit == "macs":
-            used = uses(self.model, self.plan.slots, self.batches[0])
-        purse = money(self.model, found, recipe, used)
-        probe = None
-        if recipe.allocation.needs_probe:
-            assert self.data is not None
-            measure = mean_loss(self.model, self.data, self.batches)
-            probe = probe_for(self.model, found, recipe, groups, measure)
-        budget = purse.at(share_at(recipe.schedule, moment, purse.sparsity), probe)
-        choice = items(found, slots, recipe, groups, purse.costs)
-        levels = allocate(choice, recipe, budget)
-        spent = budget.spent(choice, levels)
-        if last and spent > 1.02 * budget.limit:
-            self.facts.note(
-                "target",
-                "",
-                f"asked for {purse.told(recipe.target, budget.limit)}, reached "
-                f"{purse.told(recipe.target, spent)}: levels were given, or at least one group stays "
-                "in every pool of the pattern",
-            )
-        return levels
-
-    def _reached(self, slots: list[Slot], stats: Stats) -> list[Slot]:
-        """Leave out weights whose inputs the recipe needs and no data reached; never silently."""
-        needed = {*self.recipe.criterion.needs, *self._repair_needs(last=False)}
-        if not any(getattr(need, "source", "") == "inputs" for need in needed):
-            return slots
-        seen = set(stats.names())
-        if self.recipe.sequential:
-            seen = set(collect(self.model, slots, [Positions()], self.batches[:1]).names())
-        for slot in slots:
-            if slot.name not in seen:
-                self.facts.note("left-out", slot.name, "its inputs could not be seen on the data")
-        reached = [slot for slot in slots if slot.name in seen]
-        if not reached:
-            require_something(Plan(()), self.recipe)
-        return reached
-
-    def _repair_needs(self, last: bool) -> set[Any]:
-        if self.data is None or self.data.train is None:
-            return set()
-        needs: set[Any] = set().union(*(step.needs for step in self.recipe.repairs))
-        return needs | ({Sketch()} if last else set())
-
-    def _replay(self, slots: Sequence[Slot]) -> Replay:
-        """What a sequential run need not compute twice; without data it runs nothing at all."""
-        if self.data is None or self.data.train is None:
-            return Replay(self.model, slots, ())
-        return Replay(self.model, slots, (*self.few, *self.batches))
-
-    def _collect(
-        self, slots: Sequence[Slot], needs: set[Any], replay: Replay | None = None
-    ) -> Stats:
-        """Gather statistics; what only serves the diagnosis is read from a few samples."""
-        loss = self.data.loss if self.data is not None else None
-        diagnosis = needs & {Sketch()}
-        if diagnosis and all(a is b for a, b in zip_longest(self.few, self.batches)):
-            diagnosis = set()  # the few are all: one pass
-        stats = Stats()
-        if needs - diagnosis:
-            wanted = needs - diagnosis
-            stats = gather(self.model, slots, wanted, self.batches, loss=loss, replay=replay)
-        if diagnosis:
-            few = collect(self.model, slots, diagnosis, self.few, replay=replay)
-            stats = few.merge(stats).keep_values(stats)
-        return stats
-
-    def _order(self, slots: Sequence[Slot]) -> list[Slot]:
-        """Slots in the order in which data reaches them; those it never reaches come last."""
-        if self.data is None or self.data.train is None:
-            return list(slots)
-        seen = collect(self.model, slots, [Positions()], self.batches[:1]).names()
-        rank = {name: index for index, name in enumerate(seen)}
-        return sorted(slots, key=lambda slot: rank.get(slot.name, len(rank)))
-
-    # -- pruning while training -----------------------------------------------------------------
+        return Rounds(
+            self.model, self.recipe, self.plan, self.sample, self.facts, self.progress
+        ).run()
 
     def _gradual(self) -> Masks:
         how = self.recipe.finetune
@@ -422,10 +258,9 @@ class _Run:
     def _after(self, masks: Masks) -> Masks:
         """What follows pruning; the masks with which it ended."""
         steps = [type(step) for step in self.recipe.recovery]
-        has_data = self.data is not None and self.data.train is not None
-        if has_data and BatchNorm not in steps and FineTune not in steps:
+        if self.sample.given and BatchNorm not in steps and FineTune not in steps:
             try:
-                drifts = BatchNorm().drift(self.model, self.few)
+                drifts = BatchNorm().drift(self.model, self.sample.few)
             except ValueError as error:  # a layer that is given a single row, perhaps
                 self.facts.note("batchnorm-drift", "", f"it could not be measured: {error}")
             else:
@@ -433,7 +268,7 @@ class _Run:
         trained = self.recipe.schedule.unit != "rounds"
         for step in self.recipe.recovery:
             if isinstance(step, BatchNorm):
-                self._note_drifts(BatchNorm().reestimate_(self.model, self.batches))
+                self._note_drifts(BatchNorm().reestimate_(self.model, self.sample.batches))
             elif isinstance(step, FineTune) and not trained:
                 attach_(self.model, masks)
                 self.facts.history += self._train(step, None)

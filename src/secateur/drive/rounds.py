@@ -1,0 +1,201 @@
+"""Pruning without training, in rounds: measure, score, allocate, select, repair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.core.facts import Facts, LayerFacts
+from secateur.core.masks import Masks
+from secateur.core.slots import Slot, weights
+from secateur.core.weight import Weight
+from secateur.drive.calibration import Calibration
+from secateur.drive.decide import allocate, group_scores, items, probe_for, score
+from secateur.drive.gather import gather
+from secateur.drive.layerwise import MaskChoice, repair_
+from secateur.drive.money import money, uses
+from secateur.drive.plan import Plan, require_something
+from secateur.drive.recipe import Recipe
+from secateur.drive.training.finetune import Progress
+from secateur.drive.training.gradual import mean_loss
+from secateur.drive.training.held import attach_, detach_, masks_of
+from secateur.schedule import events, share_at
+from secateur.stats import Positions, Replay, Sketch, Stats, collect
+
+
+class Rounds:
+    """The rounds of one run: one for a one-shot schedule, several where it prunes step by step.
+
+    Args:
+        model: Changed in place.
+        recipe: With a schedule in rounds.
+        plan: Which weights take part.
+        sample: The calibration data, if there are any.
+        facts: Where layers and notes are recorded.
+        progress: Told of every weight.
+
+    Example:
+        >>> from secateur.drive.plan import plan
+        >>> net, recipe = nn.Linear(4, 2), Recipe()
+        >>> parts = plan(net, recipe), Calibration(None), Facts(), lambda *_: None
+        >>> Rounds(net, recipe, *parts).run()
+        Masks(1 weights, 4 of 8 kept)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        plan: Plan,
+        sample: Calibration,
+        facts: Facts,
+        progress: Progress,
+    ) -> None:
+        self.model, self.recipe, self.plan, self.sample = model, recipe, plan, sample
+        self.facts, self.progress = facts, progress
+        self._step = (0, 1)
+
+    def run(self) -> Masks:
+        """All rounds of the schedule; the weights are zero where the masks say so."""
+        recipe = self.recipe
+        # Whether a round does anything does not depend on the target; at share 0 nothing does.
+        times = [t for t in events(recipe.schedule) if share_at(recipe.schedule, t, 0.5) > 0]
+        before = masks = masks_of(self.model)
+        memory = Stats(recipe.seed)
+        for index, moment in enumerate(times):
+            self.progress("pruning", index, len(times))
+            self._step = (index, len(times))
+            masks = self._round(moment, masks, memory, last=index == len(times) - 1)
+        self.progress("pruning", len(times), len(times))
+        detach_(self.model)
+        return before & masks  # what was pruned earlier and takes no part now stays pruned
+
+    def _round(self, moment: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
+        recipe = self.recipe
+        whole = not recipe.sequential or recipe.allocation.needs_scores
+        needs = set(recipe.criterion.needs) if whole else set()
+        repair_needs = self._repair_needs(last)
+        stats = self._collect(
+            self.plan.chosen, needs | (set() if recipe.sequential else repair_needs)
+        )
+        stats.memory, stats.seed = memory.memory, memory.seed
+        slots = self._reached(self.plan.chosen, stats)
+        found = weights(self.model, slots)
+        groups = {w.name: self._ranks(w, stats, prior) for w in found} if whole else {}
+        levels = self._levels(slots, groups, moment, last)
+        layers: dict[str, LayerFacts] = {}
+        masks: dict[str, torch.Tensor] = {}
+        replay = self._replay(slots) if recipe.sequential else None
+        for slot in self._order(slots) if recipe.sequential else slots:
+            self.progress("pruning", self._step[0] + len(masks) / len(slots), self._step[1])
+            weight, local = slot.weight(self.model), stats
+            if replay is not None:
+                needs = repair_needs | set(recipe.criterion.needs)
+                local = replay.trying(partial(self._collect, [slot], needs, replay))
+                local.memory, local.seed = memory.memory, memory.seed
+                groups[slot.name] = self._ranks(weight, local, prior)
+            picked = MaskChoice(
+                weight, recipe, groups.pop(slot.name), levels[slot.name], prior.get(slot.name)
+            )
+            masks[slot.name], layers[slot.name] = repair_(
+                self.model, slot, picked, recipe=recipe, stats=local, facts=self.facts
+            )
+            local.drop(slot.name)
+            if replay is not None:
+                replay.finish(slot)
+        self.facts.layers = [layers[slot.name] for slot in slots]
+        done = Masks({slot.name: masks[slot.name] for slot in slots})
+        if not last:
+            attach_(self.model, done)
+        return done
+
+    def _ranks(self, weight: Weight, stats: Stats, prior: Masks) -> torch.Tensor:
+        scores = score(weight, self.recipe, stats)
+        return group_scores(scores, weight, self.recipe, prior.get(weight.name))
+
+    def _levels(
+        self, slots: list[Slot], groups: Mapping[str, torch.Tensor], moment: float, last: bool
+    ) -> dict[str, float]:
+        """The sparsity of every weight at this moment of the schedule."""
+        recipe, found = self.recipe, weights(self.model, slots)
+        assert recipe.target is not None
+        used = {}
+        if recipe.target.unit == "macs":
+            used = uses(self.model, self.plan.slots, self.sample.batches[0])
+        purse = money(self.model, found, recipe, used)
+        probe = None
+        if recipe.allocation.needs_probe:
+            assert self.sample.data is not None
+            measure = mean_loss(self.model, self.sample.data, self.sample.batches)
+            probe = probe_for(self.model, found, recipe, groups, measure)
+        budget = purse.at(share_at(recipe.schedule, moment, purse.sparsity), probe)
+        choice = items(found, slots, recipe, groups, purse.costs)
+        levels = allocate(choice, recipe, budget)
+        spent = budget.spent(choice, levels)
+        if last and spent > 1.02 * budget.limit:
+            self.facts.note(
+                "target",
+                "",
+                f"asked for {purse.told(recipe.target, budget.limit)}, reached "
+                f"{purse.told(recipe.target, spent)}: levels were given, or at least one group stays "
+                "in every pool of the pattern",
+            )
+        return levels
+
+    def _reached(self, slots: list[Slot], stats: Stats) -> list[Slot]:
+        """Leave out weights whose inputs the recipe needs and no data reached; never silently."""
+        needed = {*self.recipe.criterion.needs, *self._repair_needs(last=False)}
+        if not any(getattr(need, "source", "") == "inputs" for need in needed):
+            return slots
+        seen = set(stats.names())
+        if self.recipe.sequential:
+            seen = set(collect(self.model, slots, [Positions()], self.sample.batches[:1]).names())
+        for slot in slots:
+            if slot.name not in seen:
+                self.facts.note("left-out", slot.name, "its inputs could not be seen on the data")
+        reached = [slot for slot in slots if slot.name in seen]
+        if not reached:
+            require_something(Plan(()), self.recipe)
+        return reached
+
+    def _repair_needs(self, last: bool) -> set[Any]:
+        if not self.sample.given:
+            return set()
+        needs: set[Any] = set().union(*(step.needs for step in self.recipe.repairs))
+        return needs | ({Sketch()} if last else set())
+
+    def _replay(self, slots: Sequence[Slot]) -> Replay:
+        """What a sequential run need not compute twice; without data it runs nothing at all."""
+        if not self.sample.given:
+            return Replay(self.model, slots, ())
+        return Replay(self.model, slots, (*self.sample.few, *self.sample.batches))
+
+    def _collect(
+        self, slots: Sequence[Slot], needs: set[Any], replay: Replay | None = None
+    ) -> Stats:
+        """Gather statistics; what only serves the diagnosis is read from a few samples."""
+        loss = self.sample.data.loss if self.sample.data is not None else None
+        diagnosis = needs & {Sketch()}
+        if diagnosis and all(a is b for a, b in zip_longest(self.sample.few, self.sample.batches)):
+            diagnosis = set()  # the few are all: one pass
+        stats = Stats()
+        if needs - diagnosis:
+            wanted = needs - diagnosis
+            stats = gather(self.model, slots, wanted, self.sample.batches, loss=loss, replay=replay)
+        if diagnosis:
+            few = collect(self.model, slots, diagnosis, self.sample.few, replay=replay)
+            stats = few.merge(stats).keep_values(stats)
+        return stats
+
+    def _order(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Slots in the order in which data reaches them; those it never reaches come last."""
+        if not self.sample.given:
+            return list(slots)
+        seen = collect(self.model, slots, [Positions()], self.sample.batches[:1]).names()
+        rank = {name: index for index, name in enumerate(seen)}
+        return sorted(slots, key=lambda slot: rank.get(slot.name, len(rank)))
