@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.utils import prune
 
@@ -426,10 +427,13 @@ def test_wrong_shapes_are_refused() -> None:
         assert all(caught.value.parts().values()), shape
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # forward_ad uses it
 def test_training_is_refused() -> None:
     ours = accelerate(prune_(nn.Linear(9, 9)))
     with pytest.raises(UsageError, match="requires a gradient") as gradient:
         ours(torch.randn(2, 9, requires_grad=True))
+    with pytest.raises(UsageError, match="has a tangent"), forward_ad.dual_level():
+        ours(forward_ad.make_dual(torch.ones(2, 9), torch.ones(2, 9)))
     ours.train()
     with pytest.raises(UsageError, match="training mode") as training, torch.inference_mode():
         ours(torch.randn(2, 9))

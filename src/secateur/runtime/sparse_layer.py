@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from secateur.core.errors import UsageError
@@ -26,7 +27,7 @@ from secateur.runtime import (
 from secateur.runtime.stored import DTYPES
 
 Dense = nn.Linear | nn.Conv2d
-INFERENCE = "the kernels have no backward pass"
+INFERENCE = "the kernels compute outputs, and no derivatives"
 _BITMASK = LAYOUTS["bitmask"]
 # Multiply-adds that PyTorch does in about the ten microseconds that a call of an operator takes.
 _LITTLE = 1 << 18
@@ -200,10 +201,12 @@ class SparseLayer(nn.Module):
                 "call .eval(), or restore()",
             )
         # A program is exported with gradients on, and run as its user likes.
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        wanted = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        dual = not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
+        if wanted or dual:
             raise UsageError(
                 "a run of an accelerated layer",
-                "its input requires a gradient",
+                f"its input {'has a tangent' if dual else 'requires a gradient'}",
                 INFERENCE,
                 "run the module under torch.inference_mode() or no_grad(), or restore() it",
             )
