@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from secateur.core.errors import UsageError
 from secateur.runtime import accelerate, library, restore, torch_packed
+from secateur.runtime.race import Raced
 from secateur.runtime.torch_layers import SparseLayer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
@@ -215,6 +216,29 @@ def test_autocast_gives_the_type_that_dense_layers_give(choose: Any, weights: to
                 got = accelerate(net, choose=choose)(given)
                 assert got.dtype == wanted.dtype == torch.bfloat16
                 assert torch.allclose(got, wanted, atol=0.05)
+
+
+@pytest.mark.parametrize("winner", [0, 1])
+def test_an_operator_gives_the_type_of_its_weight_whatever_is_fastest(
+    winner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raced(runs: list[object], **_: object) -> Raced:
+        return Raced(tuple((float(i != winner),) for i in range(len(runs))))
+
+    monkeypatch.setattr(torch_packed, "race", raced)
+    monkeypatch.setattr(torch_packed, "_CHOICES", {})
+    linear, conv = swapped(pruned(nn.Linear(9, 7))), swapped(pruned(nn.Conv2d(4, 6, 3)))
+    calls = (
+        lambda: torch.ops.secateur.sparse_linear(
+            torch.ones(3, 9), linear.values, linear.index, None, *linear.shape
+        ),
+        lambda: torch.ops.secateur.sparse_conv(
+            torch.ones(1, 4, 8, 8), conv.values, conv.index, None, conv.shape, *conv.geometry
+        ),
+    )
+    for call in calls:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert call().dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")

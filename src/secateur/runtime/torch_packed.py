@@ -122,6 +122,9 @@ class Packed:
 
     def run(self, stored: Operands, x: Tensor, positions: int, way: Way) -> Tensor:
         """The output for an input with so many positions (of an image) or tokens."""
+        if torch.is_autocast_enabled("cpu"):  # it would round the dense way, and only that
+            with torch.autocast("cpu", enabled=False):
+                return self.run(stored, x, positions, way)
         pool = _pool(way.threads or min(_MOST_THREADS, torch.get_num_threads()))
         size = positions.bit_length()
         if size not in self.chosen:
