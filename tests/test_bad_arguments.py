@@ -7,10 +7,28 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from secateur import Data, FineTune, Recipe, ShrinkRecipe, Target, plan, prune, recipes, shrink
+from secateur import (
+    Data,
+    FineTune,
+    Gradual,
+    Recipe,
+    Regrow,
+    ShrinkRecipe,
+    Target,
+    finetune,
+    plan,
+    prune,
+    recipes,
+    shrink,
+)
 from secateur.allocate import Ranked, Sensitivity, Tolerance
-from secateur.core.errors import BudgetError, UsageError
-from secateur.experiments import Training
+from secateur.core.errors import BudgetError, DataError, UsageError
+from secateur.drive.structural.pace import Pace
+from secateur.drive.structural.shrinking import Shrinking
+from secateur.drive.training.learned import Learned, learn_masks
+from secateur.drive.training.regrow import TopKast
+from secateur.experiments import TicketPlan, Training, find_ticket
+from secateur.learn import Leap
 from secateur.pattern import NM
 from secateur.recover import ColumnSweep, FisherUpdate, LeastSquares
 from secateur.schedule import OneShot
@@ -43,6 +61,75 @@ def whole(error: pytest.ExceptionInfo[Any]) -> str:
     assert error.value.why
     assert error.value.do
     return str(error.value)
+
+
+# -- pruners, searches and trainings ----------------------------------------------------------------
+
+
+def sgd(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+def learned(how: Any, *, optimizer: Any = sgd) -> Any:
+    model = mlp()
+    return Learned(model, optimizer(model), how)
+
+
+def ticket(**given: Any) -> Any:
+    return find_ticket(**{"model": mlp, "data": BATCHES, "folder": "unused", **given})
+
+
+def shrinking(**given: Any) -> Any:
+    model = mlp()
+    pace = Pace(steps_per_epoch=4)
+    whole = {"optimizer": sgd(model), "recipe": ShrinkRecipe(), "pace": pace, **given}
+    return Shrinking(model, example_inputs=torch.zeros(1, 16), **whole)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: learned(Leap), "the class Leap"),
+        (lambda: learned("leap"), "'leap', a str"),
+        (lambda: learned(Leap(), optimizer=lambda _: None), "torch.optim.AdamW"),
+        (lambda: learn_masks(mlp(), BATCHES, Leap(), 3), "FineTune(epochs=2)"),  # type: ignore[arg-type]
+        (lambda: ticket(folder=None), "None was given"),
+        (lambda: ticket(plan=TicketPlan), "the class TicketPlan"),
+        (lambda: ticket(recipe=0.9), "It is a Recipe"),
+        (lambda: ticket(model=None), "A network is a torch.nn.Module"),
+        (lambda: ticket(model=lambda: 3), "a int. A network is"),
+        (lambda: finetune(mlp(), BATCHES, FineTune), "the class FineTune"),  # type: ignore[arg-type]
+        (lambda: finetune(mlp, BATCHES), "the function mlp"),  # type: ignore[arg-type]
+        (lambda: finetune(mlp(), BATCHES, checkpoint=3), "the name of a folder"),  # type: ignore[arg-type]
+        (lambda: Gradual(mlp(), sgd(mlp()), None), "It is a Recipe"),  # type: ignore[arg-type]
+        (lambda: Gradual(None, sgd(mlp()), Recipe()), "A network is"),  # type: ignore[arg-type]
+        (lambda: shrinking(recipe=Recipe()), "It is a ShrinkRecipe"),
+        (lambda: shrinking(pace=None), "It is a Pace"),
+        (lambda: shrinking(optimizer=None), "It is the optimizer"),
+        (lambda: Regrow(fraction="all"), "fraction is a finite number, not 'all'"),  # type: ignore[arg-type]
+        (lambda: TopKast(extra=float("nan")), "extra is a finite number, not nan"),
+    ],
+)
+def test_arguments_of_pruners_and_trainings(make: Any, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make()
+    assert said in str(error.value)
+    assert error.value.found
+    assert error.value.do
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda data: finetune(mlp(), data),
+        lambda data: learn_masks(mlp(), data, Leap()),
+        lambda data: shrink(mlp(), ShrinkRecipe(recovery=(FineTune(1),)), data=data),
+    ],
+)
+def test_labels_beyond_the_classes(run: Any) -> None:
+    batches = [(x, y + 9) for x, y in BATCHES]
+    with pytest.raises(DataError, match=r"its own loss fails.*out of bounds"):
+        run(batches)
 
 
 # -- recipes --------------------------------------------------------------------------------------

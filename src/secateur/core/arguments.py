@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from os import PathLike
 
 from secateur.core.errors import UsageError
 
@@ -17,6 +18,31 @@ def is_number(value: object) -> bool:
         (True, False, False, False)
     """
     return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
+
+
+def odd_number(part: object, names: Sequence[str]) -> str:
+    """Which of the named settings of a part is no finite number, in words; ``""`` if all are.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> odd_number(SimpleNamespace(lr="fast", steps=3), ("steps", "lr"))
+        "lr is a finite number, not 'fast'"
+    """
+    odd = next((name for name in names if not is_number(getattr(part, name))), None)
+    return "" if odd is None else f"{odd} is a finite number, not {getattr(part, odd)!r}"
+
+
+def require_place(asked: str, value: object) -> None:
+    """Raise unless a value names a folder.
+
+    Raises:
+        UsageError: It does not.
+
+    Example:
+        >>> require_place("folder", "runs")
+    """
+    write = "e.g. folder='runs'"
+    require_kind(asked, value, (str, PathLike), what="the name of a folder", write=write)
 
 
 def require_kind(

@@ -192,8 +192,8 @@ def _require_parts(recipe: Recipe) -> None:
     require_settings(recipe, _KINDS)
 
 
-def require_recipe(given: object) -> None:
-    """Raise unless a recipe (or ``None``, the default one) was given.
+def require_recipe(given: object, *, default: bool = True) -> None:
+    """Raise unless a recipe (or ``None``, where there is a default one) was given.
 
     Example:
         >>> from secateur.drive.methods import magnitude
@@ -204,7 +204,8 @@ def require_recipe(given: object) -> None:
 given. It is a Recipe. Write e.g. Recipe(target=Target('sparsity', 0.9)) or recipes.magnitude(0.9).
     """
     write = "e.g. Recipe(target=Target('sparsity', 0.9)) or recipes.magnitude(0.9)"
-    require_kind("the recipe", given, (Recipe, type(None)), what="a Recipe", write=write)
+    kinds = (Recipe, type(None)) if default else Recipe
+    require_kind("the recipe", given, kinds, what="a Recipe", write=write)
 
 
 def require_settings(recipe: Any, kinds: Mapping[str, tuple[Any, str, str]]) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.core.arguments import is_number
+from secateur.core.arguments import odd_number
 from secateur.core.errors import BudgetError, UsageError
 from secateur.drive.recipe import Recipe
 from secateur.pattern import NM
@@ -59,10 +59,9 @@ class Training:
 
     def __post_init__(self) -> None:
         numbers = ("epochs", "lr", "weight_decay", "warmup")
-        odd = next((name for name in numbers if not is_number(getattr(self, name))), None)
         wrong = ""
-        if odd is not None:
-            wrong = f"{odd} is a finite number, not {getattr(self, odd)!r}"
+        if odd := odd_number(self, numbers):
+            wrong = odd
         elif not (self.epochs > 0 and self.lr > 0):
             wrong = "epochs and lr must be positive numbers"
         elif self.optimizer not in ("sgd", "adamw"):

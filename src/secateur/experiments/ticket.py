@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from secateur.core.arguments import require_kind, require_place
 from secateur.core.batches import as_data
 from secateur.drive.pruned import Pruned, load
-from secateur.drive.recipe import Recipe
+from secateur.drive.recipe import Recipe, require_recipe
 from secateur.drive.training.finetune import Progress
 from secateur.experiments.terms import TicketPlan
 from secateur.experiments.ticket_facts import StageFacts, TicketFacts
@@ -76,6 +77,10 @@ def find_ticket(
         >>> [round(stage.sparsity, 2) for stage in found.levels]
         [0.5, 0.75]
     """
+    require_recipe(recipe)
+    require_place("find_ticket(folder=...)", folder)
+    kinds, write = (TicketPlan, type(None)), "e.g. TicketPlan(rewind='rate')"
+    require_kind("find_ticket(plan=...)", plan, kinds, what="a TicketPlan", write=write)
     plan = plan or TicketPlan()
     return Search(model, recipe or Recipe(), as_data(data), Path(folder), plan, progress).run()
 

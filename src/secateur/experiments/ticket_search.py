@@ -18,6 +18,7 @@ from secateur.core.budget import Target
 from secateur.core.errors import UsageError
 from secateur.core.facts import Facts, Note, environment
 from secateur.core.masks import Masks
+from secateur.drive.network import network_of
 from secateur.drive.oneshot import prune_
 from secateur.drive.plan import plan as plan_of
 from secateur.drive.plan import require_finite, require_something
@@ -211,8 +212,7 @@ class Search:
         seed = seed_of(self.plan.training.seed, "weights", which)
         with seeded(seed):
             if not isinstance(self.given, nn.Module):
-                built = self.given()
-                return built.train()
+                return network_of(self.given() if callable(self.given) else self.given).train()
             model = copy.deepcopy(self.given)
             if which != 0:
                 reset_(model)

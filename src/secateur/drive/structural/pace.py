@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur.allocate.widths import GivenWidths
+from secateur.core.arguments import require_kind
 from secateur.core.batches import Data, lack
 from secateur.core.errors import NeedsData, NotYet, UsageError
 from secateur.core.slots import device_of
@@ -95,6 +96,11 @@ def require_fit(
         NeedsData: The criterion measures, and there is no data.
         NotYet: Several processes train together.
     """
+    write = "e.g. ShrinkRecipe(target=Target('macs', 0.5))"
+    require_kind("Shrinking(recipe=...)", recipe, ShrinkRecipe, what="a ShrinkRecipe", write=write)
+    kind, write = torch.optim.Optimizer, "torch.optim.SGD(model.parameters(), 0.1)"
+    asked = "Shrinking(optimizer=...)"
+    require_kind(asked, optimizer, kind, what="the optimizer of the model", write=write)
     if ranks.world() > 1 or isinstance(model, nn.parallel.DistributedDataParallel):
         raise NotYet(
             "removing filters while several processes train",

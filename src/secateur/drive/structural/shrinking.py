@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.core.arguments import require_kind
 from secateur.core.batches import Data, as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, environment
@@ -103,6 +104,7 @@ class Shrinking:
     ) -> None:
         found = as_data(data)
         require_fit(model, ranks.bare_optimizer(optimizer), recipe, found)
+        require_kind("Shrinking(pace=...)", pace, Pace, what="a Pace", write="e.g. pace=Pace()")
         pace.require_possible()
         self.model, self.optimizer = ranks.bare(model), ranks.bare_optimizer(optimizer)
         self.recipe, self.pace = recipe, pace

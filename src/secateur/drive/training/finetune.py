@@ -12,10 +12,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import is_number
-from secateur.core.batches import Batch, Data, count, evaluating, forward, size_of, to_device
-from secateur.core.errors import DataError, NeedsData, UsageError
-from secateur.core.losses import default_loss, differentiable, logits_of, loss_of
+from secateur.core.arguments import odd_number, require_kind
+from secateur.core.batches import (
+    Batch,
+    Data,
+    as_data,
+    count,
+    evaluating,
+    forward,
+    size_of,
+    to_device,
+)
+from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError
+from secateur.core.losses import default_loss, differentiable, logits_of, loss_of, unusable
 from secateur.core.slots import device_of
 from secateur.drive.training.held import Held, masks_of
 from secateur.drive.training.order import Feed
@@ -69,10 +78,9 @@ class FineTune:
 
     def __post_init__(self) -> None:
         numbers = ("epochs", "lr", "weight_decay", "distill", "temperature")
-        odd = next((name for name in numbers if not is_number(getattr(self, name))), None)
         wrong = ""
-        if odd is not None:
-            wrong = f"{odd} is a finite number, not {getattr(self, odd)!r}"
+        if odd := odd_number(self, numbers):
+            wrong = odd
         elif self.epochs <= 0 or self.lr <= 0 or self.temperature <= 0:
             wrong = "epochs, lr and temperature must be positive"
         elif self.weight_decay < 0:
@@ -98,7 +106,7 @@ Attach = Callable[[torch.optim.Optimizer, int], Stepper]
 
 def finetune(
     model: nn.Module,
-    data: Data,
+    data: Data | Any,
     how: FineTune | None = None,
     *,
     teacher: nn.Module | None = None,
@@ -123,7 +131,7 @@ def finetune(
         One record an epoch: mean loss, learning rate, sparsity of the masked weights.
 
     Raises:
-        DataError: The loss became NaN or infinite.
+        DataError: The loss became NaN or infinite, or the network does not take a batch.
         UsageError: The checkpoint is of another network, or of a training with other settings.
 
     Example:
@@ -133,7 +141,13 @@ def finetune(
         >>> history[-1]["loss"] < history[0]["loss"]
         True
     """
-    return Loop(model, data, how or FineTune(), teacher, attach, None, checkpoint).run()
+    write = "the module itself"
+    require_kind("finetune(model=...)", model, nn.Module, what="a torch.nn.Module", write=write)
+    write = "e.g. FineTune(epochs=2)"
+    kinds = (FineTune, type(None))
+    require_kind("finetune(how=...)", how, kinds, what="a FineTune", write=write)
+    found = as_data(data) or Data()
+    return Loop(model, found, how or FineTune(), teacher, attach, None, checkpoint).run()
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,7 @@ class Loop:
                     batch = to_device(drawn, device)
                     optimizer.zero_grad(set_to_none=True)
                     with _autocast(device, how.bfloat16):
-                        loss = differentiable(_objective(model, batch, how, self.teacher, data))
+                        loss = differentiable(self._loss(batch))
                     value = float(loss.detach())
                     if not math.isfinite(value):
                         recorder.back_(value)
@@ -226,6 +240,17 @@ class Loop:
             for module, mode in modes.items():
                 module.training = mode
         return tally.history
+
+    def _loss(self, batch: Batch) -> Tensor:
+        try:
+            return _objective(self.model, batch, self.how, self.teacher, self.data)
+        except (SecateurError, torch.OutOfMemoryError):
+            raise
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = unusable(self.model, batch, self.data.loss)
+            if reason is not None:  # e.g. a label beyond the classes
+                raise reason from error
+            raise
 
     def _began(self) -> str:
         if self.checkpoint is None:

@@ -28,6 +28,7 @@ from secateur.drive.decide import (
 )
 from secateur.drive.gather import gather
 from secateur.drive.money import money, uses
+from secateur.drive.network import network_of
 from secateur.drive.plan import (
     note_left_out,
     plan,
@@ -36,7 +37,7 @@ from secateur.drive.plan import (
     without_frozen,
 )
 from secateur.drive.pruned import Pruned
-from secateur.drive.recipe import Recipe
+from secateur.drive.recipe import Recipe, require_recipe
 from secateur.drive.recipe_file import to_plain
 from secateur.drive.training import ranks
 from secateur.drive.training.held import (
@@ -113,8 +114,9 @@ class Gradual:
         steps_per_epoch: int | None = None,
         steps: int | None = None,
     ) -> None:
-        model, optimizer = ranks.bare(model), ranks.bare_optimizer(optimizer)
+        model, optimizer = network_of(model), ranks.bare_optimizer(optimizer)
         ranks.require_whole(model)
+        require_recipe(recipe, default=False)
         self._length = training_length(recipe, steps_per_epoch, steps)
         require_time(recipe, steps_per_epoch, self._length)
         if recipe.repairs or recipe.rounding is not None:

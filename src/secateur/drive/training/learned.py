@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_kind, require_part
 from secateur.core.batches import Batch, Data, Loss, as_data, to_device
 from secateur.core.errors import NeedsData, NotYet, UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
@@ -78,6 +79,7 @@ class Learned:
         scope: Scope | None = None,
         data: Data | Any = None,
     ) -> None:
+        _require_parts(how, optimizer)
         model = _plain(model, how)
         self.model, self.optimizer, self.how = model, optimizer, how
         self._data = as_data(data)
@@ -283,6 +285,8 @@ def learn_masks(
         raise NeedsData(
             "learn_masks(...)", "no training data", "masks learn from batches", "pass batches"
         )
+    write, kinds = "e.g. FineTune(epochs=2)", (FineTune, type(None))
+    require_kind("learn_masks(training=...)", training, kinds, what="a FineTune", write=write)
     training = training or FineTune()
     copied = copy_of(model)
     live: list[_Stepping] = []
@@ -382,6 +386,14 @@ def _begin(how: Learner, model: nn.Module, slots: list[Slot]) -> Learning:
             "widen the scope (include=, sensitive=True)",
         )
     return learning
+
+
+def _require_parts(how: object, optimizer: object) -> None:
+    asked, has = "learning masks: how=...", ("begin_", "goal", "penalised")
+    require_part(asked, how, has, what="a learner", write="e.g. Leap.short(0.9)")
+    kind, write = torch.optim.Optimizer, "torch.optim.AdamW(model.parameters())"
+    asked, given = "learning masks: optimizer=...", ranks.bare_optimizer(optimizer)
+    require_kind(asked, given, kind, what="the optimizer of the model", write=write)
 
 
 def _plain(model: nn.Module, how: Learner) -> nn.Module:

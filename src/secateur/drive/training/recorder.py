@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from secateur.core.arguments import require_place
 from secateur.core.errors import DataError, UsageError
 from secateur.drive.training.resume import (
     Training,
@@ -47,6 +48,7 @@ class Checkpoints:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        require_place("a folder for checkpoints", self.folder)
         if self.every < 1 or self.keep < 1:
             found = f"every={self.every}, keep={self.keep}"
             why = "both are counts of at least 1"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateur.core.arguments import odd_number
 from secateur.core.errors import UsageError
 from secateur.core.select import keep_top
 
@@ -62,7 +63,9 @@ class Regrow:
 
     def __post_init__(self) -> None:
         wrong = ""
-        if self.grow not in ("gradient", "random"):
+        if odd := odd_number(self, ("fraction", "frequency", "end")):
+            wrong = odd
+        elif self.grow not in ("gradient", "random"):
             wrong = f"grow is 'gradient' or 'random', not {self.grow!r}"
         elif self.start not in ("random", "criterion"):
             wrong = f"start is 'random' or 'criterion', not {self.start!r}"
@@ -125,7 +128,9 @@ class TopKast:
 
     def __post_init__(self) -> None:
         wrong = ""
-        if not 0 < self.extra < 1:
+        if odd := odd_number(self, ("extra", "frequency")):
+            wrong = odd
+        elif not 0 < self.extra < 1:
             wrong = f"extra is a share between 0 and 1, not {self.extra:g}"
         elif self.unit not in ("steps", "epochs") or self.frequency <= 0:
             wrong = f"frequency is a positive number of steps or epochs, not {self.frequency:g} {self.unit}"
