@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,24 +9,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from secateur.core.batches import Batch, Data, as_data, evaluating, lack, take, to_device
-from secateur.core.errors import NeedsData, UsageError
+from secateur.core.batches import Data, as_data
+from secateur.core.errors import UsageError
 from secateur.core.facts import Facts, LayerFacts, environment
-from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
-from secateur.core.slots import Slot, device_of, weights
+from secateur.core.slots import Slot, weights
 from secateur.core.weight import Weight
-from secateur.drive.decide import (
-    allocate,
-    group_scores,
-    items,
-    probe_for,
-    score,
-    select,
-    smoothed_parts,
-)
-from secateur.drive.gather import gather
-from secateur.drive.money import money, uses
 from secateur.drive.network import network_of
 from secateur.drive.plan import (
     note_left_out,
@@ -40,11 +27,13 @@ from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, require_recipe
 from secateur.drive.recipe_file import to_plain
 from secateur.drive.training import ranks
+from secateur.drive.training.deciding import Deciding, require_no_repairs
 from secateur.drive.training.held import (
     Held,
     attach_,
     detach_,
     masks_of,
+    require_all,
     require_free,
     require_trains,
     reset_momentum_,
@@ -56,8 +45,7 @@ from secateur.drive.training.timing import every, is_due, require_time, training
 from secateur.drive.training.topkast import Superset
 from secateur.frontends.remembered import surgery_of
 from secateur.schedule import share_at
-from secateur.score import Random
-from secateur.stats import Stat, Stats, stream_gradients
+from secateur.stats import stream_gradients
 from secateur.stats.steps import before_update
 
 
@@ -119,30 +107,20 @@ class Gradual:
         require_recipe(recipe, default=False)
         self._length = training_length(recipe, steps_per_epoch, steps)
         require_time(recipe, steps_per_epoch, self._length)
-        if recipe.repairs or recipe.rounding is not None:
-            raise UsageError(
-                "Gradual(...) with weight-wise repairs or a rounding",
-                ", ".join(
-                    type(part).__name__ for part in (*recipe.repairs, recipe.rounding) if part
-                ),
-                "training itself repairs the weights, and would undo a rounding at the next step",
-                "leave them out, or use prune() with a schedule in rounds",
-            )
+        require_no_repairs(recipe)
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
-        self._data = as_data(data)
         self._per_epoch = steps_per_epoch or 1
-        self._plan = without_frozen(plan(model, recipe), model, recipe)
-        require_something(self._plan, recipe)
+        found = without_frozen(plan(model, recipe), model, recipe)
+        require_something(found, recipe)
         require_finite(model)
-        self._slots: list[Slot] = self._plan.chosen
-        self._stats = Stats(recipe.seed)
+        self._slots: list[Slot] = found.chosen
         self.steps = 0
         self._share = 0.0
         self._finalized = False
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
-        note_left_out(self.facts, self._plan)
-        self._streamed, self._measured = self._split_needs()
+        note_left_out(self.facts, found)
+        self._deciding = Deciding(model, found, recipe, as_data(data))
         own = [slot.name for slot in self._slots]
         require_free(model, own)
         require_trains(model, optimizer, own)
@@ -156,8 +134,7 @@ class Gradual:
         self._watch: RemovableHandle | None = None
         self._regrowing: Regrowing | None = None
         self._superset: Superset | None = None
-        self._uses = self._count_uses()
-        money(model, weights(model, self._slots), recipe, self._uses)  # can the target be reached?
+        self._deciding.require_reachable()
         attach_(model, Masks(fresh))
         try:
             self._begin_()
@@ -169,13 +146,12 @@ class Gradual:
     def _begin_(self) -> None:
         self._held = Held(self.model, self.optimizer, self._names)
         self._regrowing, self._superset = self._regrowth()
-        seen = self._slots if self._streamed else []
-        self._stream = stream_gradients(
-            self.optimizer, self.model, seen, self._streamed, self._stats
-        )
+        streamed, stats = self._deciding.streamed, self._deciding.stats
+        seen = self._slots if streamed else []
+        self._stream = stream_gradients(self.optimizer, self.model, seen, streamed, stats)
         self._watch = before_update(self.optimizer, self._note_update)
         # A schedule may start before the first step.
-        if not self._streamed or self._starts_at_random:
+        if not streamed or self._starts_at_random:
             self._maybe_update()
 
     def _take_hooks_off(self) -> None:
@@ -213,30 +189,6 @@ class Gradual:
         found = weights(self.model, self._slots)
         return self._superset.dense(found) if self._superset is not None else found
 
-    def _split_needs(self) -> tuple[list[Stat], list[Any]]:
-        needs: list[Any] = list(self.recipe.criterion.needs)
-        streamed = [
-            n for n in needs if getattr(n, "source", "") == "gradients" and n.samples is None
-        ]
-        measured = [n for n in needs if n not in streamed]
-        assert self.recipe.target is not None
-        probing = self.recipe.allocation.needs_probe or self.recipe.target.unit == "macs"
-        if (measured or probing) and (self._data is None or self._data.train is None):
-            raise NeedsData(
-                f"Gradual with {type(self.recipe.criterion).__name__} and "
-                f"{type(self.recipe.allocation).__name__}",
-                lack(self._data),
-                "they measure the network at every mask update",
-                "pass data=, the training batches",
-            )
-        return streamed, measured
-
-    def _count_uses(self) -> dict[str, float]:
-        assert self.recipe.target is not None
-        if self.recipe.target.unit != "macs" or self._data is None:
-            return {}
-        return uses(self.model, self._plan.slots, self._data.sample()[0])
-
     @property
     def time(self) -> float:
         """Time in the schedule's unit."""
@@ -260,14 +212,7 @@ class Gradual:
         """The masks of the weights that are pruned now."""
         names = {slot.name for slot in self._slots}
         masks = masks_of(self.model, names)
-        lost = sorted(names - set(masks))
-        if lost:
-            raise UsageError(
-                f"pruning at step {self.steps}",
-                f"the mask of {lost[0]!r} is no longer on the model",
-                "detach_ was called, or another pruner of the same weights was finalized",
-                "leave masks to the pruner until its own finalize(), and let one pruner hold a weight",
-            )
+        require_all(masks, names, f"pruning at step {self.steps}")
         return masks
 
     @torch.no_grad()
@@ -292,8 +237,8 @@ class Gradual:
         if not (now or late or anew):
             return
         # A gradient scaler leaves out its first steps, and then no gradient was seen yet.
-        seen = self._updated or self._starts_at_random or self._stats.names()
-        if self._streamed and not seen and time < schedule.end:
+        seen = self._updated or self._starts_at_random or self._deciding.stats.names()
+        if self._deciding.streamed and not seen and time < schedule.end:
             return
         # Whether anything is due does not depend on the target; at share 0 nothing is, unless a
         # cyclic schedule has come down to it.
@@ -319,7 +264,7 @@ class Gradual:
             promise = gradient_promise(self.model, found, step)
         else:
             promise = random_promise(found, recipe, step)
-        done = turn(found, before, recipe, self._measure(), promise, fraction=fraction)
+        done = turn(found, before, recipe, self._deciding.measure(step), promise, fraction=fraction)
         if done.moved:
             self._adopt(done.masks, step)
             counts = {"dropped": done.moved, "grown": done.moved, "again": done.again}
@@ -344,54 +289,19 @@ class Gradual:
 
     @torch.no_grad()
     def _update(self, time: float) -> None:
-        recipe, slots = self.recipe, self._slots
-        if self._starts_at_random:
-            recipe = dataclasses.replace(recipe, criterion=Random())
-            stats = self._stats
-        else:
-            stats = self._measure()
         found = self._found()
-        free = recipe.schedule.cyclic or self._superset is not None
+        free = self.recipe.schedule.cyclic or self._superset is not None
         prior = None if free else self._own()
-        groups = {}
-        for weight in found:
-            old = prior[weight.name] if prior is not None else None
-            groups[weight.name] = group_scores(score(weight, recipe, stats), weight, recipe, old)
-        purse = money(self.model, found, recipe, self._uses)
-        share = share_at(recipe.schedule, time, purse.sparsity)
-        probe = None
-        if recipe.allocation.needs_probe:
-            assert self._data is not None
-            probe = probe_for(self.model, found, recipe, groups, mean_loss(self.model, self._data))
-        choice = items(found, slots, recipe, groups, purse.costs)
-        levels = allocate(choice, recipe, purse.at(share, probe))
-        masks = Masks({w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found})
+        decided = self._deciding.masks(
+            found, time, prior, steps=self.steps, at_random=self._starts_at_random
+        )
+        masks = decided.masks
         if not free:  # a low target, or the first steps to a high one, would revive some
             masks &= self._before
         if self._superset is not None:
-            self._superset.widen_(found, groups, levels, recipe, masks)
+            self._superset.widen_(found, decided.groups, decided.levels, self.recipe, masks)
         self._adopt(masks, self.steps)
-        self._share = share
-
-    def _measure(self) -> Stats:
-        if self._streamed and not self._stats.names():
-            raise NeedsData(
-                f"Gradual with {type(self.recipe.criterion).__name__}",
-                f"no gradient was seen in {self.steps} steps",
-                "the criterion reads parameter.grad just before every optimizer step",
-                "call loss.backward() before optimizer.step(), and train the pruned weights",
-            )
-        if not self._measured:
-            return self._stats
-        assert self._data is not None
-        fresh = gather(
-            self.model, self._slots, self._measured, self._data.sample(), loss=self._data.loss
-        )
-        fresh = ranks.merged(fresh, self._measured, self._slots, self.model)
-        merged = fresh.merge(self._stats)
-        merged.memory, merged.seed = self._stats.memory, self._stats.seed
-        merged.keep_values(fresh)
-        return merged
+        self._share = decided.share
 
     def finalize(self, *, early: bool = False) -> Pruned:
         """End: remove the mask buffers, keep the zeros, and return the result with its facts.
@@ -458,7 +368,7 @@ class Gradual:
             "steps": self.steps,
             "share": self._share,
             "fingerprint": self.recipe.fingerprint(),
-            "stats": self._stats.state_dict(),
+            "stats": self._deciding.state_dict(),
             "history": list(self.facts.history),
         }
         for part in (self._regrowing, self._superset):
@@ -491,9 +401,7 @@ class Gradual:
         self.require_fit(state)
         self.steps, self._share = int(state["steps"]), float(state["share"])
         self.facts.history = [dict(event) for event in state.get("history", ())]
-        parts = [*self._streamed, *smoothed_parts(self.recipe.criterion)]
-        keys = [(part, slot.name) for part in parts for slot in self._slots]
-        self._stats.load_state_dict(state["stats"], keys)
+        self._deciding.load_state_dict(state["stats"])
         if self._regrowing is not None:
             self._regrowing.load_state_dict(state["regrow"], self.steps)
         if self._superset is not None:
@@ -503,16 +411,3 @@ class Gradual:
 
 def _ones(model: nn.Module, slots: list[Slot]) -> dict[str, torch.Tensor]:
     return {s.name: torch.ones_like(s.tensor(model), dtype=torch.bool) for s in slots}
-
-
-def mean_loss(model: nn.Module, data: Data, batches: list[Batch] | None = None) -> Any:
-    """A function that measures the mean calibration loss of ``model`` as it is."""
-    sample = batches if batches is not None else take(data.sample(), 64)
-    moved = [to_device(b, device_of(model)) for b in sample]
-    loss = data.loss or default_loss
-
-    def measure() -> float:
-        with evaluating(model), torch.no_grad():
-            return sum(float(loss(model, b)) for b in moved) / len(moved)
-
-    return measure

@@ -85,6 +85,25 @@ of its own. ...
             )
 
 
+def require_all(masks: Masks, names: Iterable[str], asked: str) -> None:
+    """Raise if the mask of a weight is no longer on the model.
+
+    Raises:
+        UsageError: The first such weight is named.
+
+    Example:
+        >>> require_all(Masks({"weight": torch.tensor([True])}), ["weight"], "pruning")
+    """
+    lost = sorted(set(names) - set(masks))
+    if lost:
+        raise UsageError(
+            asked,
+            f"the mask of {lost[0]!r} is no longer on the model",
+            "detach_ was called, or another pruner of the same weights was finalized",
+            "leave masks to the pruner until its own finalize(), and let one pruner hold a weight",
+        )
+
+
 def require_trains(model: nn.Module, optimizer: Any, names: list[str]) -> None:
     """Raise if an optimizer is certainly that of another model.
 
