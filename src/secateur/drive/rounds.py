@@ -21,8 +21,8 @@ from secateur.drive.layerwise import MaskChoice, repair_
 from secateur.drive.money import money, uses
 from secateur.drive.plan import Plan, require_something
 from secateur.drive.recipe import Recipe
-from secateur.drive.training.finetune import Progress
 from secateur.drive.training.deciding import mean_loss
+from secateur.drive.training.finetune import Progress
 from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.schedule import events, share_at
 from secateur.stats import Positions, Replay, Sketch, Stats, collect
