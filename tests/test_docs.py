@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.main import get_command
 
 import secateur
 from secateur.cli.main import app
@@ -169,6 +170,45 @@ def test_readme_shows_every_command_of_the_program() -> None:
     shown = "\n".join(blocks(ROOT / "README.md", "console"))
     for command in app.registered_commands:
         assert f"secateur {command.name} " in shown, f"README does not show {command.name!r}"
+
+
+def typed(page: Path) -> tuple[list[str], list[str]]:
+    """The command lines of the program that a page shows: in blocks, and in sentences."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    shown = "\n".join(body for language, body in BLOCK.findall(text) if language in ("sh", "console"))
+    blocks_ = re.findall(r"^(?:\$ )?(secateur .*)$", shown, re.MULTILINE)
+    return blocks_, re.findall(r"`(secateur [a-z]+ [^`]*-[^`]*)`", BLOCK.sub("", text))
+
+
+def parsed(line: str) -> str:
+    """The command of a line whose options all exist; what it takes besides is not looked at."""
+    name, *words = shlex.split(line)[1:]
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, words)
+    return name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_on_pages_have_options_that_exist(page: Path) -> None:
+    in_blocks, in_sentences = typed(page)
+    for line in in_blocks:
+        parsed(line)
+    for line in in_sentences:  # which may name an option alone
+        try:
+            parsed(line)
+        except Exception as error:
+            assert type(error).__name__ == "MissingParameter", f"{line}: {error}"
+
+
+def test_an_option_that_does_not_exist_is_seen() -> None:
+    assert parsed("secateur evaluate small --data data.py:load") == "evaluate"
+    with pytest.raises(Exception, match="--latency"):
+        parsed("secateur evaluate small --latency")
+    with pytest.raises(KeyError):
+        parsed("secateur reduce small -o out")
+    in_blocks, in_sentences = typed(ROOT / "README.md")
+    assert len(in_blocks) > 10
+    assert any("--target latency=2x" in line for line in in_sentences)
 
 
 @pytest.mark.parametrize("page", PAGES[:2], ids=IDS[:2])
