@@ -39,7 +39,9 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option
             "first kernel that suits, untimed.",
         ),
     ] = "measure",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace the file.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Compile MODEL.ONNX for the sparse runtime: fuse, choose kernels by measuring, pack, check.

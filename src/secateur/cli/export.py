@@ -27,7 +27,9 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
     data: options.Data = None,
     weights: options.Weights = None,
     architecture: options.Architecture = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace the file.")
+    ] = False,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:

@@ -44,14 +44,16 @@ _WIDE = 100
 
 
 def _list(name: str) -> Any:
-    return typer.Option(f"--{name}", help=f"List the {name}.", rich_help_panel="Lists")
+    return typer.Option(
+        f"--{name}", metavar="", help=f"List the {name.replace('-', ' ')}.", rich_help_panel="Lists"
+    )
 
 
 def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="file.py:function, a Transformers folder, or a bundle.",
             show_default=False,
         ),
@@ -66,7 +68,9 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
     include: options.Include = None,
     structure: Annotated[
         bool,
-        typer.Option("--structure", help="Show what shrink can remove, and why the rest stays."),
+        typer.Option(
+            "--structure", metavar="", help="Show what shrink can remove, and why the rest stays."
+        ),
     ] = False,
     inputs: options.Input = None,
     data: options.Data = None,

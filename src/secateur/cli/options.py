@@ -57,7 +57,10 @@ Threads = Annotated[
     typer.Option(min=1, metavar="N", help="Threads that PyTorch uses.", show_default=False),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Write one JSON document to stdout, all else to stderr.")
+    bool,
+    typer.Option(
+        "--json", metavar="", help="Write one JSON document to stdout, all else to stderr."
+    ),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -82,7 +85,11 @@ RecipeFile = Annotated[
 ]
 Lr = Annotated[
     float | None,
-    typer.Option(metavar="RATE", help="Peak learning rate.", rich_help_panel=TRAIN),
+    typer.Option(
+        metavar="RATE",
+        help="Peak learning rate. Default: 0.01, or that of the method.",
+        rich_help_panel=TRAIN,
+    ),
 ]
 Distill = Annotated[
     float | None,
@@ -93,9 +100,10 @@ Distill = Annotated[
     ),
 ]
 Calibration = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Samples that statistics are read from.")
+    int | None,
+    typer.Option(min=1, metavar="N", help="Samples that statistics are read from. Default: 1024."),
 ]
 Onnx = Annotated[
     Path | None, typer.Option(metavar="PATH", help="Write an ONNX file too (needs --data).")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace the output.")]

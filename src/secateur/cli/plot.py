@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +41,9 @@ def plot(
         int | None,
         typer.Option(min=1, metavar="N", help="Puts mask updates and epochs on one axis."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace files.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Draw what the facts of RUN allow: training, layers, widths, tickets, similar masks, robustness.
@@ -64,8 +68,8 @@ def plot(
         left_out += [item for item in source.left_out.items() if item[0] not in _of(plots)]
         out.text.print(_table(plots, kind))
         if left_out:
-            lines = "\n".join(f"  {name}: {text}" for name, text in left_out)
-            out.show(Text(f"Left out\n{lines}"))
+            lines = [Padding(Text(f"{name}: {text}"), (0, 0, 0, 2)) for name, text in left_out]
+            out.show(Group(Text("Left out", "bold"), *lines))
         out.show(Text(f"Written to {output}."))
         made = [
             {

@@ -111,7 +111,11 @@ class Screen:
             if data is None or data.test is not None:
                 yield data and replace(data, test=_Watched(data.test or (), report))
             else:
-                yield data if data.train is None else replace(data, train=_Watched(data.train, report))
+                yield (
+                    data
+                    if data.train is None
+                    else replace(data, train=_Watched(data.train, report))
+                )
 
     @contextmanager
     def working(self, stage: str) -> Iterator[None]:

@@ -69,7 +69,8 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         bool,
         typer.Option(
             "--uniform",
-            help="Like widths in all blocks stay alike, so that a plain configuration describes them.",
+            metavar="",
+            help="Like widths in all blocks stay alike, and Transformers models load with from_pretrained.",
             rich_help_panel=_RECIPE,
         ),
     ] = False,
@@ -79,6 +80,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             min=0,
             metavar="N",
             help="Widths in multiples of N; 1: any width. Default: up to 16, as runtimes like it.",
+            show_default=False,
             rich_help_panel=_RECIPE,
         ),
     ] = 0,
@@ -121,7 +123,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
     The result needs no special runtime: it is a smaller network of the same class. Without --data
     there is no repair and no accuracy; --input then says what the network reads.
 
-        secateur shrink net.py:build -o small --target macs=50% --data data.py:load --epochs 3
+    secateur shrink net.py:build -o small --target macs=50% --data data.py:load --epochs 3
     """
     with screen("shrink", json=json, threads=threads) as out:
         wanted = _recipe(
@@ -228,7 +230,7 @@ def _report(
         out.show(notes_text(notes))
     pinned = len(facts.notes) - len(notes)
     if pinned:
-        out.say(f"{pinned} axes of parameters stay as they are: see inspect --structure.")
+        out.say(f"{pinned} axes of parameters stay as they are: see secateur inspect --structure.")
     out.show(Text(f"Written to {output} after {facts.measures['seconds']:.1f} s."))
     if exported is not None:
         out.text.print(exported_text(exported))

@@ -49,19 +49,33 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
         str, typer.Option(metavar="FILE.PY:FUNCTION", help="Training and test batches.")
     ],
     weights: options.Weights = None,
+    architecture: options.Architecture = None,
     levels: Annotated[
         str | None,
-        _rewinding("SHARE,...", "Sparsities. Default: 20% of the rest a level, up to --sparsity."),
+        _rewinding(
+            "SHARE,...",
+            "Sparsities, e.g. 0.36,0.79. Default: 20% of the rest a level, up to --sparsity.",
+        ),
     ] = None,
     rewind: Annotated[
-        str, _rewinding("WORD", "Survivors: weights, rate, finetune or reinit.")
+        str,
+        _rewinding(
+            "WORD",
+            "What goes back: weights, or the learning rate alone (rate); finetune: nothing; reinit: "
+            "new random weights.",
+        ),
     ] = "weights",
     rewind_to: Annotated[
-        str, _rewinding("EPOCHS", "Of the dense training; 500steps counts steps.")
+        str, _rewinding("EPOCHS", "To when in the dense training; 500steps counts steps.")
     ] = "0",
     one_shot: Annotated[
         bool,
-        typer.Option("--one-shot", help="Each level straight from dense.", rich_help_panel=_REWIND),
+        typer.Option(
+            "--one-shot",
+            metavar="",
+            help="Each level straight from dense.",
+            rich_help_panel=_REWIND,
+        ),
     ] = False,
     recipe: Annotated[
         str | None,
@@ -89,7 +103,7 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
     A run that was cut off goes on where it was; what is finished is only read. Each level is a
     bundle.
 
-        secateur ticket net.py:build -o runs --data data.py:load --levels 0.36,0.79 --rewind rate
+    secateur ticket net.py:build -o runs --data data.py:load --levels 0.36,0.79 --rewind rate
     """
     with screen("ticket", json=json, threads=threads) as out:
         _require_one_target(levels, sparsity)
@@ -112,7 +126,7 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
             one_shot=one_shot,
             training=Training(epochs=epochs, lr=lr, optimizer=optimizer, decay=decay, seed=seed),
         )
-        network = _network(model, weights)
+        network = _network(model, weights, architecture)
         with out.progress() as progress:
             found = find_ticket(
                 network, wanted, load_data(data), folder=output, plan=plan, progress=progress
@@ -138,9 +152,11 @@ def _require_one_target(levels: str | None, sparsity: str | None) -> None:
         )
 
 
-def _network(model: str, weights: str | None) -> nn.Module | Callable[[], nn.Module]:
+def _network(
+    model: str, weights: str | None, architecture: str | None
+) -> nn.Module | Callable[[], nn.Module]:
     """A function where the file's own function draws the weights, else the network."""
-    loaded = load_model(model, weights=weights)
+    loaded = load_model(model, weights=weights, model=architecture)
     if loaded.masks:
         raise UsageError(
             f"tickets of {model!r}",

@@ -1,0 +1,43 @@
+"""The help says what to type, and a hint that names an option names one that exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.main import get_command
+
+import secateur
+from secateur.cli.main import app
+from secateur.cli.ticket import _network
+from secateur.core.errors import UsageError
+
+
+def test_flags_take_no_value_in_the_help() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    flags = [
+        (name, option)
+        for name, command in commands.items()
+        for option in command.params
+        if getattr(option, "is_flag", False)
+    ]
+    assert len(flags) > len(commands)  # --json everywhere, and others
+    assert [(name, option.name) for name, option in flags if option.metavar != ""] == []
+
+
+def test_a_bundle_without_a_source_is_searched_for_tickets_with_model(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def build(): return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))\n"
+    )
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    recipe = secateur.ShrinkRecipe(target=secateur.Target("params", 0.6), recovery=())
+    folder = secateur.shrink(net, recipe, torch.zeros(1, 4)).save(tmp_path / "small")
+    with pytest.raises(UsageError, match="--model"):
+        _network(str(folder), None, None)
+    found = _network(str(folder), None, f"{file}:build")
+    assert isinstance(found, nn.Sequential)
+    assert found[0].out_features < 16
