@@ -88,9 +88,10 @@ def test_comparison_table() -> None:
         "sparsity, pruned               -          90.0 %\n"
         "multiply-adds             13.0 M          1.60 M            8.1x less\n"
         "file                     1.31 MB          166 kB         7.9x smaller\n"
-        "latency, batch 1  4.31 ms ± 0.10  4.30 ms ± 0.10    same within noise\n"
+        "latency, batch 1  4.31 ± 0.10 ms  4.30 ± 0.10 ms    same within noise\n"
+        "threads                        2               2\n"
         "same answers                              98.1 %\n"
-        "KL divergence                             0.0123"
+        "KL divergence                        0.0123 nats"
     )
 
 
@@ -109,12 +110,13 @@ def test_a_real_gain_in_speed_is_a_number() -> None:
 def test_a_busy_machine_shows_in_the_latency() -> None:
     slow = Latency(median=1.1, p10=1.0, p90=12.6, batch=1, threads=2, repetitions=101)
     found = Measurement(Cost(10, 8, None, None, None, 512), latency=slow)
-    assert "1.10 ms, p90 12.6" in rendered(measurement_table(found))
+    assert "1.10, p90 12.6 ms" in rendered(measurement_table(found))
 
 
 def test_measurement_without_data() -> None:
     text = rendered(measurement_table(Measurement(Cost(10, 8, None, None, None, 512))))
     assert "accuracy" not in text
+    assert "sparsity, pruned" not in text  # nothing was
     assert "512 B" in text
     assert "20.0 %" in text
 

@@ -23,9 +23,9 @@ BENCH = Bench(
 CASES: dict[str, tuple[RenderableType, tuple[str, ...]]] = {
     "comparison": (
         comparison_table(comparison(), ("net.py:build", "pruned")),
-        ("latency, batch 1", "sparsity, pruned", "-0.31 ± 0.12 points", "8.1x less", "4.30 ms ± 0.10"),
+        ("latency, batch 1", "sparsity, pruned", "-0.31 ± 0.12 points", "8.1x less", "4.30 ± 0.10 ms"),
     ),
-    "measurement": (measurement_table(comparison().a), ("latency, batch 1", "4.31 ms ± 0.10")),
+    "measurement": (measurement_table(comparison().a), ("latency, batch 1", "4.31 ± 0.10 ms")),
     "layers": (layer_table(facts()), ("blocks.0.con", "461 / 4,608", "90.0 %", "3.1 %")),
     "ticket": (ticket_table(TICKET), ("level 1", "+1.00 points", "done before")),
     "structure": (structure_table({"filters": (0.25, 0.0)}), ("filters", "25.0 %", "random mask")),
@@ -53,4 +53,4 @@ def test_long_names_of_files_wrap_before_the_labels_do() -> None:
     table = comparison_table(comparison(), ("a" * 20, "b" * 20))
     lines = rendered(table, 80).split("\n")
     assert sum(line.startswith("latency, batch 1 ") for line in lines) == 1
-    assert len(lines) == 14  # the names take two lines, each row one
+    assert len(lines) == 15  # the names take two lines, each row one

@@ -65,10 +65,10 @@ def _smaller(a: Measurement, b: Measurement) -> Gain:
 
 def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
     if a.metric == "accuracy":
-        change = f"{100 * difference:+.2f} points"
         spread = "" if error is None else f" ± {100 * error:.2f}"
+        change = f"{100 * difference:+.2f}{spread} points"
     else:
-        change, spread = f"{difference:+.4g}", ""
+        change = f"{difference:+.4g}"
     name = a.metric.capitalize()
     where = " (on training data)" if a.split == "train" else ""
     if error is None:
@@ -76,12 +76,12 @@ def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
         tail = "" if kept else " How much of this is chance is not known for this metric."
         return Gain("accuracy", kept, f"{name}{where} changed by {change}.{tail}")
     if abs(difference) <= _NOISE * error or difference == 0:
-        text = f"{name}{where} is kept: {change}{spread} (standard error), within noise."
+        text = f"{name}{where} is kept: {change} (standard error), within noise."
         text += _unseen(error, a.samples)
         return Gain("accuracy", True, text)
     if difference > 0:
-        return Gain("accuracy", True, f"{name}{where} is better: {change}{spread}.")
-    text = f"{name}{where} is lost: {change}{spread}, more than noise. Fine-tune, or prune less."
+        return Gain("accuracy", True, f"{name}{where} is better: {change}.")
+    text = f"{name}{where} is lost: {change}, more than noise. Fine-tune longer, or prune less."
     return Gain("accuracy", False, text)
 
 

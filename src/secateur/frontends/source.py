@@ -212,12 +212,14 @@ def _refuse(path: Path, asked: str) -> None:
             'convert it once, if you trust it: python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')\"",
         )
+    onnx = path.suffix.lower() == ".onnx"
     if path.suffix.lower() in _OTHERS:
         raise NotYet(
             asked,
             f"{path.suffix} files cannot be read yet",
             "this version prunes PyTorch models",
-            "give the PyTorch model (file.py:function), and export afterwards",
+            "give the PyTorch model (file.py:function), and export afterwards"
+            + ("; to skip the zeros of an ONNX file: secateur compile" if onnx else ""),
         )
 
 

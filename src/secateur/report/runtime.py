@@ -89,7 +89,7 @@ def compiled_text(found: Compiled) -> RenderableType:
     if found.speedup is not None and found.dense_ms is not None and found.sparse_ms is not None:
         lines.append(
             f"{milliseconds(found.dense_ms)} dense, {milliseconds(found.sparse_ms)} now: "
-            f"{times(found.speedup, 'faster', 'slower')} (plan: {found.plan}; {found.isa})."
+            f"{times(found.speedup, 'faster', 'slower')} ({found.isa} kernels)."
         )
     return Group(*map(Text, lines), *([notes_lines(found.notes)] if found.notes else []))
 

@@ -104,11 +104,11 @@ def cut_table(facts: Facts) -> Table:
         >>> from rich.console import Console
         >>> from secateur.core.facts import WidthFacts
         >>> Console(width=70).print(cut_table(Facts(widths=[WidthFacts("conv1", 64, 40, ("a", "b"))])))
-        width  kept / groups  removed  parameters
+        width  kept / groups  removed  tensors
         conv1        40 / 64   37.5 %  2
     """
     table = _table("width", "kept / groups", "removed")
-    table.add_column("parameters")
+    table.add_column("tensors")
     for width in facts.widths:
         table.add_row(
             Text(width.name),
@@ -126,7 +126,7 @@ def steps_text(facts: Facts) -> Text:
         >>> target = {"unit": "macs", "align": 16}
         >>> print(steps_text(Facts({"align": 0}, measures={"target": target})))
         Widths come in multiples of 16, or of up to a quarter of a width below 64, as runtimes like \
-it. align=1 allows any.
+it. align=1 (--align 1) allows any.
         >>> print(steps_text(Facts({"align": 8}, measures={"target": {**target, "align": 8}})))
         Widths come in multiples of 8, as the recipe says.
     """
@@ -140,7 +140,7 @@ it. align=1 allows any.
     if step == 1:
         return Text(f"{words}.")
     narrow = f"{words}, or of up to a quarter of a width below {4 * step}"
-    return Text(f"{narrow}, as runtimes like it. align=1 allows any.")
+    return Text(f"{narrow}, as runtimes like it. align=1 (--align 1) allows any.")
 
 
 def proof_text(facts: Facts) -> Text:

@@ -88,7 +88,8 @@ def measurement_table(found: Measurement) -> Columns:
     """One network: name and value."""
     table = _table("", "value", least=_LABEL)
     for name, value in _rows(found):
-        table.add_row(name, value)
+        if value != "-":
+            table.add_row(name, value)
     return Columns(table)
 
 
@@ -97,11 +98,12 @@ def comparison_table(found: Comparison, names: tuple[str, str] = ("before", "aft
     table = _table("", *names, "change", least=_LABEL)
     changes = _changes(found)
     for (name, first), (_, second) in zip(_rows(found.a), _rows(found.b), strict=True):
-        table.add_row(name, first, second, changes.get(name, ""))
+        if (first, second) != ("-", "-"):  # nothing was pruned in either
+            table.add_row(name, first, second, changes.get(name, ""))
     if found.agreement is not None:
         table.add_row("same answers", "", percent(found.agreement), "")
     if found.kl is not None:
-        table.add_row("KL divergence", "", f"{found.kl:.3g}", "")
+        table.add_row("KL divergence", "", f"{found.kl:.3g} nats", "")
     for column in table.columns[1:3]:  # names of files may wrap, the numbers below them may not
         column.min_width = max(len(str(cell)) for cell in column.cells)
         column.no_wrap, column.overflow = False, "fold"
@@ -175,16 +177,17 @@ def _rows(found: Measurement) -> list[tuple[str, str]]:
     rows.append(("file", size(cost.bytes)))
     if found.latency is not None:
         rows.append((f"latency, batch {found.latency.batch}", _latency(found.latency)))
+        rows.append(("threads", str(found.latency.threads)))
     return rows
 
 
 def _latency(found: Latency) -> str:
     # On a busy machine a few passes take many times longer: then a "±" would say nothing.
     if found.p90 > 1.5 * found.median:
-        return f"{milliseconds(found.median)}, p90 {found.p90:.3g}"
+        return f"{milliseconds(found.median).removesuffix(' ms')}, p90 {found.p90:.3g} ms"
     spread = max(found.p90 - found.median, found.median - found.p10)
     digits = max(0, 3 - len(f"{found.median:.0f}")) if found.median >= 1 else 3
-    return f"{milliseconds(found.median)} ± {spread:.{digits}f}"
+    return f"{milliseconds(found.median).removesuffix(' ms')} ± {spread:.{digits}f} ms"
 
 
 def _changes(found: Comparison) -> dict[str, str]:
