@@ -139,7 +139,7 @@ def methods() -> str:
             [f"`{call}`", what, " ".join(f"`{m}`" for m in (brief(recipe.criterion), *made))]
         )
     rows = [[cell(text) for text in row] for row in rows]
-    return "\n".join([*text, "## Methods\n", table(rows)])
+    return "\n".join([text[0], "## Published methods\n", table(rows), *text[1:]])
 
 
 def pages() -> dict[Path, str]:
