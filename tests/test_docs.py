@@ -175,7 +175,9 @@ def test_readme_shows_every_command_of_the_program() -> None:
 def typed(page: Path) -> tuple[list[str], list[str]]:
     """The command lines of the program that a page shows: in blocks, and in sentences."""
     text = page.read_text("utf-8").replace("\\\n", " ")
-    shown = "\n".join(body for language, body in BLOCK.findall(text) if language in ("sh", "console"))
+    shown = "\n".join(
+        body for language, body in BLOCK.findall(text) if language in ("sh", "console")
+    )
     blocks_ = re.findall(r"^(?:\$ )?(secateur .*)$", shown, re.MULTILINE)
     return blocks_, re.findall(r"`(secateur [a-z]+ [^`]*-[^`]*)`", BLOCK.sub("", text))
 
@@ -197,7 +199,8 @@ def test_commands_on_pages_have_options_that_exist(page: Path) -> None:
         try:
             parsed(line)
         except Exception as error:
-            assert type(error).__name__ == "MissingParameter", f"{line}: {error}"
+            if type(error).__name__ != "MissingParameter":
+                raise AssertionError(f"{line}: {error}") from error
 
 
 def test_an_option_that_does_not_exist_is_seen() -> None:

@@ -90,7 +90,8 @@ def floor_of(items: Sequence[WidthItem], spend: Spend, limit: float) -> dict[str
             f"a limit of {_amount(limit)}",
             f"with every width at its least, {_amount(spend(narrow))} remain",
             "what is pinned, or kept by ignore= and by the floor, costs that much",
-            "ask for more than that, lower the floor, or see inspect --structure for what is pinned",
+            "ask for more than that, lower the floor, or see secateur inspect MODEL --structure for "
+            "what is pinned",
         )
     return narrow
 

@@ -34,7 +34,7 @@ _RECIPE, _TRAIN = options.RECIPE, options.TRAIN
 
 
 def _part(name: str, example: str) -> Any:
-    text = f"{example} See inspect --{name}."
+    text = f"{example} See secateur inspect --{name}."
     return typer.Option(metavar="NAME[:KEY=VALUE,...]", help=text, rich_help_panel=_RECIPE)
 
 

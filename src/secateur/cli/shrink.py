@@ -56,7 +56,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         ),
     ] = None,
     criterion: Annotated[
-        str | None, _part("How much a group matters. See inspect --group-criteria.")
+        str | None, _part("How much a group matters. See secateur inspect --group-criteria.")
     ] = None,
     allocation: Annotated[str | None, _part("How much where: uniform, ranked or given.")] = None,
     recovery: Annotated[
@@ -230,7 +230,9 @@ def _report(
         out.show(notes_text(notes))
     pinned = len(facts.notes) - len(notes)
     if pinned:
-        out.say(f"{pinned} axes of parameters stay as they are: see secateur inspect --structure.")
+        out.say(
+            f"{pinned} axes of parameters stay as they are: see secateur inspect MODEL --structure."
+        )
     out.show(Text(f"Written to {output} after {facts.measures['seconds']:.1f} s."))
     if exported is not None:
         out.text.print(exported_text(exported))

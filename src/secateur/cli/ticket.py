@@ -27,7 +27,7 @@ _RECIPE, _TRAIN, _REWIND = "What to prune", "Training", "Levels and rewinding"
 
 
 def _part(name: str, example: str) -> Any:
-    text = f"{example} See inspect --{name}."
+    text = f"{example} See secateur inspect --{name}."
     return typer.Option(metavar="NAME[:KEY=VALUE,...]", help=text, rich_help_panel=_RECIPE)
 
 

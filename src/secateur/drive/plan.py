@@ -113,7 +113,7 @@ def require_something(plan: Plan, recipe: Recipe) -> None:
         f"pruning with {type(recipe.pattern).__name__}",
         f"no parameter takes part ({listed})",
         "there is nothing to prune",
-        "widen the scope (include=, sensitive=True) or choose a pattern that fits",
+        "widen the scope (include=, sensitive=True; --include) or choose a pattern that fits",
     )
 
 

@@ -92,7 +92,7 @@ def check_keep(structure: Structure, keep: Mapping[str, Tensor]) -> None:
                 f"cutting the width {name!r}",
                 f"there are {len(structure.widths)} widths, and none has this name",
                 "widths are named after the module that produces them",
-                "list them with inspect --structure",
+                "list them with secateur inspect MODEL --structure",
             )
         if flags.shape != (width.groups,):
             raise UsageError(

@@ -165,7 +165,7 @@ def attention_width(model: nn.Module, structure: Structure, layer: str) -> Width
         model,
         f"the heads of {layer} are not a width of their own",
         "; ".join(sorted(pinned)[:3]) or f"it takes part in {', '.join(shared[:3]) or 'no width'}",
-        "see what can be cut with inspect --structure",
+        "see what can be cut with secateur inspect MODEL --structure",
     )
 
 

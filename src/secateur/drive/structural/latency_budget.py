@@ -142,8 +142,8 @@ class LatencySearch:
                 f"with every width at its least, {best.reached:.4g} of {best.dense:.4g} ms remain, "
                 "measured",
                 "what is pinned, kept by ignore= or the floor, or no layer at all, takes that long",
-                "ask for more than that, lower the floor, or see inspect --structure for what is "
-                "pinned",
+                "ask for more than that, lower the floor, or see secateur inspect MODEL --structure "
+                "for what is pinned",
             )
         self.facts.measures["target"] = {
             "unit": "latency",

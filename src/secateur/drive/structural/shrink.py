@@ -305,7 +305,7 @@ class _Run:
                 "structural pruning",
                 f"none of {len(self.structure.widths)} widths takes part",
                 "; ".join(list(reasons)[:3]) or "nothing is wider than one",
-                "widen the scope, or see inspect --structure",
+                "widen the scope, or see secateur inspect MODEL --structure",
             )
         return chosen
 

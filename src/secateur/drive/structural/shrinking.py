@@ -129,7 +129,9 @@ class Shrinking:
         if not flat:
             found_text = f"none of {len(self._structure.widths)} widths takes part"
             why = "; ".join(list(dict.fromkeys(self._structure.pinned.values()))[:3])
-            raise UsageError("Shrinking(...)", found_text, why, "see inspect --structure")
+            raise UsageError(
+                "Shrinking(...)", found_text, why, "see secateur inspect MODEL --structure"
+            )
         self._removal.choose(self._structure, flat, cost, (self._limit,) * 2)  # can it be reached?
         self._dense_macs = self._macs = self._removal.macs(self.model)
         self._parameters = sum(p.numel() for p in self.model.parameters())

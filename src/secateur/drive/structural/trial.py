@@ -102,7 +102,7 @@ def unrunnable(
             f"cutting {len(cut)} widths together",
             f"the network does not run afterwards ({whole}), and does with each cut alone",
             "its code ties sizes to one another in a way that no operator shows",
-            "leave some of them out with ignore=; inspect --structure lists them",
+            "leave some of them out with ignore=; secateur inspect MODEL --structure lists them",
         )
     return found
 
