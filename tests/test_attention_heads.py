@@ -176,6 +176,7 @@ def test_heads_that_fill_a_narrower_width_are_pytorchs_again() -> None:
     assert not any(is_plain(layer.self_attn) for layer in net2.stack.layers)  # type: ignore[union-attr]
     assert all(is_plain(layer.self_attn) for layer in small.stack.layers)  # type: ignore[union-attr]
     assert small.stack.layers[0].self_attn._qkv_same_embed_dim  # type: ignore[union-attr, index]
+    assert small.stack.layers[0].self_attn.kdim == E // 2  # type: ignore[union-attr, index]
     assert prove(net2, small, structure, narrow, x).error < 1e-12
 
 

@@ -91,6 +91,21 @@ def test_causal_without_a_mask_is_refused_as_in_pytorch() -> None:
         own(*inputs(own, "causal"), is_causal=True)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_read_alone() -> None:
+    module = stock(batch_first=True)
+    own = copy.deepcopy(module)
+    free_heads_(own)
+    x = torch.nested.nested_tensor([numbers(3, E), numbers(L, E, seed=1)])
+    with torch.no_grad():
+        found, wanted = own(x, x, x, need_weights=False)[0], module(x, x, x, need_weights=False)[0]
+    for a, b in zip(found.unbind(), wanted.unbind(), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    for given in ((x, x, x), (x, x.clone(), x, None, False), (x, x, x, PADDING, False)):
+        with pytest.raises(UsageError, match="nested"):
+            own(*given)
+
+
 def test_settling_changes_nothing_that_fits() -> None:
     net = build("transformer")
     settle_heads_(net)

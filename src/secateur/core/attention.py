@@ -59,9 +59,18 @@ class PrunedAttention(nn.MultiheadAttention):
         """As of ``nn.MultiheadAttention``.
 
         Raises:
-            UsageError: ``is_causal`` without a mask; or a mask for each head is one for more heads.
+            UsageError: ``is_causal`` without a mask; a mask for each head is one for more heads; or
+                nested tensors come with anything else.
         """
-        if query.is_nested:
+        if query.is_nested or key.is_nested or value.is_nested:
+            others = query is not key or key is not value or need_weights
+            if others or attn_mask is not None or key_padding_mask is not None:
+                raise UsageError(
+                    "attention of nested tensors",
+                    "keys or values of their own, a mask, or need_weights were given",
+                    "nested tensors are read as nn.TransformerEncoder passes them",
+                    "pass padded tensors and key_padding_mask",
+                )
             return self._of_lists(query), None
         if is_causal and attn_mask is None:
             raise UsageError(
