@@ -220,6 +220,17 @@ def test_nothing_is_left_of_large_negative_numbers(activation: str, family: str,
     assert (layer.run(-large) == -large).all()
 
 
+def test_many_lengths_share_what_was_laid_out_for_a_few_tiles() -> None:
+    spec = Spec("linear", 64, 32)
+    layer = Layer.from_dense(torch.ones(64, 32), spec, Variant("list", 1, 8))
+    held = []
+    for tokens in range(1, 300):
+        layer.run(torch.ones(tokens, 32))
+        held.append(layer.nbytes)
+    assert held == sorted(held)  # nothing was dropped and made again
+    assert held[-1] == held[150]
+
+
 def test_a_run_that_is_refused_leaves_the_layer_whole() -> None:
     # Its taps are so far apart that a tile of all channels cannot be addressed.
     spec = Spec("conv", 1, 600, kernel=(2, 2), dilation=(1024, 1024), pads=(1024,) * 4)

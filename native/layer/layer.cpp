@@ -39,7 +39,8 @@ int64_t dealt(int64_t i, int64_t total, int64_t threads) {
   return range * each + std::min(range, more) + i / threads;
 }
 
-constexpr size_t kPlansKept = 64;
+// A plan is small, and streams are as large as the weights.
+constexpr size_t kPlansKept = 1024, kStreamsKept = 64;
 
 }  // namespace
 
@@ -119,10 +120,9 @@ std::shared_ptr<const Layer::Plan> Layer::plan(const int64_t dims[3], int thread
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto key = std::make_tuple(dims[0], dims[1], dims[2], threads);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
-  if (plans_.size() >= kPlansKept) {
-    plans_.clear();
-    streams_.clear();
-  }
+  const bool full = streams_.size() >= kStreamsKept;
+  if (full) streams_.clear();
+  if (full || plans_.size() >= kPlansKept) plans_.clear();
   const int64_t images = linear ? 1 : dims[0];
   // Two vectors of floats are one of halves.
   const int step = variant_.family == SECATEUR_HALF ? 2 : 1;
