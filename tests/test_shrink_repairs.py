@@ -99,3 +99,48 @@ def test_a_masked_weight_norm_gives_zeros() -> None:
     weight: Any = net[0].weight
     assert torch.equal(weight.isfinite().all(1) & (weight != 0).any(1), torch.arange(6) > 1)
     assert net(X).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("kind", ["normed", "normed transposed", "bilinear", "cell", "projected"])
+def test_a_reader_that_is_only_cut_is_told(kind: str) -> None:
+    """Nothing refits these; the facts say so, and only of those that lost inputs."""
+    norm = nn.utils.parametrizations.weight_norm
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, 32)
+            self.reader: Any = {
+                "normed": lambda: norm(nn.Linear(32, 6)),
+                "normed transposed": lambda: norm(nn.ConvTranspose1d(32, 6, 1)),
+                "bilinear": lambda: nn.Bilinear(32, 8, 6),
+                "cell": lambda: nn.GRUCell(32, 6),
+                "projected": lambda: nn.LSTM(32, 6, proj_size=4),
+            }[kind]()
+            self.untouched = norm(nn.Linear(4 if kind == "projected" else 6, 4))
+
+        def forward(self, x: Tensor) -> Any:
+            z = self.embed(x).relu()
+            if kind == "normed transposed":
+                y = self.reader(z.mT).mT
+            elif kind == "bilinear":
+                y = self.reader(z, x)
+            elif kind == "cell":
+                y = self.reader(z[:, 0])
+            else:
+                y = self.reader(z)
+            return self.untouched(y[0] if kind == "projected" else y)
+
+    recipe = secateur.ShrinkRecipe(
+        target=secateur.Target("params", 0.7), scope=secateur.Scope(include=("embed",))
+    )
+    pruned = secateur.shrink(Net(), recipe, X, BATCHES)
+    assert pruned.facts.measures["proof"] < 1e-5
+    told = {n.where for n in pruned.facts.notes if n.topic == "uncompensated" and n.where}
+    assert told == {
+        {
+            "cell": "reader.weight_ih",
+            "projected": "reader.weight_ih_l0",
+        }.get(kind, "reader.weight")
+    }

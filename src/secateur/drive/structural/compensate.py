@@ -18,6 +18,8 @@ from secateur.frontends import discover
 from secateur.recover import Compensation, Moments
 from secateur.structure import Structure, mask_
 
+_READERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
 
 def _silent(done: int, total: int) -> None:
     pass
@@ -120,6 +122,27 @@ def _consumers(model: nn.Module, structure: Structure, alive: Tensor, facts: Fac
             facts.note("uncompensated", slot.name, "its inputs cannot be seen, so it was only cut")
         else:
             found.append(slot)
+    for name, why in _unseen(model, structure, alive).items():
+        facts.note("uncompensated", name, why)
+    return found
+
+
+def _unseen(model: nn.Module, structure: Structure, alive: Tensor) -> dict[str, str]:
+    """Weights that lose inputs and that nothing is known of but how they are cut, and why."""
+    known = {slot.name for slot in discover(model) if slot.axes is not None}
+    found = {}
+    for (name, axis), ids in structure.trace.axes.items():
+        path = name.rpartition(".")[0]
+        owner, inside, weight = path.partition("parametrizations.")
+        module = model.get_submodule(owner.rstrip(".") if inside else path)
+        reads = 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+        lost = axis == reads or (isinstance(module, nn.Bilinear) and axis == 2)
+        if name in known or not isinstance(module, _READERS) or not lost or bool(alive[ids].all()):
+            continue
+        if inside:
+            found[owner + weight] = "it is computed by a parametrization, so it was only cut"
+        else:
+            found[name] = "its inputs cannot be seen, so it was only cut"
     return found
 
 
