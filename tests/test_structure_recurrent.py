@@ -9,7 +9,7 @@ import pytest
 import torch
 from structure_layers import TOKENS, fresh, require_exact
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import secateur
 from secateur.structure import apply_, couple, cuts_for, prove
@@ -116,6 +116,20 @@ def test_one_step_is_enough_to_see_the_state(kind: Any) -> None:
     small = copy.deepcopy(net)
     apply_(small, cuts_for(net, structure, keep))
     assert prove(net, small, structure, keep, TOKENS).error < 1e-10
+
+
+def test_sequences_of_several_lengths_that_are_padded() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.rnn, self.out = nn.Linear(6, 8), nn.GRU(8, 7), nn.Linear(7, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.embed(x)
+            return self.out(self.rnn(pad_sequence([x[0, :3], x[1], x[2, :1]]))[0])
+
+    structure = require_exact(Net, TOKENS)
+    assert {w.name: w.groups for w in structure.widths} == {"embed": 8, "rnn": 7}
 
 
 def test_a_sequence_that_is_unpacked_is_padded_along_tokens_only() -> None:

@@ -201,6 +201,7 @@ def counting(
     attention = "scaled_dot_product_attention"
     changes += [(torch.nn.functional, attention, scaled(getattr(torch._C._nn, attention)))]
     changes += [(torch._C._nn, "pad", told(torch._C._nn.pad, _padded))]
+    changes += [(torch._C._nn, "pad_sequence", told(torch._C._nn.pad_sequence, _together))]
     unpack = torch._VF._pad_packed_sequence
     changes += [(torch._VF, "_pad_packed_sequence", told(unpack, _unpacked))]
     whole = ("view", "reshape", "expand", "broadcast_to", *(f"new_{name}" for name in makes))
@@ -239,6 +240,11 @@ def _padded(x: Tensor, pads: Any, *rest: Any) -> Sizes:
     """The sizes that ``F.pad`` leaves; circular padding copies into an empty tensor of its own."""
     grown = x.ndim - len(pads) // 2
     return [*x.shape[:grown], *[None] * (x.ndim - grown)]
+
+
+def _together(sequences: Any, *rest: Any) -> Sizes:
+    """Steps and batch, then the sizes of one step of the sequences that are padded."""
+    return [None, None, *sequences[0].shape[1:]]
 
 
 def _unpacked(data: Tensor, *rest: Any) -> Sizes:

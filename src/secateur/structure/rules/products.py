@@ -121,6 +121,14 @@ def distances(tracer: Tracer, call: Call) -> None:
     tracer.put(call.out, summed(tracer, tracer.meet_labels(frame, [left, right], READS), -1))
 
 
+@rule("aten.linalg_matrix_exp", "aten.linalg_householder_product", "aten._linalg_solve_ex",
+      "aten.linalg_inv_ex", "aten.linalg_qr", "aten.linalg_cholesky_ex", "aten._linalg_svd",
+      "aten._linalg_eigh", "aten._linalg_det", "aten._linalg_slogdet")  # fmt: skip
+def of_a_matrix(tracer: Tracer, call: Call) -> None:
+    """Inverses, factors and exponentials: every entry depends on all of the matrix."""
+    tracer.refuse(call, "a function of a whole matrix mixes them, as in an orthogonal weight")
+
+
 @rule("aten._grouped_mm")
 def grouped_product(tracer: Tracer, call: Call) -> None:
     """Rows of ``x`` are sorted by expert, and each expert has its own matrix ``(e, k, m)``."""
