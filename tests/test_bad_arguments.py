@@ -1,5 +1,7 @@
 """Mistakes that people make: each is an error in four parts that says what to write."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+import secateur
 from secateur import (
     Data,
     FineTune,
@@ -31,6 +34,7 @@ from secateur.experiments import TicketPlan, Training, find_ticket
 from secateur.learn import Leap
 from secateur.pattern import NM
 from secateur.recover import ColumnSweep, FisherUpdate, LeastSquares
+from secateur.runtime import accelerate
 from secateur.schedule import OneShot
 from secateur.score import (
     Grasp,
@@ -42,6 +46,7 @@ from secateur.score import (
     Wanda,
     WoodFisher,
 )
+from secateur.structure import couple
 
 GIVEN = torch.Generator().manual_seed(0)
 BATCHES = [(x, x[:, :4].argmax(1)) for x in torch.randn(4, 16, 16, generator=GIVEN)]
@@ -255,6 +260,22 @@ def test_what_is_no_network(make: Any, said: str) -> None:
         with pytest.raises(UsageError) as error:
             call()
         assert said in whole(error)
+
+
+def test_a_result_of_pruning_is_told_from_its_network(tmp_path: Path) -> None:
+    pruned: Any = prune(mlp())
+    sgd, x = torch.optim.SGD(pruned.model.parameters(), 0.1), torch.zeros(1, 16)
+    calls: list[Callable[[], object]] = [
+        lambda: prune(pruned),
+        lambda: couple(pruned, x),
+        lambda: secateur.load(pruned, pruned.save(tmp_path / "out")),
+        lambda: secateur.Gradual(pruned, sgd, secateur.recipes.gmp(0.5), steps_per_epoch=4),
+        lambda: secateur.export_onnx(pruned, x, tmp_path / "net.onnx"),
+        lambda: accelerate(pruned),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=r"a Pruned.*Pass its \.model"):
+            call()
 
 
 # -- data and losses ------------------------------------------------------------------------------

@@ -49,6 +49,23 @@ def test_a_number_that_is_not_finite_hides_no_difference(tmp_path: Path, value: 
         exported(tmp_path, lambda y: with_column(noisy(y), value))
 
 
+class Timed(nn.Module):
+    """A mapping, and a time step: one number for all samples, as diffusion models take it."""
+
+    def forward(self, given: dict[str, Tensor], step: Tensor | None = None) -> Tensor:
+        given["y"] = given["x"] * 2  # models do write into their inputs
+        return given["y"] if step is None else given["y"] * step
+
+
+def test_an_example_of_one_sample_may_be_nested_and_hold_a_number(tmp_path: Path) -> None:
+    given, step = {"x": torch.randn(1, 4)}, torch.tensor(3.0)
+    for i, batch in enumerate([(given,), (given, step, None), {"given": given, "step": step}]):
+        made = export_onnx(Timed(), batch, tmp_path / f"{i}.onnx")
+        assert made.error < 1e-5
+        assert len(made.inputs) == min(i, 1) + 1
+    assert list(given) == ["x"]
+
+
 def test_every_output_is_checked(tmp_path: Path) -> None:
     assert exported(tmp_path, lambda y: (y, None, {"b": y * 2, "a": y > 0}, y.argmax(1))) < 1e-5
     for last in (lambda y: (y, noisy(y)), lambda y: {"first": y, "second": noisy(y)}):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from os import PathLike
 
+from torch import nn
+
 from secateur.core.errors import UsageError
 
 
@@ -95,6 +97,29 @@ more. Write block=128.
     require_kind(asked, value, Integral, what=what, write=write)
     if isinstance(value, Integral) and int(value) < 1:
         raise UsageError(asked, f"{value} was given", f"it is {what}", f"write {write}")
+
+
+def require_network(asked: str, value: object) -> None:
+    """Raise unless a value is a network.
+
+    Raises:
+        UsageError: It is none; of a result of pruning, the network is its ``model``.
+
+    Example:
+        >>> require_network("accelerate(module)", "net")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: accelerate(module): a str was given. A network is a \
+torch.nn.Module. Pass the module itself.
+    """
+    if isinstance(value, nn.Module):
+        return
+    found = "None" if value is None else f"a {type(value).__name__}"
+    if isinstance(value, type):
+        found = f"the class {value.__name__}"
+    inside = isinstance(getattr(value, "model", None), nn.Module)
+    do = "pass its .model" if inside else "pass the module itself"
+    raise UsageError(asked, f"{found} was given", "a network is a torch.nn.Module", do)
 
 
 def require_part(asked: str, value: object, has: Sequence[str], *, what: str, write: str) -> None:

@@ -45,7 +45,9 @@ def _obstacle(model: object) -> tuple[str, str, str] | None:
         return found, why, "build the network and call load_state_dict"
     if not isinstance(model, nn.Module):
         found = "None" if model is None else f"a {type(model).__name__}"
-        return found, "a network is a torch.nn.Module", "pass the module itself"
+        inside = isinstance(getattr(model, "model", None), nn.Module)
+        do = "pass its .model" if inside else "pass the module itself"
+        return found, "a network is a torch.nn.Module", do
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             found = f"{name!r} is TorchScript" if name else "it is TorchScript"

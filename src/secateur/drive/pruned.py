@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from secateur.core.arguments import require_network
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.formats import Surgery, read_bundle, write_bundle
@@ -81,6 +82,7 @@ def load(model: nn.Module, folder: str | Path, *, check_weights: bool = False) -
         >>> torch.equal(restored.model[0].weight, pruned.model[0].weight)
         True
     """
+    require_network("loading a bundle into a model", model)
     bundle = read_bundle(folder)
     load_bundle_(model, bundle, check_weights=check_weights)
     return Pruned(model, bundle.masks, bundle.facts, bundle.surgery)

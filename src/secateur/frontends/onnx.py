@@ -17,8 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from secateur.core.arguments import require_network
 from secateur.core.atomic import new_file
-from secateur.core.batches import Batch, evaluating, inputs_of, narrow, size_of, to_device
+from secateur.core.batches import (
+    Batch,
+    evaluating,
+    inputs_of,
+    mapped,
+    narrow,
+    size_of,
+    to_device,
+)
 from secateur.core.difference import largest_error
 from secateur.core.errors import DataError, MissingExtra, UsageError
 from secateur.core.slots import device_of
@@ -89,6 +98,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         (True, True)
     """
     _packages()  # before the work
+    require_network("exporting to ONNX", model)
     path = Path(path)
     asked = f"exporting a {type(model).__name__} to {path.name!r}"
     call = _Call(model, *_inputs(model, example))
@@ -101,7 +111,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         notes = (
             f"weights are {kinds}; the file has float32, which ONNX Runtime computes everywhere",
         )
-    call = replace(call, lengths=any(map(_is_tokens, (*call.args, *call.kwargs.values()))))
+    call = replace(call, lengths=any(map(_is_tokens, tree_leaves((call.args, call.kwargs)))))
     with (
         evaluating(call.model),
         new_file(path) as temporary,
@@ -191,19 +201,11 @@ def _inputs(model: nn.Module, example: Batch) -> tuple[tuple[Any, ...], dict[str
             "give a batch of one or more",
         )
     if size_of(example) == 1:
-        example = _doubled(example)
+        example = mapped(example, lambda x: torch.cat([x, x]) if x.ndim else x)
     elif size_of(example) > 2:
         example = narrow(example, 2)
     args, kwargs = inputs_of(to_device(example, device_of(model)))
     return args, {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS}
-
-
-def _doubled(batch: Batch) -> Batch:
-    if isinstance(batch, Tensor):
-        return torch.cat([batch, batch])
-    if isinstance(batch, Mapping):
-        return {k: _doubled(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return tuple(_doubled(v) if isinstance(v, Tensor) else v for v in batch)
 
 
 def _write(call: _Call, file: Path, asked: str) -> tuple[str, ...]:
@@ -238,18 +240,24 @@ def _write(call: _Call, file: Path, asked: str) -> tuple[str, ...]:
 
 def _export(call: _Call, file: Path) -> None:
     inputs = (*call.args, *call.kwargs.values())
-    size = next(x for x in inputs if isinstance(x, Tensor)).shape[0]
+    size = size_of(inputs)
     free = torch.export.Dim.AUTO
 
     def axes(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {name: axes(value) for name, value in x.items()}
+        if isinstance(x, (tuple, list)):
+            return type(x)(map(axes, x))
         if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size:
             return None
         return {0: free, 1: free} if call.lengths and _is_tokens(x) else {0: free}
 
+    # Without named arguments, the exporter takes a mapping that comes last for them.
+    args = call.args if call.kwargs else (*call.args, {})
     with _silent():
         torch.onnx.export(
             call.model,
-            call.args,
+            args,
             str(file),
             kwargs=call.kwargs or None,
             dynamo=True,
@@ -265,15 +273,18 @@ def _difference(session: Any, call: _Call, asked: str) -> float:
     names = [i.name for i in session.get_inputs()]
     worst = 0.0
     for repeat, shorter in ((1, False), (3, False), *([(1, True)] if call.lengths else [])):
-        many = [_repeated(x, repeat, shorter=shorter) for x in call.args]
-        named = {k: _repeated(v, repeat, shorter=shorter) for k, v in call.kwargs.items()}
+
+        def repeated(x: Tensor, times: int = repeat, shorter: bool = shorter) -> Tensor:
+            return _repeated(x, times, shorter=shorter)
+
+        many, named = mapped((call.args, call.kwargs), repeated)
         try:
-            expected = _tensors(call.model(*many, **named))
+            expected = _tensors(call.model(*mapped(many), **mapped(named)))
         except Exception:
             if not shorter:
                 raise
             return float("inf")  # a network for one length
-        tensors = [x for x in (*many, *named.values()) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves((many, named)) if isinstance(x, Tensor)]
         feed = {n: x.cpu().numpy() for n, x in zip(names, tensors, strict=True)}
         try:
             got = [torch.from_numpy(y) for y in session.run(None, feed)]
@@ -293,8 +304,8 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf.cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _repeated(x: Any, times: int, *, shorter: bool) -> Any:
-    if not isinstance(x, Tensor) or not x.ndim:
+def _repeated(x: Tensor, times: int, *, shorter: bool) -> Tensor:
+    if not x.ndim:
         return x
     kept = x[:, :-1] if shorter and _is_tokens(x) else x
     return torch.cat([kept] * times)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from secateur.core.arguments import require_network
 from secateur.core.errors import UsageError
 from secateur.runtime.library import load
 from secateur.runtime.session import is_whole
@@ -74,6 +75,7 @@ def accelerate(
         >>> type(restore(net)[0]).__name__
         'Linear'
     """
+    require_network("accelerate(module)", module)
     load()
     if threads is not None and not (is_whole(threads) and 1 <= threads <= 256):
         raise UsageError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
+from secateur.core.arguments import require_network
 from secateur.core.attention import unfused_attention
 from secateur.core.batches import mapped
 from secateur.core.errors import UsageError
@@ -71,6 +72,7 @@ def require_python(model: nn.Module) -> None:
             ...
         secateur.core.errors.UsageError: tracing DataParallel: it wraps a Linear for several devices...
     """
+    require_network("tracing a network", model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(
             f"tracing {type(model).__name__}",
