@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import secateur
 from secateur.core.errors import NeedsData, NonFinite
 from secateur.core.slots import Slot
 from secateur.frontends import discover
@@ -282,6 +284,49 @@ def test_embeddings_are_left_out() -> None:
     assert "embedding tied to head.weight" in slots["words.weight"].reason
     assert slots["words.weight"].sensitive
     assert slots["blocks.0.weight"].prunable
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter of low rank, with the names that PEFT gives to the parts."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = self.lora_B["default"](self.lora_A["default"](x))
+        return self.base_layer(x) + added  # type: ignore[no-any-return]
+
+    def merge(self) -> None:
+        raise NotImplementedError
+
+
+class Saved(nn.Module):
+    """A layer that is trained in a copy."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.original_module = layer
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(layer)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.modules_to_save["default"](x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("last", "classifier"),
+    [(Adapted, "2.base_layer.weight"), (Saved, "2.modules_to_save.default.weight")],
+)
+def test_adapters_stay_dense(last: Any, classifier: str) -> None:
+    net = nn.Sequential(Adapted(nn.Linear(8, 8)), nn.ReLU(), last(nn.Linear(8, 4)))
+    found = {slot.name: slot for slot in discover(net) if slot.axes is not None}
+    assert [name for name, slot in found.items() if slot.prunable] == ["0.base_layer.weight"]
+    assert found[classifier].reason == "the last linear layer (classifier)"
+    assert "once merged" in found["0.lora_A.default.weight"].reason
+    recipe = secateur.Recipe(scope=secateur.Scope(include=("*lora_A*",)))
+    assert "0.lora_A.default.weight" in [slot.name for slot in secateur.plan(net, recipe).chosen]
 
 
 def test_reasons() -> None:

@@ -27,6 +27,8 @@ _TRANSPOSED: dict[type[nn.Module], Axes] = {
 _NORMS = ("Norm",)
 _ROUTERS = ("router", "gate")
 _IMAGE_CHANNELS = 4
+_ADAPTER = "an adapter; once merged, it fills zeros of its base layer until masks are applied again"
+_ASIDE = "a copy of it is trained and used in its place"
 
 
 def discover(model: nn.Module) -> list[Slot]:
@@ -85,7 +87,7 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
     if found is None:
         return Slot(name, kind, shape, aliases=aliases, reason=_unknown_reason(module, kind))
     axes, see = found
-    reason = ""
+    reason = _adapter_reason(model, path)
     if path.rpartition(".")[2] in _ROUTERS:
         reason = "a router of experts or a gate"
     transposed = see is rows.transposed_convolution
@@ -117,6 +119,23 @@ def _kind(module: nn.Module, attribute: str) -> Kind | None:
     return None
 
 
+def _adapter_reason(model: nn.Module, path: str) -> str:
+    """Why a part that PEFT adds stays dense.
+
+    It keeps an adapter beside a ``base_layer`` that it can be merged into, and beside a copy that is
+    trained the ``original_module``.
+    """
+    steps = path.split(".")
+    for i, step in enumerate(steps):
+        owner = model.get_submodule(".".join(steps[:i]))
+        beside = isinstance(getattr(owner, "base_layer", None), nn.Module)
+        if beside and step != "base_layer" and callable(getattr(owner, "merge", None)):
+            return _ADAPTER
+        if step == "original_module" and hasattr(owner, "modules_to_save"):
+            return _ASIDE
+    return ""
+
+
 def _grouped(axes: Axes, module: nn.Module) -> Axes:
     return Axes(axes.names, int(module.groups))  # type: ignore[arg-type]
 
@@ -137,7 +156,8 @@ def _unknown_reason(module: nn.Module, kind: str) -> str:
 
 def _mark_ends(model: nn.Module, slots: list[Slot]) -> list[Slot]:
     """Mark the convolution that reads the image, and the final classifier."""
-    weights = [s for s in slots if s.axes is not None and s.rows is not None]
+    added = (_ADAPTER, _ASIDE)
+    weights = [s for s in slots if s.axes and s.rows is not None and s.reason not in added]
     replaced: dict[str, Slot] = {}
     first = next((s for s in weights if s.axes is not None and len(s.axes.names) > 2), None)
     if first is not None and _reads_image(first):
