@@ -24,6 +24,7 @@ from secateur.report import (
     verdict_text,
 )
 from secateur.report.jsonreport import comparison_json
+from secateur.report.structure import target_text
 
 
 def rendered(part: RenderableType, width: int = 80) -> str:
@@ -175,3 +176,11 @@ def test_error_document_has_four_parts_and_the_code() -> None:
     assert error == {
         "type": "FileError", "asked": "a", "found": "b", "why": "c", "do": "d", "exit_code": 4
     }  # fmt: skip
+
+
+def test_widths_that_are_given_follow_no_target() -> None:
+    measured = {"target": {"unit": "params", "dense": 2000, "limit": 1000, "reached": 1500}}
+    given = Facts({"allocation": {"given": {"shares": {"0": 0.75}}}}, measures=measured)
+    assert str(target_text(given)) == "Target: params 2.00 k -> 1.50 k."
+    asked = Facts({"allocation": "uniform"}, measures=measured)
+    assert "(asked for 1.00 k)" in str(target_text(asked))

@@ -28,7 +28,7 @@ from secateur.frontends.example import example_inputs
 from secateur.frontends.transformers_save import SavedModel, require_transformers, save_transformers
 from secateur.report import comparison_table, exported_text, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
-from secateur.report.structure import cut_table, proof_text, steps_text
+from secateur.report.structure import cut_table, proof_text, steps_text, target_text
 from secateur.report.units import percent
 
 _RECIPE, _TRAIN = options.RECIPE, options.TRAIN
@@ -222,7 +222,7 @@ def _report(
     output: Path,
 ) -> None:
     facts, (exported, saved) = pruned.facts, beside
-    out.show(cut_table(facts), steps_text(facts), proof_text(facts))
+    out.show(cut_table(facts), target_text(facts), steps_text(facts), proof_text(facts))
     out.show(comparison_table(found), verdict_text(found.verdict))
     # Pinned parts are many and say the same; inspect --structure lists them.
     notes = [note for note in facts.notes if note.topic != "pinned"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.core.facts import Facts
 from secateur.core.widths import Width
-from secateur.report.units import count, percent
+from secateur.report.units import count, milliseconds, percent, size
 from secateur.structure import Structure
 
 _SHOWN = 3
@@ -78,7 +78,7 @@ def structure_rows(model: nn.Module, structure: Structure) -> list[dict[str, Any
             homes.setdefault((part.parameter, part.axis), []).append(width)
     rows = []
     for name, parameter in model.named_parameters():
-        for axis, size in enumerate(parameter.shape):
+        for axis, length in enumerate(parameter.shape):
             widths = homes.get((name, axis), [])
             partners = {p for w in widths for p in w.parameters()} - {name}
             pinned = structure.pinned.get((name, axis), "")
@@ -88,7 +88,7 @@ def structure_rows(model: nn.Module, structure: Structure) -> list[dict[str, Any
                 {
                     "parameter": name,
                     "axis": axis,
-                    "size": size,
+                    "size": length,
                     "width": ", ".join(w.name for w in widths),
                     "with": sorted(partners),
                     "pinned": pinned if pinned or widths else "an axis of size 1",
@@ -141,6 +141,32 @@ it. align=1 (--align 1) allows any.
         return Text(f"{words}.")
     narrow = f"{words}, or of up to a quarter of a width below {4 * step}"
     return Text(f"{narrow}, as runtimes like it. align=1 (--align 1) allows any.")
+
+
+def target_text(facts: Facts) -> Text:
+    """What was asked for and what was reached, in the unit of the target.
+
+    Example:
+        >>> macs = {"unit": "macs", "dense": 13.0e6, "limit": 9.1e6, "reached": 9.0e6}
+        >>> print(target_text(Facts(measures={"target": macs})))
+        Target: macs 13.0 M -> 9.00 M (asked for 9.10 M).
+        >>> time = {"unit": "latency", "dense": 4.1, "limit": 2.05, "reached": 2.04,
+        ...         "engine": "onnxruntime", "threads": 2}
+        >>> print(target_text(Facts(measures={"target": time})))
+        Target: latency 4.10 ms -> 2.04 ms (asked for 2.05 ms), measured in onnxruntime with 2 \
+threads on the example inputs.
+    """
+    told = facts.measures["target"]
+    unit = told["unit"]
+    words = {"latency": milliseconds, "bytes": size}.get(unit, count)
+    dense, reached, asked = (words(told[key]) for key in ("dense", "reached", "limit"))
+    line = f"Target: {unit} {dense} -> {reached}"
+    if "given" not in facts.recipe.get("allocation", ()):  # which follows no target
+        line += f" (asked for {asked})"
+    if unit == "latency":
+        threads = f"{told['threads']} thread{'s' if told['threads'] != 1 else ''}"
+        line += f", measured in {told['engine']} with {threads} on the example inputs"
+    return Text(f"{line}.")
 
 
 def proof_text(facts: Facts) -> Text:
