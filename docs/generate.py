@@ -18,7 +18,8 @@ secateur.drive.structural.recipe secateur.drive.training.regrow secateur.drive.t
 secateur.drive.training.resume secateur.drive.training.order secateur.drive.training.recorder
 secateur.drive.training.ranks secateur.drive.training.hosts secateur.drive.structural.heads
 secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report
-secateur.report.plots secateur.report.plots_curves secateur.drive.structural.shrinking
+secateur.report.jsonreport secateur.report.runtime secateur.report.doctor secateur.report.plots
+secateur.report.plots_curves secateur.drive.structural.shrinking
 secateur.drive.structural.uniform secateur.drive.structural.depth
 secateur.drive.structural.experts secateur.drive.structural.branches secateur.frontends.surgery
 secateur.frontends.transformers_save secateur.evaluate secateur.evaluate.robustness

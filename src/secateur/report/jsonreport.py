@@ -7,6 +7,21 @@ Every document has ``secateur`` (version of the package), ``schema`` (1), ``comm
   ``null``.
 * ``ok`` false: ``error`` with ``type``, ``asked``, ``found``, ``why``, ``do`` and ``exit_code``.
 
+Keys of each command:
+
+* ``inspect``: ``slots`` and ``totals``; with ``--structure`` ``widths``, ``parameters`` and
+  ``removable``; with ``--criteria`` and the like, a list of that name.
+* ``prune``: ``output``, ``recipe``, ``fingerprint``, ``sparsity``, ``layers``, ``comparison``, ``notes``,
+  ``history``, ``seconds``, ``environment`` and ``onnx``.
+* ``shrink``: the same with ``widths``, ``proof``, ``target``, ``parameters`` and ``pretrained`` in the
+  place of ``sparsity`` and ``layers``.
+* ``evaluate``: ``measurement`` and ``environment``. ``compare``: ``comparison``, ``environment``,
+  ``required`` and ``missing``. ``export``: ``onnx``.
+* ``ticket``: ``folder``, ``dense``, ``levels``, ``metric``, ``split``, ``structure`` and others.
+  ``plot``: ``output``, ``plots`` and ``left_out``.
+* ``compile`` and ``bench``: those of ``secateur.report.runtime``. ``doctor``: those of
+  ``secateur.report.doctor``.
+
 ``measurement`` has ``accuracy``, ``metric``, ``loss``, ``perplexity`` (of causal language models),
 ``samples``, ``split``, ``parameters``, ``nonzeros``, ``sparsity``, ``pruned_sparsity``,
 ``macs_dense``, ``macs``, ``bytes``, ``uncounted`` and ``latency`` (``median``, ``p10``, ``p90``,
