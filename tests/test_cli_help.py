@@ -13,6 +13,8 @@ import secateur
 from secateur.cli.main import app
 from secateur.cli.ticket import _network
 from secateur.core.errors import UsageError
+from secateur.drive.recipe_file import from_plain
+from secateur.drive.structural.recipe_file import to_plain
 
 
 def test_flags_take_no_value_in_the_help() -> None:
@@ -25,6 +27,12 @@ def test_flags_take_no_value_in_the_help() -> None:
     ]
     assert len(flags) > len(commands)  # --json everywhere, and others
     assert [(name, option.name) for name, option in flags if option.metavar != ""] == []
+
+
+def test_a_recipe_of_shrink_is_told_as_such() -> None:
+    with pytest.raises(UsageError, match="secateur shrink --recipe") as caught:
+        from_plain(to_plain(secateur.ShrinkRecipe()))
+    assert "shrink: true" in caught.value.found
 
 
 def test_a_bundle_without_a_source_is_searched_for_tickets_with_model(tmp_path: Path) -> None:

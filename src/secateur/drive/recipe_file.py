@@ -47,6 +47,14 @@ def from_plain(data: Mapping[str, Any]) -> Recipe:
             ...
         secateur.core.errors.UnknownName: criterion 'magnitud': there is no criterion of that name. ...
     """
+    if isinstance(data, Mapping) and data.get("shrink"):
+        raise UsageError(
+            "a recipe of prune",
+            "it says shrink: true, as those of shrink do",
+            "prune makes zeros, and shrink removes filters and heads; their recipes have other parts",
+            "use secateur shrink --recipe, or read_shrink_recipe of "
+            "secateur.drive.structural.recipe_file",
+        )
     require_readable(data, _KEYS)
     target = Target.parse(data["target"]) if data.get("target") is not None else None
     changes: dict[str, Any] = {}

@@ -74,7 +74,9 @@ def break_even_table(measured: Sequence[BreakEven]) -> RenderableType:
         table.add_row(name, *(break_even_text(row.get(p)) for p in PATTERNS))
     against = dict.fromkeys(b.against for b in measured)
     source = " and ".join(against)
-    return Group(table, Text(f"Against the dense layer in {source}. For 2:4, its speed."))
+    return Group(
+        table, Text(f"Against the dense layer in {source}. any: no pattern. 2:4: its speed.")
+    )
 
 
 def break_even_text(found: BreakEven | None) -> str:
