@@ -18,6 +18,7 @@ from secateur.core.errors import NeedsData, SecateurError, UsageError
 from secateur.core.facts import Facts, environment
 from secateur.core.losses import unusable
 from secateur.core.masks import Masks
+from secateur.core.randomness import own_random
 from secateur.core.slots import device_of
 from secateur.drive.calibration import Calibration
 from secateur.drive.diagnosis import diagnose
@@ -143,9 +144,7 @@ class _Run:
         if self.recipe.finetune is not None and self.recipe.distills and self.dense is None:
             self.dense = copy.deepcopy(self.model)
         before = masks_of(self.model)
-        on = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(sorted(on, key=str)):  # the caller's random state stays
-            torch.manual_seed(self.recipe.seed)
+        with own_random(self.model, self.recipe.seed):
             trains = self.recipe.schedule.unit != "rounds"
             try:
                 masks = self._after(self._gradual() if trains else self._rounds())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward
 from secateur.core.errors import DataError, UsageError
 from secateur.core.losses import default_loss, logits_of
+from secateur.core.randomness import own_random
 
 #: A bound of the inputs: one number, or one a channel (axis 1) for normalised images.
 Bound = float | tuple[float, ...]
@@ -236,12 +237,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     In evaluation mode batch normalisations use and keep their running statistics, so perturbed
     inputs do not reach them.
     """
-    on = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with (
-        evaluating(model),
-        torch.enable_grad(),
-        torch.random.fork_rng(sorted(on, key=str)),
-    ):
+    with evaluating(model), torch.enable_grad(), own_random(model):
         yield
 
 

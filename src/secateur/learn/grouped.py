@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secateur.core.batches import evaluating
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.masks import Masks
+from secateur.core.randomness import own_random
 from secateur.core.slots import Slot, device_of
 from secateur.learn.energy import Branches, energy_prune
 from secateur.learn.grouping import (
@@ -244,9 +245,8 @@ class Grouped:
         """Weights, buffers and the caller's random state come back as they were."""
         kept = {n: w.detach().clone() for n, w in self._weights().items()}
         buffers = {n: b.detach().clone() for n, b in self._model.named_buffers()}
-        on = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
         try:
-            with torch.random.fork_rng(sorted(on, key=str)), torch.enable_grad():
+            with own_random(self._model), torch.enable_grad():
                 yield
         finally:
             with torch.no_grad():

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from secateur.core.attention import unfused_attention
 from secateur.core.batches import evaluating
+from secateur.core.randomness import own_random
 from secateur.core.widths import Slices
 from secateur.structure.coupling import Structure
 from secateur.structure.kept_units import SameDraws, run_on_kept
@@ -122,16 +123,12 @@ def prove(
         >>> prove(net, small, structure, keep, torch.randn(5, 4)).error < 1e-5
         True
     """
-    with torch.random.fork_rng(_devices(model)):
+    with own_random(model):
         wanted = predictions(run_masked(model, structure, keep, example))
         # The fused operator gives zeros for padding, where the masked network has numbers.
         with evaluating(cut), unfused_attention(), torch.no_grad(), SameDraws():
             found = predictions(call(cut, example))
     return compare(found, wanted)
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
 def call(model: nn.Module, example: Any) -> Any:

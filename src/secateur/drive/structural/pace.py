@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +13,6 @@ from secateur.allocate.widths import GivenWidths
 from secateur.core.arguments import require_kind
 from secateur.core.batches import Data, lack
 from secateur.core.errors import NeedsData, NotYet, UsageError
-from secateur.core.slots import device_of
 from secateur.drive.plan import require_finite
 from secateur.drive.recipe import describe
 from secateur.drive.structural.recipe import ShrinkRecipe
@@ -130,21 +127,3 @@ def require_fit(
             "it measures the network at every removal",
             "pass data=, the training batches",
         )
-
-
-@contextmanager
-def own_random(model: nn.Module, seed: int) -> Iterator[None]:
-    """A random state from ``seed`` inside; the caller's goes on afterwards as if nothing had been.
-
-    Example:
-        >>> net = nn.Linear(1, 1)
-        >>> before = torch.get_rng_state()
-        >>> with own_random(net, 0):
-        ...     _ = torch.rand(3)
-        >>> torch.equal(before, torch.get_rng_state())
-        True
-    """
-    device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

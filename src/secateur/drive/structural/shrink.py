@@ -18,6 +18,7 @@ from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, DataError, NeedsData, SelectorError, UsageError
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
+from secateur.core.randomness import own_random
 from secateur.core.widths import Width
 from secateur.drive.network import copy_of, network_of
 from secateur.drive.plan import require_finite
@@ -169,8 +170,7 @@ class _Run:
         self.surgery: Surgery | None = None  # of this run alone
         self.settled: frozenset[str] = frozenset()
         self.stuck: set[str] = set()
-        with torch.random.fork_rng(_devices(self.model)):
-            torch.manual_seed(self.recipe.seed)
+        with own_random(self.model, self.recipe.seed):
             self.structure = self._traced(example)
             self._note_structure()
             self._chosen()  # a scope that fits nothing is told before anything is measured
@@ -386,11 +386,6 @@ class _Run:
             assert self.data is not None
             loop = Loop(self.model, self.data, how, teacher=dense, progress=self.progress)
             self.facts.history += loop.run()
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    found = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return sorted(found, key=str)
 
 
 def _silent(stage: str, done: float, total: float) -> None:

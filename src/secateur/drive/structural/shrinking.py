@@ -18,11 +18,12 @@ from secateur.core.batches import Data, as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
+from secateur.core.randomness import own_random
 from secateur.drive.money import uses
 from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.cutting import as_batch, example_of, widths_in
-from secateur.drive.structural.pace import Pace, fingerprint_of, own_random, require_fit
+from secateur.drive.structural.pace import Pace, fingerprint_of, require_fit
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.removal import Removal, require_slots_alike, width_facts

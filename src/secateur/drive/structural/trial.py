@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.batches import forward, to_device
 from secateur.core.errors import DataError, SecateurError, UsageError
+from secateur.core.randomness import own_random
 from secateur.core.slots import device_of
 from secateur.drive.structural.cutting import as_batch, proved
 from secateur.structure import Structure, apply_, cuts_for
@@ -134,7 +135,7 @@ def _run(net: nn.Module, example: Any, *, training: bool) -> Any:
         if isinstance(module, _BatchNorm):
             module.eval()  # an example of one sample has no statistics of its own
     device = device_of(net)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.no_grad(), own_random(net):
         return forward(net, to_device(as_batch(example), device))
 
 
