@@ -32,11 +32,12 @@ from secateur.drive.training.learned import Learned, learn_masks
 from secateur.drive.training.regrow import TopKast
 from secateur.experiments import TicketPlan, Training, find_ticket
 from secateur.learn import Leap
-from secateur.pattern import NM
-from secateur.recover import ColumnSweep, FisherUpdate, LeastSquares
+from secateur.pattern import NM, Blocks
+from secateur.recover import ColumnSweep, FisherUpdate, Integer, LeastSquares
 from secateur.runtime import accelerate
 from secateur.schedule import OneShot
 from secateur.score import (
+    BatchNormScale,
     Grasp,
     GroupTaylor,
     Magnitude,
@@ -46,7 +47,9 @@ from secateur.score import (
     Wanda,
     WoodFisher,
 )
+from secateur.stats import Stats
 from secateur.structure import couple
+from secateur.testing import sample_groups
 
 GIVEN = torch.Generator().manual_seed(0)
 BATCHES = [(x, x[:, :4].argmax(1)) for x in torch.randn(4, 16, 16, generator=GIVEN)]
@@ -366,6 +369,9 @@ def test_scalars_in_a_batch_are_not_samples() -> None:
         (lambda: Sensitivity(()), "Sensitivity(levels=())"),
         (lambda: Grasp(temperature=0), "Grasp(temperature=0)"),
         (lambda: Smoothed(Magnitude(), beta=1.5), "Smoothed(beta=1.5)"),
+        (lambda: Blocks(0, 4), "Blocks(0, 4)"),
+        (lambda: Integer(bits=1), "Integer(bits=1, group=0)"),
+        (lambda: BatchNormScale()(sample_groups("heads").groups[0], Stats()), "BatchNormScale on"),
     ],
 )
 def test_settings_of_parts(build: Any, said: str) -> None:

@@ -45,7 +45,7 @@ class Blocks:
             raise UsageError(
                 f"Blocks({self.rows}, {self.cols})",
                 "a side is not positive",
-                "",
+                "a block is so many outputs by so many inputs",
                 "write e.g. Blocks(4, 1)",
             )
 

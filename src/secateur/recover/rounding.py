@@ -39,7 +39,7 @@ class Integer:
             raise UsageError(
                 f"Integer(bits={self.bits}, group={self.group})",
                 "bits must lie from 2 to 16 and group not be negative",
-                "",
+                "a row, or a group of its inputs, shares one scale of so many bits",
                 "write e.g. bits=8, group=0",
             )
 

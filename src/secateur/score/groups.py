@@ -187,6 +187,7 @@ def no_part(who: str, groups: Groups, what: str, of: str = "group") -> UsageErro
     return UsageError(
         f"{who} on the width {groups.name!r}",
         f"none of its {len(groups.parts)} slices is one it {what}: {have}",
-        "" if of == "group" else f"only slices of role {of!r} were asked for",
+        "a width is scored by what its groups own"
+        + ("" if of == "group" else f", and only slices of role {of!r} were asked for"),
         "leave the width out with ignore=, or use another criterion",
     )
