@@ -26,6 +26,8 @@ from secateur.allocate import (
 )
 from secateur.core.budget import Budget, Item
 from secateur.core.errors import BudgetError, NeedsData, SelectorError, UsageError
+from secateur.schedule import Exponential
+from secateur.score import Random, Taylor
 
 
 def item(name: str, fans: tuple[int, ...], members: int = 1) -> Item:
@@ -193,3 +195,23 @@ def test_given_needs_what_spreads_the_rest(rest: Any) -> None:
     given = Given({"a": 0.2}, rest=rest)
     assert given.needs_scores == rest.needs_scores
     assert given.needs_probe == rest.needs_probe
+
+
+@pytest.mark.parametrize("allocation", [Sensitivity(), Tolerance(), Ranked(), ErdosRenyi()])
+@pytest.mark.parametrize("criterion", [Random(), Taylor()], ids=lambda c: type(c).__name__)
+def test_later_rounds_keep_nothing_that_is_zero(allocation: Any, criterion: Any) -> None:
+    """What a layer lost in one round is gone, even if a later measurement would give it more."""
+    net = nn.Sequential(
+        nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4)
+    )
+    recipe = Recipe(
+        criterion,
+        target=Target("sparsity", 0.7),
+        allocation=allocation,
+        schedule=Exponential(end=4),
+        scope=Scope(sensitive=True),
+    )
+    pruned = prune(net, recipe, [(torch.randn(64, 12), torch.arange(64) % 4)])
+    assert abs(pruned.masks.kept - 0.3 * 2240) <= 3
+    for name, mask in pruned.masks.items():
+        assert bool((pruned.model.get_parameter(name)[mask] != 0).all())

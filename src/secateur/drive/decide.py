@@ -108,7 +108,8 @@ def allocate(found: Sequence[Item], recipe: Recipe, budget: Budget) -> dict[str,
                 "a sparsity lies in [0, 1)",
                 "this is a defect of the allocation",
             )
-    return levels
+    # Never more than what the quota allows at sparsity 0, which may be less than everything.
+    return {i.name: max(levels[i.name], i.sparsity_of(i.quota(i.groups, 0.0))) for i in found}
 
 
 def select(weight: Weight, recipe: Recipe, groups: Tensor, sparsity: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.core.budget import Item
 from secateur.core.facts import Facts, LayerFacts
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, weights
@@ -59,6 +61,7 @@ class Rounds:
         self.model, self.recipe, self.plan, self.sample = model, recipe, plan, sample
         self.facts, self.progress = facts, progress
         self._step = (0, 1)
+        self._pruned = Masks({})  # by the rounds before
 
     def run(self) -> Masks:
         """All rounds of the schedule; the weights are zero where the masks say so."""
@@ -112,6 +115,7 @@ class Rounds:
         done = Masks({slot.name: masks[slot.name] for slot in slots})
         if not last:
             attach_(self.model, done)
+        self._pruned = done
         return done
 
     def _ranks(self, weight: Weight, stats: Stats, prior: Masks) -> torch.Tensor:
@@ -135,6 +139,7 @@ class Rounds:
             probe = probe_for(self.model, found, recipe, groups, measure)
         budget = purse.at(share_at(recipe.schedule, moment, purse.sparsity), probe)
         choice = items(found, slots, recipe, groups, purse.costs)
+        choice = [self._without_dead(i, w) for i, w in zip(choice, found, strict=True)]
         levels = allocate(choice, recipe, budget)
         spent = budget.spent(choice, levels)
         if last and spent > 1.02 * budget.limit:
@@ -146,6 +151,15 @@ class Rounds:
                 "in every pool of the pattern",
             )
         return levels
+
+    def _without_dead(self, item: Item, weight: Weight) -> Item:
+        """An item that keeps no more groups than the rounds before have left: the others are zero."""
+        mask = self._pruned.get(weight.name)
+        if mask is None:
+            return item
+        alive = self.recipe.pattern.fold(mask, weight.axes).any(2)
+        most = int(alive.sum(1).max())
+        return replace(item, quota=lambda groups, level: min(most, item.quota(groups, level)))
 
     def _reached(self, slots: list[Slot], stats: Stats) -> list[Slot]:
         """Leave out weights whose inputs the recipe needs and no data reached; never silently."""
