@@ -205,6 +205,18 @@ def test_different_numbers_in_the_layers(tmp_path: Path) -> None:
     assert compare(run(restored, IDS), run(half.model, IDS)).error == 0
 
 
+@pytest.mark.parametrize(("drop", "gone"), [(1, 2), (2, 2), (0.4, 4)])
+def test_more_experts_that_go_than_were_asked_for_are_told(drop: int | float, gone: int) -> None:
+    model = seeded(deepseek)
+    (mixture,) = mixtures_of(model)
+    pruned = drop_experts(model, drop, [IDS])
+    (width,) = pruned.facts.widths
+    assert width.groups - width.kept == gone
+    asked = drop if isinstance(drop, int) else round(drop * width.groups)
+    told = [n.text for n in pruned.facts.notes if n.where == mixture.path]
+    assert any(f"{gone} experts go, not {asked}" in text for text in told) == (gone != asked)
+
+
 def test_groups_of_experts_stay_of_one_size() -> None:
     model = seeded(deepseek)
     (mixture,) = mixtures_of(model)

@@ -54,7 +54,8 @@ def drop_experts(
 
     Args:
         model: Any torch module with mixtures of experts. It is not changed.
-        drop: How many experts of each layer go, or which share of them (below 1).
+        drop: How many experts of each layer go, or which share of them (below 1). Where a router has
+            groups, each loses equally many: more may go then, with a note.
         data: Batches; their first is the example by default.
         example_inputs: A tensor, a tuple, or a mapping of named inputs.
         ignore: Selectors of mixtures that stay whole.
@@ -105,6 +106,11 @@ def drop_experts(
     ]
     for where, text in notes.items():
         facts.note("experts", where, text)
+    for mixture in mixtures:
+        total, gone = _asked(mixture, drop), mixture.experts - len(keep[mixture.path])
+        if gone != total:
+            text = f"{gone} experts go, not {total}: each of its {mixture.groups} groups loses as many"
+            facts.note("experts", mixture.path, text)
     facts.measures = {
         "expert_saliency": {path: values.tolist() for path, values in scores.items()},
         "proof": error,
@@ -134,10 +140,14 @@ def _first(model: nn.Module, data: Data) -> Any:
     return named or positional
 
 
+def _asked(mixture: Mixture, drop: int | float) -> int:
+    return drop if isinstance(drop, int) else round(drop * mixture.experts)
+
+
 def _kept(mixture: Mixture, scores: Tensor, drop: int | float) -> list[int]:
     """The experts of highest saliency; of each group equally many."""
     size = mixture.experts // mixture.groups
-    total = drop if isinstance(drop, int) else round(drop * mixture.experts)
+    total = _asked(mixture, drop)
     each = size - -(-total // mixture.groups)
     if total < 1 or each < 1 or (not isinstance(drop, int) and not drop < 1):
         raise UsageError(
