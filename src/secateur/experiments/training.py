@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from secateur.core.batches import Batch, Data, count, size_of, to_device
 from secateur.core.errors import DataError, NeedsData
 from secateur.core.losses import default_loss, differentiable
+from secateur.core.randomness import devices_of, own_random, start_
 from secateur.core.slots import device_of
 from secateur.drive.training.chance import generators_of, parts_of
 from secateur.drive.training.finetune import Progress, parameter_groups
@@ -101,11 +102,13 @@ def train_(
     loss_of = data.loss or default_loss
     history: list[dict[str, Any]] = []
     step, end = stretch.begin, total if stretch.end is None else stretch.end
+    devices = devices_of(model)
     model.train()
     while step < end:
         epoch, skipped = divmod(step, per_epoch)
         order = 0 if how.same_order else stretch.index
-        start_epoch_(data.train, seed_of(how.seed, order, epoch), order * per_epoch + epoch)
+        seed, number = seed_of(how.seed, order, epoch), order * per_epoch + epoch
+        start_epoch_(data.train, seed, number, devices)
         losses, seen, began = 0.0, 0, step
         for position, drawn in enumerate(data.train):
             if position < skipped:
@@ -199,12 +202,11 @@ def seeded(seed: int, model: nn.Module | None = None, train: object = None) -> I
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"} if model else set()
     python, numbers = random.getstate(), np.random.get_state()
     own = [(generator, generator.get_state()) for _, generator in generators_of(train)]
-    with torch.random.fork_rng(sorted(cuda, key=str)):
+    with own_random(model):
         try:
-            _seed_all(seed)
+            _seed_all(seed, devices_of(model))
             yield
         finally:
             random.setstate(python)
@@ -213,9 +215,11 @@ def seeded(seed: int, model: nn.Module | None = None, train: object = None) -> I
                 generator.set_state(state)
 
 
-def start_epoch_(train: object, seed: int, number: int) -> None:
+def start_epoch_(
+    train: object, seed: int, number: int, devices: Sequence[torch.device] | None = None
+) -> None:
     """Set every random state that the next epoch may draw from."""
-    _seed_all(seed)
+    _seed_all(seed, devices)
     for _, generator in generators_of(train):
         generator.manual_seed(seed)
     for part in parts_of(train).values():
@@ -224,7 +228,7 @@ def start_epoch_(train: object, seed: int, number: int) -> None:
             set_epoch(number)
 
 
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
+def _seed_all(seed: int, devices: Sequence[torch.device] | None) -> None:
+    start_(seed, devices)
     random.seed(seed)
     np.random.seed(seed)

@@ -109,7 +109,9 @@ def drop_experts(
     for mixture in mixtures:
         total, gone = _asked(mixture, drop), mixture.experts - len(keep[mixture.path])
         if gone != total:
-            text = f"{gone} experts go, not {total}: each of its {mixture.groups} groups loses as many"
+            text = (
+                f"{gone} experts go, not {total}: each of its {mixture.groups} groups loses as many"
+            )
             facts.note("experts", mixture.path, text)
     facts.measures = {
         "expert_saliency": {path: values.tolist() for path, values in scores.items()},
