@@ -31,7 +31,7 @@ from secateur.drive.structural.shrinking import Shrinking
 from secateur.drive.training.learned import Learned, learn_masks
 from secateur.drive.training.regrow import TopKast
 from secateur.experiments import TicketPlan, Training, find_ticket
-from secateur.learn import Leap
+from secateur.learn import GroupLearning, Leap, Slimming, SoftMovement, Str
 from secateur.pattern import NM, Blocks
 from secateur.recover import ColumnSweep, FisherUpdate, Integer, LeastSquares
 from secateur.runtime import accelerate
@@ -116,6 +116,12 @@ def shrinking(**given: Any) -> Any:
         (lambda: shrinking(optimizer=None), "It is the optimizer"),
         (lambda: Regrow(fraction="all"), "fraction is a finite number, not 'all'"),  # type: ignore[arg-type]
         (lambda: TopKast(extra=float("nan")), "extra is a finite number, not nan"),
+        (lambda: Leap("0.9"), "sparsity is a finite number, not '0.9'"),  # type: ignore[arg-type]
+        (lambda: Leap(threshold_lr="fast"), "threshold_lr is"),  # type: ignore[arg-type]
+        (lambda: Str(lr=float("nan")), "lr is a finite number, not nan"),
+        (lambda: Slimming(strength=None), "strength is"),  # type: ignore[arg-type]
+        (lambda: SoftMovement(ramp="long"), "ramp is"),  # type: ignore[arg-type]
+        (lambda: GroupLearning(target="half"), "target is"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_of_pruners_and_trainings(make: Any, said: str) -> None:

@@ -34,6 +34,21 @@ def odd_number(part: object, names: Sequence[str]) -> str:
     return "" if odd is None else f"{odd} is a finite number, not {getattr(part, odd)!r}"
 
 
+def require_numbers(part: object, names: Sequence[str]) -> None:
+    """Raise unless all of the named settings of a part are finite numbers.
+
+    Raises:
+        UsageError: One is not.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> require_numbers(SimpleNamespace(lr=0.1), ("lr",))
+    """
+    odd = odd_number(part, names)
+    if odd:
+        raise UsageError(f"{type(part).__name__}(...)", odd, "", "correct the value")
+
+
 def require_place(asked: str, value: object) -> None:
     """Raise unless a value names a folder.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_numbers
 from secateur.core.errors import UsageError
 from secateur.core.select import keep_top
 from secateur.core.slots import Slot
@@ -67,6 +68,9 @@ class LeapMask(nn.Module):
         return self.tiling.spread(self._top())
 
 
+_LAMBDAS = ("lambda_max", "lambda_min", "lambda_rest")
+
+
 @dataclass(frozen=True)
 class Leap:
     r"""Learned thresholds with an adaptive penalty: the wanted sparsity is the only knob.
@@ -121,6 +125,8 @@ class Leap:
     start: str = "zero"
 
     def __post_init__(self) -> None:
+        rate = () if self.threshold_lr is None else ("threshold_lr",)
+        require_numbers(self, ("sparsity", "lr", *rate, *_LAMBDAS, "sigma"))
         if not 0 < self.sparsity < 1:
             raise UsageError(
                 f"Leap(sparsity={self.sparsity:g})",

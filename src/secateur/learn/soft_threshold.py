@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_numbers
 from secateur.core.slots import Slot
 from secateur.learn.learner import Learning
 from secateur.learn.masked import MaskedWeights
@@ -67,6 +68,9 @@ class Str:
     start: float = -8.0
     lr: float = 1e-1
     weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        require_numbers(self, ("start", "lr", "weight_decay"))
 
     @property
     def penalised(self) -> bool:
