@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from secateur import Data, FineTune, Gradual, Recipe, Target, attach_, finetune, masks_of, prune
 from secateur.core.errors import DataError, FormatError, UsageError
 from secateur.core.masks import Masks
+from secateur.drive.training import ranks
 from secateur.drive.training.order import Feed, Shuffled
 from secateur.drive.training.recorder import Checkpoints, Recorder, Tally
 from secateur.drive.training.regrow import Regrow
@@ -298,6 +300,15 @@ def nan_run(
     recipe = Recipe(target=TARGET, schedule=Polynomial(1, 9, 2), recovery=(how,))
     data = Data(train=Shuffled((X, Y), 8), loss=fragile(limit))
     return prune(net(), recipe, data, checkpoint=checkpoint)
+
+
+def test_every_process_keeps_its_own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        training = dataclasses.replace(parts(), others={"tally": Tally()})
+        Recorder(training, Checkpoints(tmp_path), rollback=True).start_()
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"before-pruning.safetensors", "before-pruning.rank-1.safetensors"}
 
 
 def test_nan_after_pruning_raises_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

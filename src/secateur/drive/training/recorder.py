@@ -12,8 +12,10 @@ import torch
 
 from secateur.core.arguments import require_place
 from secateur.core.errors import DataError, UsageError
+from secateur.drive.training import ranks
 from secateur.drive.training.resume import (
     Training,
+    beside,
     drop_later,
     on_device,
     put_back_,
@@ -151,7 +153,9 @@ class Recorder:
 
     @property
     def _file(self) -> Path | None:
-        return None if self._checkpoint is None else Path(self._checkpoint.folder) / _BEFORE
+        if self._checkpoint is None:
+            return None
+        return beside(Path(self._checkpoint.folder) / _BEFORE, ranks.rank())
 
     def start_(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
