@@ -89,6 +89,7 @@ typedef struct {
 
 typedef struct secateur_layer secateur_layer;
 typedef struct secateur_pool secateur_pool;
+typedef struct secateur_team secateur_team;
 
 /* Runs task(user, i) for every i below count, in any order and on any threads, then returns. */
 typedef void (*secateur_parallel)(void *context, void (*task)(void *user, size_t i), size_t count,
@@ -141,6 +142,14 @@ SECATEUR_EXPORT void secateur_pool_destroy(secateur_pool *pool);
 SECATEUR_EXPORT int secateur_pool_threads(const secateur_pool *pool);
 /* A secateur_parallel whose context is a pool. */
 SECATEUR_EXPORT void secateur_pool_run(void *pool, void (*task)(void *user, size_t i), size_t count,
+                                       void *user);
+
+/* The threads of an OpenMP runtime that the program has already, by its GOMP_parallel, which LLVM's
+ * and Intel's runtimes have, too. NULL if gomp_parallel is, or without memory. */
+SECATEUR_EXPORT secateur_team *secateur_team_create(void *gomp_parallel, int threads);
+SECATEUR_EXPORT void secateur_team_destroy(secateur_team *team);
+/* A secateur_parallel whose context is a team. */
+SECATEUR_EXPORT void secateur_team_run(void *team, void (*task)(void *user, size_t i), size_t count,
                                        void *user);
 
 #ifdef __cplusplus

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.runtime.native import Layer, Pool, Spec, Variant, candidates
+from secateur.runtime.native import Layer, Spec, Variant, candidates
 from secateur.runtime.race import open_session, race, runner
+from secateur.runtime.threads import Workers, workers_beside_torch
 
 #: name -> rows that share their columns; 0 is two of every four.
 PATTERNS = {"unstructured": 1, "4x1 blocks": 4, "8x1 blocks": 8, "16x1 blocks": 16, "2:4": 0}
@@ -113,7 +114,7 @@ def break_evens(
     Raises:
         MissingNative: secateur was installed without its native part.
     """
-    before, pool = torch.get_num_threads(), Pool(threads)
+    before, pool = torch.get_num_threads(), workers_beside_torch(threads)
     torch.set_num_threads(threads)
     try:
         for case in cases:
@@ -201,7 +202,7 @@ def kernels(case: Case, pattern: str, sparsity: float) -> list[Variant]:
 
 
 def _point(
-    case: Case, pattern: str, sparsity: float, dense: Run, pool: Pool, seconds: float
+    case: Case, pattern: str, sparsity: float, dense: Run, pool: Workers, seconds: float
 ) -> Point:
     x, weight = torch.randn(case.shape), pruned(case.spec, pattern, sparsity)
     held = weight.to(getattr(torch, case.dtype))
@@ -220,7 +221,7 @@ def _point(
     )
 
 
-def _sparse(layer: Layer, x: Tensor, pool: Pool) -> Run:
+def _sparse(layer: Layer, x: Tensor, pool: Workers) -> Run:
     def run() -> None:
         layer.run(x, pool=pool)
 

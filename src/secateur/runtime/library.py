@@ -90,6 +90,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "secateur_pool_destroy": (None, (c_void_p,)),
     "secateur_pool_threads": (c_int, (c_void_p,)),
     "secateur_pool_run": (None, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "secateur_team_create": (c_void_p, (c_void_p, c_int)),
+    "secateur_team_destroy": (None, (c_void_p,)),
+    "secateur_team_run": (None, (c_void_p, c_void_p, c_size_t, c_void_p)),
 }
 
 

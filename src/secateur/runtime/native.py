@@ -7,7 +7,6 @@ This is the bottom of the runtime: everything here is a thin, checked wrapper of
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from secateur.core.errors import UsageError
 from secateur.runtime.library import INVALID, CVariant, CWeights, check, load
 from secateur.runtime.spec import ACTIVATIONS, FAMILIES, KINDS, Spec, Variant
 from secateur.runtime.stored import DTYPES, LAYOUTS, Stored, store
+from secateur.runtime.threads import Pool, Workers, destroyed_with
 
 __all__ = [
     "ACTIVATIONS",
@@ -39,39 +39,6 @@ __all__ = [
 _MOST_CANDIDATES = 64
 
 Array = TypeVar("Array", "np.ndarray[Any, Any]", Tensor)
-
-
-class Pool:
-    """A few threads for :meth:`Layer.run`. The calling thread works too, so 1 starts none.
-
-    Several threads may use one pool: whoever finds it busy does its work alone.
-
-    Args:
-        threads: How many threads work at a run, the caller among them; 1 to 256.
-
-    Example:
-        >>> Pool(2).threads
-        2
-    """
-
-    def __init__(self, threads: int) -> None:
-        if not 1 <= threads <= 256:
-            raise UsageError(
-                f"a pool of {threads} threads",
-                "1 to 256 are possible",
-                "the thread that calls is one of them, and more than that wait for each other",
-                "give as many threads as there are cores",
-            )
-        library = load()
-        self.address = library.secateur_pool_create(threads)
-        if not self.address:
-            raise MemoryError(f"a pool of {threads} threads")
-        _destroyed_with(self, library.secateur_pool_destroy)
-
-    @property
-    def threads(self) -> int:
-        """How many there are; fewer than asked if the system gave no more."""
-        return int(load().secateur_pool_threads(self.address))
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +134,14 @@ class Layer:
             f"{variant} for {spec}",
         )
         layer = Layer(spec, variant, int(address.value or 0))
-        _destroyed_with(layer, library.secateur_layer_destroy)
+        destroyed_with(layer, library.secateur_layer_destroy)
         return layer
 
     def run(
         self,
         x: Array,
         residual: Array | None = None,
-        pool: Pool | None = None,
+        pool: Workers | None = None,
         threads: int | None = None,
     ) -> Array:
         """The output for one input.
@@ -198,8 +165,7 @@ class Layer:
         library = load()
         work = context = None
         if pool is not None:
-            work = ctypes.cast(library.secateur_pool_run, ctypes.c_void_p)
-            context = pool.address
+            work, context = pool.run, pool.address
         if threads is None:
             threads = 1 if pool is None else pool.threads
         y: Array
@@ -326,11 +292,6 @@ def has_half(isa: str | None = None) -> bool:
         False
     """
     return bool(load().secateur_has_half(_name(isa)))
-
-
-def _destroyed_with(owner: Pool | Layer, destroy: Any) -> None:
-    # Not at the end of the process: daemon threads may still run it then, without Python's lock.
-    weakref.finalize(owner, destroy, owner.address).atexit = False
 
 
 def _name(isa: str | None) -> bytes | None:

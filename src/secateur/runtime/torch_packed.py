@@ -21,9 +21,10 @@ from torch.nn import functional
 from secateur.core.errors import UsageError
 from secateur.core.masks import unpack_bits
 from secateur.formats.layouts import LAYOUTS
-from secateur.runtime.native import Layer, Pool, Spec, Variant, candidates
+from secateur.runtime.native import Layer, Spec, Variant, candidates
 from secateur.runtime.race import race
 from secateur.runtime.stored import Stored, fill
+from secateur.runtime.threads import Workers, workers_beside_torch
 
 # Bit masks multiply by their zeros. With more tokens than this, that costs more than reading the
 # weights does, and lists are the better guess.
@@ -36,8 +37,8 @@ _CALL = 0.015
 
 
 @functools.lru_cache(maxsize=8)
-def _pool(threads: int) -> Pool:
-    return Pool(threads)
+def _pool(threads: int) -> Workers:
+    return workers_beside_torch(threads)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Operands:
         return LAYOUTS["bitmask"].unpack(parts, self.shape, self.values.dtype)[0]
 
 
-Run = Callable[[Tensor, Pool], Tensor]
+Run = Callable[[Tensor, Workers], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,14 @@ class Packed:
         return self.ways[self.chosen[size]](x, pool)
 
     def _choose_(
-        self, size: int, stored: Operands, x: Tensor, positions: int, pool: Pool, *, measure: bool
+        self,
+        size: int,
+        stored: Operands,
+        x: Tensor,
+        positions: int,
+        pool: Workers,
+        *,
+        measure: bool,
     ) -> None:
         kernels = _kernels(stored, positions)
         best: Variant | None = kernels[0]
@@ -152,7 +160,7 @@ class Packed:
         self.chosen[size] = best
 
 
-def _fastest(entrants: dict[Variant | None, Run], x: Tensor, pool: Pool) -> Variant | None:
+def _fastest(entrants: dict[Variant | None, Run], x: Tensor, pool: Workers) -> Variant | None:
     raced = race([_once(run, x, pool) for run in entrants.values()], seconds=_CHOOSING)
     costs = {
         kernel: raced.undisturbed(i) + (_CALL if kernel else 0.0)
@@ -186,7 +194,7 @@ class DenseLinear:
     matrix: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor, _: Pool) -> Tensor:
+    def __call__(self, x: Tensor, _: Workers) -> Tensor:
         return functional.linear(x, self.matrix, self.bias)
 
 
@@ -196,7 +204,7 @@ def _dense_conv(spec: Spec, matrix: Tensor, bias: Tensor | None) -> Run:
     even = (top, left) == (bottom, right)
     inside = (top, left) if even else (0, 0)
 
-    def run(x: Tensor, _: Pool) -> Tensor:
+    def run(x: Tensor, _: Workers) -> Tensor:
         padded = x if even else functional.pad(x, (left, right, top, bottom))
         return functional.conv2d(
             padded, weight, bias, spec.stride, inside, spec.dilation, spec.groups
@@ -205,7 +213,7 @@ def _dense_conv(spec: Spec, matrix: Tensor, bias: Tensor | None) -> Run:
     return run
 
 
-def _once(run: Run, x: Tensor, pool: Pool) -> Callable[[], None]:
+def _once(run: Run, x: Tensor, pool: Workers) -> Callable[[], None]:
     def once() -> None:
         run(x, pool)
 
