@@ -184,3 +184,19 @@ def test_a_level_of_a_ticket_search_says_what_it_was_built_from(place: Path) -> 
     level = found["levels"][0]["folder"]
     measured = told("evaluate", level, *data)["measurement"]
     assert measured["pruned_sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+# -- two bundles side by side ------------------------------------------------------------------------
+
+
+def test_compare_says_how_alike_two_masks_are(place: Path) -> None:
+    for name, criterion in (("a", "random:seed=1"), ("b", "random:seed=2"), ("m", "magnitude")):
+        told("prune", "net.py:mlp", "-o", name, "--sparsity", "50%", "--criterion", criterion)
+    same, other = (told("compare", "a", name)["masks"] for name in ("a", "b"))
+    assert same["jaccard"] == 1
+    # Two random halves share a third.
+    assert other["chance"] == pytest.approx(1 / 3, abs=0.01)
+    assert other["jaccard"] == pytest.approx(1 / 3, abs=0.03)
+    printed = CliRunner().invoke(app, ["compare", "a", "m"]).stdout
+    assert "of the weights that either network keeps" in " ".join(printed.split())
+    assert told("compare", "net.py:mlp", "a")["masks"] is None

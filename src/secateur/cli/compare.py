@@ -13,12 +13,15 @@ from secateur.cli import options
 from secateur.cli.screen import screen
 from secateur.core.errors import UnknownName, UsageError
 from secateur.core.facts import environment
+from secateur.core.masks import Masks
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
+from secateur.experiments import Similarity, mask_jaccard
 from secateur.formats import is_bundle
 from secateur.frontends import load_data, load_model
 from secateur.report import comparison_table, verdict_text
 from secateur.report.jsonreport import comparison_json
+from secateur.report.units import percent
 
 GAIN_MISSING = 6
 _REQUIRABLE = ("smaller", "faster", "accuracy")
@@ -44,6 +47,7 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
 ) -> None:
     """Compare A with B: paired accuracy, size, and latency measured in turn.
 
+    Of two masked networks it also says how alike their masks are.
     --weights belongs to A. --model belongs to whichever is a bundle.
 
         secateur compare net.py:build small --weights net.safetensors --data data.py:load
@@ -61,6 +65,14 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
         out.show(verdict_text(found.verdict))
         if found.identical:
             out.show(Text("The two networks are identical, bit for bit."))
+        alike = _alike(first.masks, second.masks)
+        if alike is not None:
+            out.show(
+                Text(
+                    "Masks: of the weights that either network keeps, both keep "
+                    f"{percent(alike.whole.value)} (random masks: {percent(alike.given_layers.chance)})."
+                )
+            )
         missing = [
             text
             for text, (name, most) in zip(require or (), claims, strict=True)
@@ -68,10 +80,20 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
         ]
         for text in missing:
             out.errors.print(Text(f"required and missing: {text}", "bold red"))
-        content = {"comparison": comparison_json(found), "environment": environment()}
+        content = {
+            "comparison": comparison_json(found),
+            "masks": alike and {"jaccard": alike.whole.value, "chance": alike.given_layers.chance},
+            "environment": environment(),
+        }
         out.finish({**content, "required": list(require or ()), "missing": missing})
         if missing:
             raise typer.Exit(GAIN_MISSING)
+
+
+def _alike(a: Masks, b: Masks) -> Similarity | None:
+    """How alike the masks are; None unless both networks have them, of the same weights."""
+    same = bool(a) and {n: m.shape for n, m in a.items()} == {n: m.shape for n, m in b.items()}
+    return mask_jaccard(a, b, per_layer=False) if same else None
 
 
 def _claim(text: str, data: str | None) -> tuple[str, float | None]:

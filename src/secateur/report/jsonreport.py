@@ -15,8 +15,9 @@ Keys of each command:
   ``history``, ``seconds``, ``environment`` and ``onnx``.
 * ``shrink``: the same with ``widths``, ``proof``, ``target``, ``parameters`` and ``pretrained`` in the
   place of ``sparsity`` and ``layers``.
-* ``evaluate``: ``measurement`` and ``environment``. ``compare``: ``comparison``, ``environment``,
-  ``required`` and ``missing``. ``export``: ``onnx``.
+* ``evaluate``: ``measurement`` and ``environment``. ``compare``: ``comparison``, ``masks`` (null, or
+  their Jaccard index and its level by chance), ``environment``, ``required`` and ``missing``.
+  ``export``: ``onnx``.
 * ``ticket``: ``folder``, ``dense``, ``levels``, ``metric``, ``split``, ``structure`` and others.
   ``plot``: ``output``, ``plots`` and ``left_out``.
 * ``compile`` and ``bench``: those of ``secateur.report.runtime``. ``doctor``: those of

@@ -1,12 +1,11 @@
-"""Lottery tickets for the terminal: levels, emergent structure and matrices of similar masks."""
+"""Lottery tickets for the terminal: levels, and structure that emerges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from secateur.report.columns import Columns
 from secateur.report.units import percent, points
@@ -75,26 +74,6 @@ def structure_table(shares: Mapping[str, tuple[float, float]]) -> Columns:
     for kind, (found, expected) in shares.items():
         table.add_row(kind, percent(found), percent(expected) if expected > 1e-6 else percent(0))
     return Columns(table)
-
-
-def similarity_table(names: Sequence[str], values: Sequence[Sequence[float]]) -> Columns:
-    """A matrix of similarities; numbers stand for the columns.
-
-    Example:
-        >>> from rich.console import Console
-        >>> Console(width=40).print(similarity_table(["a", "b"], [[1, 0.25], [0.25, 1]]))
-                1     2
-        1  a  1.00  0.25
-        2  b  0.25  1.00
-    """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("", overflow="fold", min_width=12)
-    for number in range(1, len(names) + 1):
-        table.add_column(str(number), justify="right", no_wrap=True)
-    for number, (name, row) in enumerate(zip(names, values, strict=True), start=1):
-        table.add_row(str(number), Text(name), *(f"{value:.2f}" for value in row))
-    return Columns(table, labels=2)
 
 
 def _value(value: float | None, shares: bool) -> str:
