@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 PUBLIC = """secateur secateur.score secateur.pattern secateur.allocate secateur.schedule secateur.recover
 secateur.learn secateur.structure secateur.allocate.widths secateur.drive.recipe
 secateur.drive.methods secateur.drive.recipe_file secateur.drive.structural.shrink
-secateur.drive.structural.recipe secateur.drive.training.regrow secateur.drive.training.learned
+secateur.drive.structural.recipe secateur.drive.structural.methods
+secateur.drive.training.regrow secateur.drive.training.learned
 secateur.drive.training.resume secateur.drive.training.order secateur.drive.training.recorder
 secateur.drive.training.ranks secateur.drive.training.hosts secateur.drive.structural.heads
 secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report
@@ -121,6 +122,8 @@ def methods() -> str:
     from secateur.drive.methods import ALIASES
     from secateur.drive.parts import CATALOGUES
     from secateur.drive.recipe import Recipe
+    from secateur.drive.structural.methods import SHRINK_ALIASES
+    from secateur.drive.structural.recipe import ShrinkRecipe
 
     head = ["name", "call", "what", *(c.lower() for c in COLUMNS)]
     text = [METHODS]
@@ -129,18 +132,24 @@ def methods() -> str:
     catalogues = {t: CATALOGUES[k] for k, t in zip(KINDS, TITLES, strict=True)}
     for title, parts in (catalogues | {"Statistics (what parts need)": known}).items():
         text += [f"## {title}\n", table([head, *(part_row(k, p) for k, p in parts.items())])]
+    text[0] += "\n## Published methods\n\n" + made_of(ALIASES, Recipe)
+    text[0] += "\n## Published methods of shrink\n\n" + made_of(SHRINK_ALIASES, ShrinkRecipe)
+    return "\n".join(text)
+
+
+def made_of(aliases: Mapping[str, Any], kind: type) -> str:
+    """The table of aliases: how each recipe differs from the default one."""
     rows = [["method", "what", "made of"]]
-    for name, alias in ALIASES.items():
-        recipe, plain = alias(), Recipe()
-        keys = [f.name for f in dataclasses.fields(Recipe) if f.name not in ("criterion", "target")]
+    for name, alias in aliases.items():
+        recipe, plain = alias(), kind()
+        keys = [f.name for f in dataclasses.fields(kind) if f.name not in ("criterion", "target")]
         made = [f"{k}={brief(v)}" for k in keys if (v := getattr(recipe, k)) != getattr(plain, k)]
         call = signature(name, alias).partition(" ->")[0]
         what = inspect.cleandoc(alias.__doc__ or "").split("\n")[0]
         rows.append(
             [f"`{call}`", what, " ".join(f"`{m}`" for m in (brief(recipe.criterion), *made))]
         )
-    rows = [[cell(text) for text in row] for row in rows]
-    return "\n".join([text[0], "## Published methods\n", table(rows), *text[1:]])
+    return table([[cell(text) for text in row] for row in rows])
 
 
 def pages() -> dict[Path, str]:

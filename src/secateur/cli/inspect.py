@@ -20,6 +20,7 @@ from secateur.core.slots import Slot
 from secateur.drive.methods import ALIASES
 from secateur.drive.parts import CATALOGUES
 from secateur.drive.plan import plan
+from secateur.drive.structural.methods import SHRINK_ALIASES
 from secateur.drive.structural.width_cost import removable_share
 from secateur.frontends import load_data, load_model
 from secateur.frontends.example import example_inputs
@@ -29,6 +30,7 @@ from secateur.structure import couple
 
 _LISTS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "methods": ALIASES,
+    "shrink-methods": SHRINK_ALIASES,
     "criteria": CATALOGUES["criterion"],
     "patterns": CATALOGUES["pattern"],
     "allocations": CATALOGUES["allocation"],
@@ -75,6 +77,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
     inputs: options.Input = None,
     data: options.Data = None,
     methods: Annotated[bool, _list("methods")] = False,
+    shrink_methods: Annotated[bool, _list("shrink-methods")] = False,
     criteria: Annotated[bool, _list("criteria")] = False,
     patterns: Annotated[bool, _list("patterns")] = False,
     allocations: Annotated[bool, _list("allocations")] = False,
@@ -97,6 +100,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 _LISTS,
                 (
                     methods,
+                    shrink_methods,
                     criteria,
                     patterns,
                     allocations,

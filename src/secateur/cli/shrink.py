@@ -46,6 +46,14 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
     architecture: options.Architecture = None,
     inputs: options.Input = None,
     recipe: options.RecipeFile = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A published method. See secateur inspect --shrink-methods.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -129,6 +137,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         wanted = _recipe(
             recipe,
             {
+                "method": method,
                 "target": target,
                 "criterion": criterion,
                 "allocation": allocation,

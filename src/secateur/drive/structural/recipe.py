@@ -1,4 +1,4 @@
-"""The recipe of structural pruning, and the aliases of published methods."""
+"""The recipe of structural pruning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from secateur.allocate.widths import RankedWidths, UniformWidths, WidthAllocation
+from secateur.allocate.widths import RankedWidths, WidthAllocation
 from secateur.core.arguments import require_kind, require_part
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UnknownName, UsageError
@@ -165,16 +165,3 @@ def _require_order(steps: tuple[CutStep, ...]) -> None:
             "a cut is compensated first, then BatchNorm is measured, then the network trains",
             f"write them as {recovery_named([_ORDER[i]() for i in sorted(set(given))])}",
         )
-
-
-def filters(target: Target = Target("macs", 0.5)) -> ShrinkRecipe:
-    """Filters by their L1 norm, the same share everywhere (arXiv 1608.08710)."""
-    return ShrinkRecipe(Grouped(Magnitude()), target, UniformWidths())
-
-
-def depgraph(target: Target = Target("macs", 0.5)) -> ShrinkRecipe:
-    """Groups by their normalised squared weights, ranked globally (arXiv 2301.12900)."""
-    return ShrinkRecipe(Grouped(Magnitude(p=2)), target, RankedWidths())
-
-
-SHRINK_ALIASES = {"filters": filters, "depgraph": depgraph}

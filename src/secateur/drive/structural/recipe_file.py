@@ -18,7 +18,8 @@ from secateur.drive.parts import (
     typed,
 )
 from secateur.drive.recipe import Scope
-from secateur.drive.structural.recipe import SHRINK_ALIASES, ShrinkRecipe
+from secateur.drive.structural.methods import SHRINK_ALIASES
+from secateur.drive.structural.recipe import ShrinkRecipe
 
 _PARTS = {"criterion": "group_criterion", "allocation": "width_allocation"}
 _KEYS = ("version", "shrink", "method", "target", "recovery", "scope", "uniform", "align", "rounds", "seed",
