@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -127,6 +127,7 @@ def test_the_law_catches_planted_errors(broken: Layout) -> None:
     density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.1]),
     seed=st.integers(0, 10**6),
 )
+@example(shape=(1, 4, 5, 7), dtype=torch.float64, density=0.0, seed=0)
 def test_round_trip(shape: tuple[int, ...], dtype: torch.dtype, density: float, seed: int) -> None:
     value, mask = random_bits(shape, dtype, seed), random_mask(shape, density, seed)
     kept = int(mask.sum())
@@ -135,7 +136,8 @@ def test_round_trip(shape: tuple[int, ...], dtype: torch.dtype, density: float, 
             check_law(layout, value, mask)
     check_law(smallest(shape, dtype, kept), value, mask)
     assert Bitmask().fits(shape, dtype, kept)
-    assert CSR().fits(shape, dtype, kept)
+    # What is empty but for its counts may be more than 1024 times as large as its parts.
+    assert CSR().fits(shape, dtype, kept) or not kept
 
 
 @pytest.mark.parametrize("columns", [255, 256, 257, 65535, 65536, 65537])
