@@ -74,6 +74,18 @@ def test_other_settings_are_refused(kind: str, how: FineTune, tmp_path: Path) ->
     assert all(torch.equal(before[n], v) for n, v in network.state_dict().items())
 
 
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_masks_go_on_learning_with_the_same_distillation_only(
+    distill: float, tmp_path: Path
+) -> None:
+    """Their loss distils by itself: the loop, which compares settings, is told of none."""
+    how = dataclasses.replace(TRAINED, distill=distill)
+    OTHERS["learned"](plain(0), tmp_path, how)
+    OTHERS["learned"](plain(0), tmp_path, how)
+    with pytest.raises(UsageError, match=rf"begun with distill={distill:g}.* now distill=0\.9"):
+        OTHERS["learned"](plain(0), tmp_path, dataclasses.replace(how, distill=0.9))
+
+
 def test_a_run_may_go_on_with_another_answer_to_nan(tmp_path: Path) -> None:
     finetune(plain(0), Data(train=BATCHES), TRAINED, checkpoint=tmp_path)
     calmer = dataclasses.replace(TRAINED, on_nan="rollback")

@@ -26,6 +26,7 @@ from secateur.drive.recipe import Recipe, Scope, describe
 from secateur.drive.training import ranks
 from secateur.drive.training.finetune import FineTune, finetune
 from secateur.drive.training.held import masks_of
+from secateur.drive.training.recorder import Tally
 from secateur.frontends.remembered import surgery_of
 from secateur.learn import Distill, Learner, Learning
 from secateur.learn.masked import obstacle, require_unlearned
@@ -299,7 +300,7 @@ def learn_masks(
     def attach(optimizer: torch.optim.Optimizer, per_epoch: int) -> _Stepping:
         plain = replace(found, loss=base)
         learned = Learned(copied, optimizer, how, scope=scope, data=plain)
-        live.append(_Stepping(learned, per_epoch))
+        live.append(_Stepping(learned, per_epoch, training.distill))
         return live[0]
 
     history = finetune(
@@ -329,8 +330,9 @@ def _towards(loss: Loss, teacher: nn.Module, training: FineTune) -> Loss:
 class _Stepping:
     """What runs after each step of a fine-tuning: it knows the batch, and watches the sparsity."""
 
-    def __init__(self, learned: Learned, per_epoch: int) -> None:
+    def __init__(self, learned: Learned, per_epoch: int, distill: float) -> None:
         self.learned, self._per_epoch = learned, per_epoch
+        self._terms = Tally(terms={"distill": distill})  # the loop is told of none
         self.batch: Batch = None
         self._seen: list[float] = []
 
@@ -345,10 +347,12 @@ class _Stepping:
             record["sparsity"] = sparsity
 
     def state_dict(self) -> dict[str, Any]:
-        return {"learned": self.learned.state_dict(), "seen": list(self._seen)}
+        kept = {"seen": list(self._seen), "terms": self._terms.terms}
+        return {"learned": self.learned.state_dict(), **kept}
 
     def require_fit(self, state: Mapping[str, Any]) -> None:
         self.learned.require_fit(state["learned"])
+        self._terms.require_fit(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learned.load_state_dict(state["learned"])
