@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,6 +18,7 @@ from secateur.core.errors import BudgetError, MissingExtra, UnknownName, UsageEr
 from secateur.core.facts import Facts
 from secateur.drive.structural import budget as shrink_budget
 from secateur.drive.structural import latency_clock
+from secateur.drive.structural.latency_budget import Attempt, LatencySearch
 from secateur.drive.structural.latency_clock import Clock, Paired, clock_for
 from secateur.drive.structural.recipe_file import from_plain, to_plain
 from secateur.runtime import layer_times
@@ -63,14 +64,14 @@ def test_the_loop_meets_a_target_that_tables_get_wrong(
     (clock,) = [use_clock(monkeypatch, macs, within, fixed=40.0)]
     pruned = shrink(net, target, allocation=allocation)
     told = pruned.facts.measures["target"]
-    assert abs(told["reached"] / told["limit"] - 1) <= 0.02
+    assert 0.98 <= told["reached"] / told["limit"] <= 1
     assert told["reached"] == pytest.approx(clock[0].of(pruned.model))
     assert told["dense"] == pytest.approx(clock[0].of(net))
     expected = (
         300 if target == "latency=300" else secateur.Target.parse(target).value * told["dense"]
     )
     assert told["limit"] == pytest.approx(expected)
-    assert 1 <= len(told["tries"]) <= 5
+    assert 1 <= len(told["tries"]) <= 6
     assert (told["engine"], told["threads"], told["align"]) == ("made up", 1, 1)
     assert not [n for n in pruned.facts.notes if n.topic in ("target", "latency")]
     assert pruned.facts.measures["proof"] < 1e-5
@@ -167,6 +168,46 @@ def test_a_busy_machine_is_said(net: Net, monkeypatch: pytest.MonkeyPatch) -> No
     )
     facts = shrink(net, "latency=2x").facts
     assert any("other processes ran" in n.text for n in facts.notes if n.topic == "latency")
+
+
+@pytest.mark.parametrize(
+    ("over", "best"),
+    [
+        ((0.9, 1.01), 1.01),  # within 2 %, where the other is too narrow
+        ((1.01, 0.985, 0.9), 0.985),  # fast enough, and as wide as that allows
+        ((0.6, 0.9, 1.1), 0.9),
+        ((1.2, 1.1), 1.1),
+    ],
+)
+def test_the_best_attempt(net: Net, over: tuple[float, ...], best: float) -> None:
+    search = LatencySearch(
+        secateur.Target.parse("latency=2x"),
+        UniformWidths(),
+        lambda kept: net,
+        MadeUp(net, macs, macs),
+        Facts(),
+        [Attempt({}, 1.0, 10.0, 10.0 * each, (0.0, 0.0), 20.0) for each in over],
+    )
+    assert search.best.over == pytest.approx(best)
+
+
+def test_each_race_opens_both_networks_anew(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[nn.Module] = []
+
+    def prepare(model: nn.Module) -> latency_clock.Opener:
+        def run() -> Callable[[], None]:
+            opened.append(model)
+            return lambda: None
+
+        return run
+
+    monkeypatch.setattr(latency_clock, "_SECONDS", 0.0)
+    small = Net(8, 8)
+    clock = latency_clock.EngineClock("made up", 1, prepare, lambda chains: [], net).open()
+    opened.clear()
+    clock.pair(small)
+    assert len(opened) >= 4
+    assert [each is net for each in opened] == [True, False] * (len(opened) // 2)
 
 
 def test_pairs_are_judged_by_medians_unless_disturbed() -> None:

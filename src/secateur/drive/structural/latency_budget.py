@@ -18,7 +18,9 @@ from secateur.drive.structural.width_latency import LatencyCost, widened
 
 #: A target is met within this share of it.
 TOLERANCE = 0.02
-_TRIES = 5
+# A latency is sought on the fast side of the target, so that it still holds when it is measured anew.
+_AIM = 1 - TOLERANCE / 2
+_TRIES = 6
 # Halvings of the way from the target to the uncut network, on the search for the narrowest one.
 _HALVINGS = 14
 
@@ -54,8 +56,13 @@ class Attempt:
 
     @property
     def meets(self) -> bool:
-        """Whether the target is met, if need be by too much."""
-        return self.over <= 1 + TOLERANCE
+        """Whether it is fast enough, if need be by too much."""
+        return self.over <= 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is fast enough, and as wide as that allows."""
+        return 1 - TOLERANCE <= self.over <= 1
 
 
 @dataclass
@@ -92,15 +99,24 @@ class LatencySearch:
                 break
             tried = self._measured(kept, cost(kept), narrowest=narrowest)
             self.attempts.append(tried)
-            if abs(tried.over - 1) <= TOLERANCE or (narrowest and not tried.meets):
+            if tried.exact or (narrowest and not tried.meets):
                 break
             cost = cost.corrected(kept, tried.reached)
             at = cost(kept)
             low, high = (max(low, at), high) if tried.meets else (low, min(high, at))
-            limit = at / tried.over
+            limit = _AIM * at / tried.over
             if not low < limit < high:
                 limit = (low + high) / 2 if high < math.inf else (low + cost.dense) / 2
         return dict(self._told().kept)
+
+    @property
+    def best(self) -> Attempt:
+        """The widest that is fast enough; one that is too slow by a little before one too narrow."""
+        near = [t for t in self.attempts if t.over <= 1 + TOLERANCE]
+        for good in ([t for t in near if t.exact], near):
+            if good:
+                return max(good, key=lambda t: t.over)
+        return min(self.attempts, key=lambda t: t.over)
 
     def _chosen(
         self, items: Sequence[WidthItem], cost: LatencyCost, limit: float
@@ -134,9 +150,8 @@ class LatencySearch:
 
     def _told(self) -> Attempt:
         """The best attempt; facts and notes say how good it is."""
-        met = [tried for tried in self.attempts if tried.meets]
-        best = max(met, key=lambda t: t.over) if met else min(self.attempts, key=lambda t: t.over)
-        if best.narrowest and not met:
+        best = self.best
+        if best.narrowest and best.over > 1 + TOLERANCE:
             raise BudgetError(
                 f"latency={best.wanted:.4g} ms",
                 f"with every width at its least, {best.reached:.4g} of {best.dense:.4g} ms remain, "
@@ -169,7 +184,7 @@ class LatencySearch:
     def _why(self, best: Attempt) -> str:
         if len(self.attempts) == _TRIES:
             return f"the nearest of {_TRIES} networks that were measured"
-        if not best.meets:
+        if best.over > 1:
             return "the allocation gives no narrower widths"
         wider = [t.over for t in self.attempts if not t.meets]
         if wider:

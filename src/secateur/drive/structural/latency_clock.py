@@ -29,8 +29,9 @@ from secateur.runtime.layer_times import (
 from secateur.runtime.race import Raced, race, runner
 
 # A pair is raced for so long, and again while the range of its ratio is wider than this share of it, or
-# the uncut network so many times slower than it was; but not more often than this.
-_SECONDS, _WIDE, _SLOW, _RACES = 2.0, 0.04, 1.15, 4
+# the uncut network so many times slower than it was; but not more often than this, nor less than that.
+# Each race opens both networks anew: where a session puts its weights changes its times by percents.
+_SECONDS, _WIDE, _SLOW, _MOST, _LEAST = 1.0, 0.04, 1.15, 8, 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Paired:
         return Paired(dense, small, small / dense, *spans, busy=True)
 
 
+#: Opens a network in an engine, and gives a function that runs it once.
+Opener = Callable[[], Callable[[], None]]
+
+
 class Clock(Protocol):
     """Measures an engine. What it runs a network on is decided when it is made."""
 
@@ -102,22 +107,23 @@ class EngineClock:
     Args:
         engine: ``"onnxruntime"`` or ``"torch"``.
         threads: Of a run.
-        prepare: Makes a function that runs a network once.
+        prepare: Makes a function that opens a network, which gives one that runs it once.
         timer: Measures layers.
         model: The uncut network.
     """
 
     engine: str
     threads: int
-    prepare: Callable[[nn.Module], Callable[[], None]]
+    prepare: Callable[[nn.Module], Opener]
     timer: Timer
     model: nn.Module
-    _dense: list[Callable[[], None]] = field(default_factory=list)
+    _dense: list[Opener] = field(default_factory=list)
     _best: float = math.inf
 
     def open(self) -> EngineClock:
         """Prepare the uncut network now; the engine may refuse it."""
         self._dense[:] = [self.prepare(self.model)]
+        self._dense[0]()
         return self
 
     def layers(self, chains: Sequence[Chain]) -> Sequence[float]:
@@ -127,19 +133,19 @@ class EngineClock:
     def dense(self) -> float:
         """Milliseconds of the uncut network."""
         with evaluating(self.model):
-            raced = race(self._dense, seconds=_SECONDS / 2, drop=False)
+            raced = race([self._dense[0]()], seconds=_SECONDS, drop=False)
         self._best = min(self._best, raced.undisturbed(0))
         return raced.undisturbed(0)
 
     def pair(self, small: nn.Module) -> Paired:
         """The uncut network and a cut one, in turn."""
         with evaluating(self.model), evaluating(small):
-            runs = [*self._dense, self.prepare(small)]
-            raced = race(runs, seconds=_SECONDS, drop=False)
-            for _ in range(_RACES - 1):
-                if not Paired.of(raced, self._best).busy:
+            openers = [*self._dense, self.prepare(small)]
+            raced = Raced(((), ()))
+            for number in range(_MOST):
+                if number >= _LEAST and not Paired.of(raced, self._best).busy:
                     break
-                again = race(runs, seconds=_SECONDS, drop=False).times
+                again = race([opened() for opened in openers], seconds=_SECONDS, drop=False).times
                 raced = Raced((raced.times[0] + again[0], raced.times[1] + again[1]))
         found = Paired.of(raced, self._best)
         self._best = min(self._best, raced.undisturbed(0))
@@ -210,11 +216,15 @@ class _Exported:
     example: Batch
     threads: int
 
-    def __call__(self, model: nn.Module) -> Callable[[], None]:
+    def __call__(self, model: nn.Module) -> Opener:
         with tempfile.TemporaryDirectory(prefix="secateur-") as place:
             path = Path(place) / "model.onnx"
             export_onnx(model, self.example, path)
-            opened = stock_session(str(path), self.threads)
+            written = path.read_bytes()
+        return lambda: self._open(written)
+
+    def _open(self, written: bytes) -> Callable[[], None]:
+        opened = stock_session(written, self.threads)
         args, kwargs = inputs_of(self.example)
         named = [x for name, x in kwargs.items() if name != "labels"]
         given = [x for x in (*args, *named) if isinstance(x, Tensor)]
@@ -228,7 +238,7 @@ class _InTorch:
 
     example: Batch
 
-    def __call__(self, model: nn.Module) -> Callable[[], None]:
+    def __call__(self, model: nn.Module) -> Opener:
         device = device_of(model)
         batch: Any = to_device(self.example, device)
 
@@ -238,4 +248,4 @@ class _InTorch:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        return run
+        return lambda: run
