@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from secateur import Data, Gradual, Recipe, Target
+import secateur
+from secateur import Data, FineTune, Gradual, Recipe, Target
 from secateur.core.errors import DataError, SecateurError, UsageError
 from secateur.core.masks import Masks
 from secateur.drive.training import ranks
@@ -197,7 +198,30 @@ def accelerated(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return facts(Training(model, sgd, pruner))
 
 
-JOBS = (recipes, statistics, decisions, differing, continued, sharded, accelerated)
+def broken(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """The loss of process 1 alone is NaN, once, in step 6."""
+    model = net()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    calls = []
+
+    def loss(run: nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        value = nn.functional.cross_entropy(run(batch[0]), batch[1])
+        return value * float("nan") if rank == 1 and len(calls) == 6 else value
+
+    def attach(optimizer: torch.optim.Optimizer, per_epoch: int) -> Gradual:
+        pruners.append(Gradual(model, optimizer, RECIPES["magnitude"]))
+        return pruners[0]
+
+    pruners: list[Gradual] = []
+    data = Data(train=Shuffled((X, Y), 16, seed=2, share=(rank, world)), loss=loss)
+    how = FineTune(3, 0.1, on_nan="rollback")
+    history = secateur.finetune(wrapped, data, how, attach=attach)
+    told = [text for record in history for text in record.get("rollbacks", ())]
+    return {**facts(Training(model, torch.optim.SGD(model.parameters()), pruners[0])), "told": told}
+
+
+JOBS = (recipes, statistics, decisions, differing, continued, sharded, accelerated, broken)
 
 
 def process(rank: int, world: int, folder: Path) -> None:
@@ -273,6 +297,19 @@ def test_the_comparison_of_weights_sees_a_difference() -> None:
     assert not near({"a": [1.0]}, {"a": [1.001]})
     assert not near({"a": [1.0]}, {"a": [1.0], "b": []})
     assert alone("magnitude")["masks"] != alone("wanda")["masks"]
+
+
+def test_a_loss_that_breaks_in_one_process_takes_all_of_them_back(
+    pair: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    first, second = (found["broken"] for found in pair[1])
+    assert first["masks"] == second["masks"]
+    assert first["weights"] == second["weights"]
+    assert first["sparsity"] > 0.45
+    for found in (first, second):
+        assert "step 6: went back to step 5" in found["told"][0]
+    assert "the loss is nan at" in second["told"][0]
+    assert "NaN or infinite in another process" in first["told"][0]
 
 
 def test_statistics_are_those_of_all_data(pair: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -26,6 +26,7 @@ from secateur.core.batches import (
 from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError
 from secateur.core.losses import default_loss, differentiable, logits_of, loss_of, unusable
 from secateur.core.slots import device_of
+from secateur.drive.training import ranks
 from secateur.drive.training.held import Held, masks_of
 from secateur.drive.training.order import Feed
 from secateur.drive.training.recorder import Checkpoints, Recorder, Tally, as_checkpoints
@@ -218,7 +219,8 @@ class Loop:
                     with _autocast(device, how.bfloat16):
                         loss = differentiable(self._loss(batch))
                     value = float(loss.detach())
-                    if not math.isfinite(value):
+                    # All processes go back together, or the others wait for this one's gradients.
+                    if not ranks.finite_everywhere(value):
                         recorder.back_(value)
                         went_back = True
                         break

@@ -7,6 +7,7 @@ Texts travel as bytes in tensors: torch's own exchange of objects is made of pic
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +45,20 @@ def barrier() -> None:
     """Wait for all processes."""
     if world() > 1:
         dist.barrier()
+
+
+def finite_everywhere(value: float) -> bool:
+    """Whether a number of each process is neither infinite nor NaN.
+
+    Example:
+        >>> finite_everywhere(1.5), finite_everywhere(math.nan)
+        (True, False)
+    """
+    if world() == 1:
+        return math.isfinite(value)
+    broken = torch.tensor([0.0 if math.isfinite(value) else 1.0], device=_wire())
+    dist.all_reduce(broken)
+    return not broken.item()
 
 
 def gather_text(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,6 +191,8 @@ class Recorder:
         """
         step, before = self._tally.done + 1, list(self._tally.rollbacks)
         found = f"the loss is {value}"
+        if math.isfinite(value):
+            found += ", and NaN or infinite in another process"
         if not self._rollback or self._copy is None or len(before) >= ROLLBACKS:
             often = f" after {len(before)} rollbacks" if before else ""
             raise DataError(
