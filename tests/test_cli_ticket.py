@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from tickets_cases import RECIPE, plan, search
 from typer.testing import CliRunner, Result
 
@@ -50,6 +52,21 @@ def test_command_finds_what_python_finds(tmp_path: Path) -> None:
     assert "level 2" in shown
     assert shown.count("done before") == 3
     assert "entirely zero" in shown
+
+
+def test_command_measures_lines_between_levels(tmp_path: Path) -> None:
+    words = ["--levels", "36%,0.79", "--allocation", "global", "--lr", "0.05"]
+    told = json.loads(command(tmp_path, "--json", "--connectivity", *words).stdout)
+    lines, stages = told["connectivity"], [told["dense"], *told["levels"]]
+    assert [len(line["errors"]) for line in lines] == [5, 5]
+    for line, (a, b) in zip(lines, itertools.pairwise(stages), strict=True):
+        ends = line["errors"][0], line["errors"][-1]
+        assert ends == pytest.approx((1 - a["accuracy"], 1 - b["accuracy"]))
+        assert line["barrier"] == pytest.approx(max(0.0, max(line["errors"]) - sum(ends) / 2))
+    shown = command(tmp_path, "--connectivity", *words).stdout
+    assert "barrier" in shown
+    assert f"+{100 * lines[1]['barrier']:.2f} points" in shown
+    assert "barrier" not in command(tmp_path, *words).stdout
 
 
 def test_command_refuses_in_its_own_words(tmp_path: Path) -> None:

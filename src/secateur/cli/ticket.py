@@ -18,7 +18,14 @@ from secateur.cli.screen import screen
 from secateur.core.budget import number
 from secateur.core.errors import UsageError
 from secateur.core.facts import environment
-from secateur.experiments import Structure, TicketPlan, Training, emergent_structure, find_ticket
+from secateur.experiments import (
+    Structure,
+    TicketPlan,
+    Training,
+    emergent_structure,
+    find_ticket,
+    level_lines,
+)
 from secateur.frontends import load_data, load_model
 from secateur.report import notes_text
 from secateur.report.tickets import structure_table, ticket_table
@@ -95,6 +102,14 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
     optimizer: Annotated[str, _training("NAME", "sgd or adamw.")] = "sgd",
     decay: Annotated[str, _training("NAME", "Of the rate: steps or cosine.")] = "steps",
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
+    connectivity: Annotated[
+        bool,
+        typer.Option(
+            "--connectivity",
+            metavar="",
+            help="Also measure the line from each level to the one before: is there a barrier?",
+        ),
+    ] = False,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -128,10 +143,16 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
         )
         network = _network(model, weights, architecture)
         with out.progress() as progress:
+            batches = load_data(data)
             found = find_ticket(
-                network, wanted, load_data(data), folder=output, plan=plan, progress=progress
+                network, wanted, batches, folder=output, plan=plan, progress=progress
             )
         content = found.to_dict()
+        if connectivity:
+            lines = level_lines(_built(network), found, batches)
+            content["connectivity"] = [
+                {**dataclasses.asdict(line), "barrier": line.barrier} for line in lines
+            ]
         out.text.print(ticket_table(content))
         structure = _structure(emergent_structure(found.masks()[-1], _built(network)))
         out.show(structure_table(structure))

@@ -1,6 +1,6 @@
 """Experiments over many trainings: lottery tickets, how alike masks are, how stable pruning is."""
 
-from secateur.experiments.connectivity import Connectivity, connectivity
+from secateur.experiments.connectivity import Connectivity, connectivity, level_lines
 from secateur.experiments.damage import Damage, Disturbance
 from secateur.experiments.reading import Reading, read
 from secateur.experiments.similarity import (
@@ -49,6 +49,7 @@ __all__ = [
     "emergent_structure",
     "find_ticket",
     "hamming",
+    "level_lines",
     "load_ticket",
     "mask_churn",
     "mask_jaccard",

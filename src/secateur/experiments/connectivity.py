@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from secateur.core.batches import as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.drive.pruned import Pruned
 from secateur.experiments.reading import read
-from secateur.formats import Bundle
+from secateur.experiments.ticket_facts import TicketFacts
+from secateur.formats import Bundle, read_bundle
 from secateur.recover import BatchNorm
 
 State = Mapping[str, Tensor]
@@ -106,6 +108,46 @@ def connectivity(
         errors.append(reading.error)
         losses.append(reading.loss)
     return Connectivity(shares, tuple(errors), tuple(losses))
+
+
+def level_lines(
+    model: nn.Module, found: TicketFacts, data: Any, *, points: int = 5
+) -> list[Connectivity]:
+    r"""Measure the line from each level of a ticket search to the level before it (dense at first).
+
+    Iterative pruning finds tickets that win as long as successive levels lie in one linearly
+    connected valley. BatchNorm statistics are measured anew at every inner point.
+
+    **formula** :func:`connectivity` of :math:`w_{i-1}` and :math:`w_i`
+    **Shapes** a line a level
+    **Units** share of wrong answers
+    **Needs** test and training data, and the folder of the search
+    **Source** Paul et al., arXiv 2210.03044
+
+    Args:
+        model: The architecture; it is not changed.
+        found: The search.
+        data: That of the search.
+        points: Of each line, both ends included.
+
+    Example:
+        >>> import tempfile
+        >>> from secateur.experiments import TicketPlan, Training, find_ticket
+        >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        >>> batches = [(x, x[:, :2].argmax(1))]
+        >>> build = lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> how = TicketPlan(levels=(0.36, 0.79), training=Training(epochs=2))
+        >>> found = find_ticket(build, data=batches, folder=tempfile.mkdtemp(), plan=how)
+        >>> lines = level_lines(build(), found, batches)
+        >>> len(lines), len(lines[0].errors), lines[0].barrier >= 0
+        (2, 5, True)
+    """
+    stages = (found.dense, *found.levels)
+    ends = [read_bundle(stage.folder) for stage in stages]
+    return [
+        connectivity(model, a, b, data, points=points, reestimate=True)
+        for a, b in itertools.pairwise(ends)
+    ]
 
 
 def _between(a: State, b: State, share: float) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ Keys of each command:
 * ``evaluate``: ``measurement`` and ``environment``. ``compare``: ``comparison``, ``masks`` (null, or
   their Jaccard index and its level by chance), ``environment``, ``required`` and ``missing``.
   ``export``: ``onnx``.
-* ``ticket``: ``folder``, ``dense``, ``levels``, ``metric``, ``split``, ``structure`` and others.
+* ``ticket``: ``folder``, ``dense``, ``levels``, ``metric``, ``split``, ``structure`` and others; with
+  ``--connectivity``, ``connectivity`` (of each level with the one before: ``shares``, ``errors``,
+  ``losses`` and ``barrier``).
   ``plot``: ``output``, ``plots`` and ``left_out``.
 * ``compile`` and ``bench``: those of ``secateur.report.runtime``. ``doctor``: those of
   ``secateur.report.doctor``.

@@ -15,7 +15,8 @@ def ticket_table(facts: Mapping[str, Any]) -> Columns:
     """One row a level, dense first.
 
     "At start" is right after pruning and rewinding, before training; "churn" is how much the mask
-    differs from the one before it.
+    differs from the one before it. "barrier" is there if lines between levels were measured: how much
+    the worst point between a level and the one before it errs beyond the mean of the two.
 
     Args:
         facts: A ticket's facts as plain data, as they stand in the JSON document.
@@ -37,6 +38,9 @@ def ticket_table(facts: Mapping[str, Any]) -> Columns:
     where = " (training)" if facts.get("split") == "train" else ""
     for name in ("sparsity", f"{facts['metric']}{where}", "against dense", "at start", "churn"):
         table.add_column(name, justify="right", no_wrap=True)
+    lines = facts.get("connectivity", ())
+    if lines:
+        table.add_column("barrier", justify="right", no_wrap=True)
     table.add_column("time", justify="left", no_wrap=True)
     shares = facts["metric"] == "accuracy"
     dense = facts["dense"]["accuracy"]
@@ -50,6 +54,7 @@ def ticket_table(facts: Mapping[str, Any]) -> Columns:
             "" if missing else _change(found - dense, shares),
             _value(stage["accuracy_at_start"], shares),
             "" if first else percent(stage["churn"]),
+            *(["" if first else _barrier(lines[number - 1]["barrier"], shares)] if lines else []),
             "done before" if stage["done"] else f"{stage['seconds']:.1f} s",
         )
     return Columns(table)
@@ -80,6 +85,10 @@ def _value(value: float | None, shares: bool) -> str:
     if value is None:
         return "-"
     return percent(value, 2) if shares else f"{value:.4g}"
+
+
+def _barrier(height: float, shares: bool) -> str:
+    return points(height, None) if shares else f"{height:.4g}"
 
 
 def _change(difference: float, shares: bool) -> str:
