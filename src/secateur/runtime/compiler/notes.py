@@ -55,6 +55,12 @@ def notes(graph: Graph, found: Sequence[Site], plan: Plan) -> tuple[str, ...]:
             f"not tried: {own - len(found)} of {own} layers, with fewer than 20 % zeros "
             "or of a kind that has no sparse operator"
         )
+    if plan.blocks:
+        blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"
+        said.append(
+            f"{blocks} of attention run in ONNX Runtime's own MultiHeadAttention, not in the nodes "
+            "that were exported"
+        )
     text = [o.name for o in graph.model.graph.output if _is_text(o)]
     if text:
         said.append(f"not compared with the dense model, as text: {', '.join(map(repr, text))}")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from secateur.runtime.compiler import attention
+from secateur.runtime.compiler.attention import Attention
 from secateur.runtime.compiler.graph import Graph, replaceable, uses
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.native import Spec, Variant
@@ -77,12 +79,17 @@ def replacement(
     return [*before, node, *after], [*held, *weights]
 
 
-def sparse_model(graph: Graph, chosen: Sequence[tuple[Site, Variant, int]]) -> Any:
+def sparse_model(
+    graph: Graph,
+    chosen: Sequence[tuple[Site, Variant, int]],
+    blocks: Sequence[Attention] = (),
+) -> Any:
     """The model of a graph with sites replaced.
 
     Args:
         graph: The dense one; it is not changed.
         chosen: Sites, their kernels, and the positions that these were chosen for.
+        blocks: Attention that becomes one operator each.
     """
     import onnx
 
@@ -97,6 +104,7 @@ def sparse_model(graph: Graph, chosen: Sequence[tuple[Site, Variant, int]]) -> A
         named = _renamed(site, names, values)
         nodes, weights = replacement(named, variant, positions, graph.opset)
         at[max(site.nodes)] = _shared(nodes, weights, held, same)
+    at |= {block.last: [block.node(graph.nodes[block.last].output[0])] for block in blocks}
     nodes = []
     for index, node in enumerate(graph.nodes):
         nodes += at.get(index, [] if index in gone else [node])
@@ -159,8 +167,11 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
     model.doc_string = source.doc_string
     model.metadata_props.extend(source.metadata_props)
     model.opset_import.extend(source.opset_import)
-    if held and all(o.domain != DOMAIN for o in source.opset_import):
+    used, known = {node.domain for node in nodes}, {o.domain for o in source.opset_import}
+    if DOMAIN in used - known:
         model.opset_import.append(sparse_opset())
+    if attention.DOMAIN in used - known:
+        model.opset_import.append(onnx.helper.make_opsetid(attention.DOMAIN, 1))
     inner = model.graph
     inner.name = source.graph.name or "graph"
     inner.node.extend(nodes)

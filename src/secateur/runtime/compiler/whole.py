@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from secateur.runtime.compiler.attention import Attention, attentions
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.graph import Graph
 from secateur.runtime.compiler.rewrite import sparse_model
@@ -27,6 +28,8 @@ _CLEAR = 0.15
 # layout. The same bounds, widened, say for which layers another try is worth its time.
 _EAGER = -0.25
 _DOUBTFUL = (0.5, 2.5)
+# Share of the time for deciding about attention.
+_ATTENTION = 0.1
 DENSE = "dense"
 
 Progress = Callable[[str, float, float], None]
@@ -43,6 +46,7 @@ class Plan:
         dense_ms: Median of the dense model; None if nothing was timed.
         sparse_ms: Median of this one.
         speedup: Median ratio of paired runs.
+        blocks: Attention that became one operator each.
     """
 
     name: str
@@ -51,12 +55,16 @@ class Plan:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     speedup: float | None = None
+    blocks: tuple[Attention, ...] = ()
 
     @staticmethod
-    def of(graph: Graph, name: str, layers: Sequence[Timed]) -> Plan:
+    def of(
+        graph: Graph, name: str, layers: Sequence[Timed], blocks: Sequence[Attention] = ()
+    ) -> Plan:
         """A plan that was not timed."""
         chosen = [(t.site, t.best, t.positions) for t in layers if t.best is not None]
-        return Plan(name, tuple(layers), sparse_model(graph, chosen))
+        model = sparse_model(graph, chosen, blocks)
+        return Plan(name, tuple(layers), model, blocks=tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ def fastest(graph: Graph, timed: Sequence[Timed], clock: Clock) -> Plan:
     clock.say("timing the model", 1, 3)
     plan = _climbed(graph, timed, tried[best], runners[best], clock)
     clock.say("timing the model", 2, 3)
+    plan = _with_attention(graph, plan, clock)
     if not plan.layers:
         both = raced.median(0)
         return Plan(DENSE, (), sparse_model(graph, ()), both, both, 1.0)
@@ -110,7 +119,20 @@ def fastest(graph: Graph, timed: Sequence[Timed], clock: Clock) -> Plan:
     if raced.ratio(1) > 1 - NEAR_TIE:
         return Plan(DENSE, (), sparse_model(graph, ()), raced.median(0), raced.median(0), 1.0)
     times = raced.median(0), raced.median(1), 1 / raced.ratio(1)
-    return Plan(plan.name, plan.layers, plan.model, *times)
+    return Plan(plan.name, plan.layers, plan.model, *times, plan.blocks)
+
+
+def _with_attention(graph: Graph, plan: Plan, clock: Clock) -> Plan:
+    """The plan with its attention in single operators, if that is surely faster."""
+    blocks = attentions(graph) if plan.layers else ()
+    if not blocks:
+        return plan
+    other = Plan.of(graph, plan.name, plan.layers, blocks)
+    try:
+        runners = [clock.runner(plan.model), clock.runner(other.model)]
+    except Exception:  # there are builds of ONNX Runtime without its own operators
+        return plan
+    return other if clock.race(runners, _ATTENTION, drop=False).ratio_range(1)[1] < 1.0 else plan
 
 
 def plans(timed: Sequence[Timed]) -> dict[str, tuple[Timed, ...]]:

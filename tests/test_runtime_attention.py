@@ -1,0 +1,322 @@
+"""Attention in one operator: which blocks are taken, that they compute the same, and when it pays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx_cases import model, native, onnx, run, sparse, write
+from torch import Tensor, nn
+
+import secateur
+from secateur.core.errors import DataError
+from secateur.runtime.compiler import compile as compiling
+from secateur.runtime.compiler import whole
+from secateur.runtime.compiler.attention import Attention, attentions
+from secateur.runtime.compiler.compile import compile_onnx, read_graph
+from secateur.runtime.compiler.graph import Graph
+from secateur.runtime.compiler.rewrite import sparse_model
+from secateur.runtime.compiler.verify import largest_error, require_same
+from secateur.runtime.race import Raced
+
+HEADS, SIZE = 3, 4
+WIDTH = HEADS * SIZE
+INPUTS = (
+    f"(float[B,S,{WIDTH}] q, float[B,L,{WIDTH}] k, float[B,L,{WIDTH}] v, float[B,1,S,L] mask)"
+    f" => (float[B,S,{WIDTH}] y)"
+)
+# A block as exporters write it; tests put other lines in the place of these.
+LINES = {
+    "q": "qs = Reshape (q, split) qh = Transpose <perm = [0,2,1,3]> (qs)",
+    "k": "ks = Reshape (k, split) kh = Transpose <perm = [0,2,3,1]> (ks)",
+    "v": "vs = Reshape (v, split) vh = Transpose <perm = [0,2,1,3]> (vs)",
+    "product": "qk = MatMul (qh, kh)",
+    "scale": "scaled = Mul (qk, factor)",
+    "add": "scores = Add (scaled, mask)",
+    "softmax": "p = Softmax <axis = -1> (scores)",
+    "mean": "o = MatMul (p, vh) ot = Transpose <perm = [0,2,1,3]> (o)",
+    "join": "y = Reshape (ot, join)",
+}
+HELD = {
+    "split": np.array([0, 0, HEADS, SIZE]),
+    "join": np.array([0, 0, WIDTH]),
+    "factor": np.float32(0.5),
+    "zero": np.float32(0),
+    "low": np.float32(-1000),
+}
+
+
+def block(inputs: str = INPUTS, *, held: dict[str, Any] | None = None, **lines: str) -> Any:
+    parts = {**LINES, **lines}
+    return model(f"{inputs} {{ {' '.join(parts.values())} }}", {**HELD, **(held or {})})
+
+
+def feeds(batch: int = 2, queries: int = 5, keys: int = 7) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"q": (batch, queries, WIDTH), "k": (batch, keys, WIDTH), "v": (batch, keys, WIDTH)}
+    found = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    hidden = rng.random((batch, 1, queries, keys)) < 0.4
+    return {**found, "mask": np.where(hidden, np.float32(-1000), np.float32(0))}
+
+
+def fused(made: Any) -> tuple[tuple[Attention, ...], Any]:
+    graph = Graph.of(made)
+    found = attentions(graph)
+    return found, sparse_model(graph, (), found)
+
+
+# --- which blocks are taken ---------------------------------------------------------------------
+
+
+TAKEN = {
+    "as it is": {},
+    "the mask first": {"add": "scores = Add (mask, scaled)"},
+    "divided": {"scale": "scaled = Div (qk, factor)"},
+    "queries and keys scaled": {
+        "q": "qs = Reshape (q, split) qt = Transpose <perm = [0,2,1,3]> (qs) qh = Mul (qt, factor)",
+        "k": "ks = Reshape (k, split) kt = Transpose <perm = [0,2,3,1]> (ks) kh = Mul (factor, kt)",
+        "scale": "scaled = Identity (qk)",
+        "add": "scores = Add (qk, mask)",
+    },
+    "keys transposed twice": {
+        "k": "ks = Reshape (k, split) kt = Transpose <perm = [0,2,1,3]> (ks) "
+        "kh = Transpose <perm = [0,1,3,2]> (kt)",
+    },
+    "no numbers made zeros, with a finite mask": {
+        "add": "see = Equal (mask, zero) own = Where (see, zero, low) scores = Add (scaled, own)",
+        "softmax": "r = Softmax <axis = -1> (scores) bad = IsNaN (r) p = Where (bad, zero, r)",
+    },
+    "joined with batch and positions": {
+        "join": "flat = Reshape (ot, rows) shape = Shape (q) y = Reshape (flat, shape)",
+    },
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_blocks_that_are_taken_compute_the_same(name: str) -> None:
+    made = block(held={"rows": np.array([-1, WIDTH])}, **TAKEN[name])
+    found, own = fused(made)
+    assert [node.op_type for node in own.graph.node].count("MultiHeadAttention") == 1
+    assert (found[0].heads, found[0].scale) == (
+        HEADS,
+        pytest.approx({"divided": 2.0, "queries and keys scaled": 0.25}.get(name, 0.5)),
+    )
+    assert not [node for node in own.graph.node if node.op_type in ("Softmax", "Transpose")]
+    for sizes in ((2, 5, 7), (1, 1, 1), (3, 4, 4)):
+        given = feeds(*sizes)
+        assert largest_error(run(made, given), run(own, given)) < 1e-5
+
+
+def test_a_wrong_factor_is_noticed() -> None:
+    made = block()
+    graph = Graph.of(made)
+    (found,) = attentions(graph)
+    wrong = sparse_model(graph, (), [replace(found, scale=0.6)])
+    error = largest_error(run(made, feeds()), run(wrong, feeds()))
+    with pytest.raises(DataError, match="differs from the dense one"):
+        require_same(error, "compiling")
+
+
+MIXED = f"(float[B,S,{WIDTH}] q, float[B,L,{WIDTH}] k, float[B,L,{WIDTH}] v"
+LEFT = {
+    "shares that someone else sees": (f"{INPUTS[:-1]}, float[B,{HEADS},S,L] p)", {}),
+    "another axis": (INPUTS, {"softmax": "p = Softmax <axis = 2> (scores)"}),
+    "other positions first": (
+        INPUTS,
+        {"mean": "o = MatMul (p, vh) ot = Transpose <perm = [2,0,1,3]> (o)"},
+    ),
+    "a factor of each score": (
+        f"{MIXED}, float[B,1,S,L] mask, float[S,L] each) => (float[B,S,{WIDTH}] y)",
+        {"scale": "scaled = Mul (qk, each)"},
+    ),
+    "a mask of keys alone": (f"{MIXED}, float[B,1,1,L] mask) => (float[B,S,{WIDTH}] y)", {}),
+    "a mask that adds a batch": (
+        f"(float[1,S,{WIDTH}] q, float[1,L,{WIDTH}] k, float[1,L,{WIDTH}] v, float[B,1,S,L] mask)"
+        f" => (float[B,S,{WIDTH}] y)",
+        {},
+    ),
+    "a mask of unknown shape": (
+        f"{MIXED}, float[B,1,S,L] m, bool[N] some) => (float[B,S,{WIDTH}] y)",
+        {"add": "mask = Compress (m, some) scores = Add (scaled, mask)"},
+    ),
+    "no numbers made zeros, with any mask": (
+        INPUTS,
+        {"softmax": "r = Softmax <axis = -1> (scores) bad = IsNaN (r) p = Where (bad, zero, r)"},
+    ),
+    "no numbers made ones": (
+        INPUTS,
+        {
+            "add": "see = Equal (mask, zero) own = Where (see, zero, low) "
+            "scores = Add (scaled, own)",
+            "softmax": "r = Softmax <axis = -1> (scores) bad = IsNaN (r) p = Where (bad, low, r)",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_blocks_that_are_left(name: str) -> None:
+    inputs, lines = LEFT[name]
+    assert attentions(Graph.of(block(inputs, **lines))) == ()
+
+
+def test_double_precision_is_left() -> None:
+    double = block(INPUTS.replace("float", "double"), held={"factor": np.float64(0.5)})
+    assert attentions(Graph.of(double)) == ()
+
+
+def test_before_version_13_the_softmax_had_another_axis() -> None:
+    made = block(softmax="p = Softmax (scores)")
+    assert len(attentions(Graph.of(made))) == 1
+    made.opset_import[0].version = 11
+    assert attentions(Graph.of(made)) == ()
+
+
+def test_a_mask_that_is_always_zero_is_left_out() -> None:
+    # What exporters write for a model without a mask: a constant condition, expanded.
+    lines = "size = Shape (mask) all = Expand (yes, size) own = Where (all, zero, low)"
+    made = block(held={"yes": np.array([True])}, add=f"{lines} scores = Add (scaled, own)")
+    found, own = fused(made)
+    assert found[0].mask == ""
+    assert len(own.graph.node) == 1
+    given = {**feeds(), "mask": np.zeros((2, 1, 5, 7), np.float32)}
+    assert largest_error(run(made, given), run(own, given)) < 1e-5
+    no = block(held={"yes": np.array([False])}, add=f"{lines} scores = Add (scaled, own)")
+    assert fused(no)[0][0].mask == "own"
+
+
+@pytest.mark.parametrize(
+    ("first", "bound", "zero"), [(0, 0, True), (2, 1, True), (0, 1, False), (-1, 0, False)]
+)
+def test_a_mask_of_positions_that_are_all_seen(first: int, bound: int, zero: bool) -> None:
+    lines = (
+        "size = Shape <start = 3> (mask) last = Squeeze (size) at = Range (first, last, step) "
+        "row = Unsqueeze (at, before) see = GreaterOrEqual (row, bound) own = Where (see, zero, low)"
+    )
+    held = {"first": np.int64(first), "step": np.int64(1), "bound": np.int64(bound)}
+    held["before"] = np.array([0, 1, 2])
+    made = block(held=held, add=f"{lines} all = Expand (own, whole) scores = Add (scaled, all)")
+    made.graph.node.insert(0, onnx.helper.make_node("Shape", ["mask"], ["whole"]))
+    made.graph.value_info.append(
+        onnx.helper.make_tensor_value_info("all", onnx.TensorProto.FLOAT, ["B", 1, "S", "L"])
+    )
+    (found,) = attentions(Graph.of(made))
+    assert found.mask == ("" if zero else "all")
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+class Outer(nn.Module):
+    """The first output of a network of Transformers."""
+
+    def __init__(self, inner: nn.Module, *, masked: bool) -> None:
+        super().__init__()
+        self.inner, self.masked = inner.eval(), masked
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        more = {"attention_mask": mask} if self.masked else {}
+        return self.inner(x, **more)[0]  # type: ignore[no-any-return]
+
+
+def bert(attention: str) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = BertConfig(**sizes, num_hidden_layers=2, vocab_size=90, attn_implementation=attention)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = ViTConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=4)
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2Model
+
+    return GPT2Model(GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=90, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "masked", "bias"),
+    [
+        (lambda: bert("eager"), True, True),
+        (lambda: bert("sdpa"), True, True),
+        (lambda: bert("eager"), False, False),
+        (vit, False, False),
+        (gpt2, False, True),
+    ],
+    ids=["bert eager", "bert", "bert eager, no mask", "vit", "gpt2"],
+)
+def test_attention_of_networks(tmp_path: Path, make: Any, masked: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    net = Outer(make(), masked=masked)
+    x = torch.randn(2, 3, 16, 16) if make is vit else torch.randint(3, 90, (2, 9))
+    given = {"x": x}
+    if masked:
+        given["mask"] = torch.ones(2, 9, dtype=torch.long)
+        given["mask"][1, 5:] = 0
+    secateur.export_onnx(net, given, tmp_path / "net.onnx")
+    graph = read_graph(tmp_path / "net.onnx")
+    found = attentions(graph)
+    assert len(found) == 2
+    assert [bool(one.mask) for one in found] == [bias, bias]
+    own = sparse_model(graph, (), found)
+    onnx.checker.check_model(own)
+    numbers = {name: value.numpy() for name, value in given.items()}
+    expected = run(graph.model, numbers)
+    assert largest_error(expected, run(own, numbers)) < 1e-5
+    if masked:  # the mask matters, and a sample that sees nothing is as before
+        numbers["mask"] = np.zeros((2, 9), np.int64)
+        nothing = run(graph.model, numbers)
+        assert largest_error(expected, nothing) > 1e-3
+        assert largest_error(nothing, run(own, numbers)) < 1e-5
+
+
+# --- when it pays -------------------------------------------------------------------------------
+
+
+def linear() -> Any:
+    """A block whose queries come from a sparse layer."""
+    inputs = INPUTS.replace(" q,", " x,").replace("B,", "2,").replace("S,", "5,").replace("L", "7")
+    return block(
+        inputs,
+        held={"w": sparse(WIDTH, WIDTH)},
+        q=f"q = MatMul (x, w) {LINES['q']}",
+    )
+
+
+@native
+@pytest.mark.parametrize("faster", [True, False])
+def test_it_is_kept_where_it_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool
+) -> None:
+    def race(runners: Any, *, seconds: float, drop: bool = True) -> Raced:
+        """The last one wins; attention may lose."""
+        count = len(runners)
+        last = 2.0 if seconds == ours and not faster else 0.5
+        return Raced(tuple((1.0 if i < count - 1 else last,) * 9 for i in range(count)))
+
+    ours = whole._ATTENTION * compiling._WHOLE
+    monkeypatch.setattr(compiling, "_LAYERS", 0.1)
+    monkeypatch.setattr(whole, "race", race)
+    monkeypatch.setattr(whole, "_DOUBTFUL", (1.0, 1.0))
+    monkeypatch.setattr(
+        whole, "plans", lambda timed: {"all": tuple(t for t in timed if t.best is not None)}
+    )
+    path = write(tmp_path / "net.onnx", linear())
+    done = compile_onnx(path, tmp_path / "own.onnx", threads=1)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "own.onnx").graph.node]
+    assert ("MultiHeadAttention" in kinds) is faster
+    assert ("Softmax" in kinds) is not faster
+    assert any("1 block of attention" in note for note in done.notes) is faster
+    assert done.error < 1e-5
+    assert "SparseLinear" in kinds
