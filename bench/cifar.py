@@ -161,6 +161,37 @@ class Augmented:
         return self.padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """The same batches, each image blended with another one of its batch.
+
+    The other one counts for at most a half, so an image keeps its label. A network answers blends
+    that it was never trained on less surely than images that it knows by heart, and so tells a
+    student more (mixup as in Beyer et al., arXiv 2106.05237).
+
+    Attributes:
+        images: What is blended.
+    """
+
+    images: Augmented
+
+    @property
+    def batch(self) -> int:
+        """Images in a batch."""
+        return self.images.batch
+
+    def __len__(self) -> int:
+        """Count the batches in an epoch."""
+        return len(self.images)
+
+    def epoch(self, number: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (blended images, labels) of one epoch; both decide all of it, as without blends."""
+        generator = torch.Generator().manual_seed(seed * 100_003 + number + 50_000)
+        for x, labels in self.images.epoch(number, seed=seed):
+            share = torch.rand(len(x), 1, 1, 1, generator=generator) / 2
+            yield torch.lerp(x, x.flip(0), share), labels
+
+
 def augmented(split: Split, *, batch: int = 128) -> Augmented:
     """Give the augmented batches of a split."""
     return Augmented(functional.pad(split.pixels, (0, 0, *[SHIFT] * 4)), split.labels, batch)

@@ -138,8 +138,9 @@ def _recovered(folder: Path) -> str:
     text = (
         "Cut to half of the multiply-adds in five rounds and compensated, then fine-tuned; the uncut "
         "network is fine-tuned with the same batches and learning rates. Distilled: the same cut network, "
-        "which learns from the fine-tuned dense one. Differences are counted image by image; the "
-        "standard error is that of the images."
+        "which learns from the fine-tuned dense one. Matched: it learns from that one alone, without "
+        "labels, on blends of two images. Differences are counted image by image; the standard error is "
+        "that of the images."
     )
     return section("Half the multiply-adds with fine-tuning", [prose(text), *parts])
 

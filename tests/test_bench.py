@@ -110,6 +110,27 @@ def test_epochs_differ_and_repeat() -> None:
     assert not torch.equal(first, other)
 
 
+def test_blends_keep_the_larger_half_and_its_label() -> None:
+    images = cifar.augmented(noise(20), batch=6)
+    mixed = cifar.Mixed(images)
+    assert (len(mixed), mixed.batch) == (3, 6)
+    shares = []
+    for number in (0, 1):
+        pairs = zip(mixed.epoch(number, seed=5), images.epoch(number, seed=5), strict=True)
+        for (blend, labels), (x, own) in pairs:
+            assert torch.equal(labels, own)
+            ways = (x.flip(0) - x).flatten(1)
+            share = ((blend - x).flatten(1) * ways).sum(1) / (ways * ways).sum(1)
+            expected = torch.lerp(x, x.flip(0), share[:, None, None, None])
+            assert torch.allclose(blend, expected, atol=1e-5)
+            shares.append(share)
+    found = torch.cat(shares)
+    assert found.min() >= 0
+    assert found.max() <= 0.5
+    assert len(found.unique()) == 36
+    assert found.max() - found.min() > 0.3
+
+
 # ---- networks
 
 
