@@ -19,7 +19,8 @@ _SQRT_HALF = 0.7071067811865476
 def dense_model(model: Any) -> Any:
     """A model in which every operator of ours is ordinary nodes again, for ONNX Runtime alone.
 
-    Batch normalisation stays folded. A convolution over one axis keeps its added height.
+    Batch normalisation stays folded, attention one operator of ONNX Runtime. A convolution over one
+    axis keeps its added height.
 
     Args:
         model: The compiled one; it is not changed.
