@@ -71,6 +71,21 @@ def test_a_loader_without_samples_is_refused(words: tuple[str, ...], place: Path
     assert not (place / "out").exists()
 
 
+def test_a_model_is_exported_from_shapes(place: Path) -> None:
+    pytest.importorskip("onnxscript")
+    words = ("export", "net.py:build", "-o", "out.onnx")
+    error = refused(*words, code=2)
+    assert "nothing says what it reads" in error["found"]
+    assert "--input" in error["do"]
+    error = refused(*words, "--input", "1x15", code=2)
+    assert "exporter failed" in error["found"]
+    assert not (place / "out.onnx").exists()
+    done = CliRunner().invoke(app, [*words, "--input", "1x16", "--json"])
+    told = json.loads(done.stdout)["onnx"]
+    assert told["bytes"] == (place / "out.onnx").stat().st_size
+    assert told["error"] < 1e-5
+
+
 @pytest.mark.parametrize(
     "words",
     [

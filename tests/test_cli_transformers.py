@@ -88,6 +88,8 @@ def test_half_precision_becomes_a_file_in_float32(place: Path) -> None:
     done = secateur_(*words)
     assert "weights are bfloat16" in " ".join(done.output.split())
     assert (place / "model.onnx").exists()
+    secateur_("export", "model", "-o", "again.onnx")  # its configuration says what it reads
+    assert (place / "again.onnx").exists()
 
 
 @pytest.mark.parametrize("how", [("prune", "--sparsity", "50%"), ("shrink", *_LESS)])

@@ -14,8 +14,10 @@ from secateur.cli.places import require_new_file
 from secateur.cli.screen import screen
 from secateur.core.batches import first_of
 from secateur.core.errors import UsageError
+from secateur.drive.structural.cutting import as_batch
 from secateur.evaluate.measure import batches_of
 from secateur.frontends import export_onnx, load_data, load_model
+from secateur.frontends.example import example_inputs
 from secateur.report.units import size
 
 
@@ -25,6 +27,7 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
         Path, typer.Option("--output", "-o", metavar="FILE.ONNX", help="The file to write.")
     ],
     data: options.Data = None,
+    inputs: options.Input = None,
     weights: options.Weights = None,
     architecture: options.Architecture = None,
     overwrite: Annotated[
@@ -34,6 +37,9 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
     json: options.Json = False,
 ) -> None:
     """Write MODEL as one ONNX file and check it with ONNX Runtime.
+
+    It is run on an example: the first batch of --data, or random numbers of the shapes in --input. A
+    Transformers model needs neither.
 
     secateur export small -o small.onnx --data data.py:load
     """
@@ -45,16 +51,12 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 "the only format so far is ONNX",
                 "write -o name.onnx",
             )
-        if data is None:
-            raise UsageError(
-                f"exporting {model!r}",
-                "no data was given",
-                "exporting runs an example, to see shapes and to check the result",
-                "add --data file.py:function",
-            )
         require_new_file(output, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
-        example = first_of(batches_of(load_data(data))[1])
+        if inputs is None and data is not None:
+            example = first_of(batches_of(load_data(data))[1])
+        else:
+            example = as_batch(example_inputs(loaded.model, inputs))
         with out.working("exporting"):
             done = export_onnx(loaded.model, example, output)
         out.say(

@@ -75,7 +75,7 @@ def _from_configuration(model: nn.Module) -> Any:
     raise UsageError(
         f"example inputs for a {type(model).__name__}",
         "nothing says what it reads",
-        "the network is run once to see what is cut together",
+        "the network is run once on them, to see what it does",
         "give --input, e.g. --input 1x3x224x224, or --data",
     )
 
