@@ -111,6 +111,23 @@ def test_blocks_that_are_taken_compute_the_same(name: str) -> None:
         assert largest_error(run(made, given), run(own, given)) < 1e-5
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_values_may_have_another_size(masked: bool) -> None:
+    width = HEADS * 6
+    inputs = INPUTS.replace(f"{WIDTH}] v", f"{width}] v").replace(f"{WIDTH}] y", f"{width}] y")
+    held = {"of_v": np.array([0, 0, HEADS, 6]), "join": np.array([0, 0, width])}
+    lines = {"v": LINES["v"].replace("split", "of_v")}
+    if not masked:
+        lines["add"] = "scores = Identity (scaled) unused = Neg (mask)"
+        lines["softmax"] = LINES["softmax"].replace("scores", "scaled")
+    made = block(inputs, held=held, **lines)
+    found, own = fused(made)
+    assert len(found) == 1
+    given = feeds()
+    given["v"] = np.random.default_rng(1).standard_normal((2, 7, width)).astype(np.float32)
+    assert largest_error(run(made, given), run(own, given)) < 1e-5
+
+
 def test_a_wrong_factor_is_noticed() -> None:
     made = block()
     graph = Graph.of(made)
