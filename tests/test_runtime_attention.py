@@ -150,6 +150,8 @@ LEFT = {
         f"{MIXED}, float[B,1,S,L] mask, float[S,L] each) => (float[B,S,{WIDTH}] y)",
         {"scale": "scaled = Mul (qk, each)"},
     ),
+    "a factor of zero": (INPUTS, {"scale": "scaled = Mul (qk, zero)"}),
+    "divided by zero": (INPUTS, {"scale": "scaled = Div (qk, zero)"}),
     "a mask of keys alone": (f"{MIXED}, float[B,1,1,L] mask) => (float[B,S,{WIDTH}] y)", {}),
     "a mask that adds a batch": (
         f"(float[1,S,{WIDTH}] q, float[1,L,{WIDTH}] k, float[1,L,{WIDTH}] v, float[B,1,S,L] mask)"
@@ -288,6 +290,9 @@ def test_attention_of_networks(tmp_path: Path, make: Any, masked: bool, bias: bo
     assert [bool(one.mask) for one in found] == [bias, bias]
     own = sparse_model(graph, (), found)
     onnx.checker.check_model(own)
+    blocks = {node.output[0] for node in own.graph.node if node.op_type == "MultiHeadAttention"}
+    assert len(blocks) == 2
+    assert not blocks & {value.name for value in own.graph.value_info}
     numbers = {name: value.numpy() for name, value in given.items()}
     expected = run(graph.model, numbers)
     assert largest_error(expected, run(own, numbers)) < 1e-5

@@ -22,6 +22,8 @@ _KIND = "MultiHeadAttention"
 _MOVES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Identity")
 # So many different numbers of a value are told apart.
 _FEW = 8
+# Axes of scores.
+_RANK = 4
 # What moves heads before positions, and back; and keys to where a product wants them.
 _SWAP, _KEYS, _LAST = [0, 2, 1, 3], [0, 2, 3, 1], [0, 1, 3, 2]
 
@@ -144,10 +146,11 @@ def _scaled_product(graph: Graph, name: str) -> tuple[_Heads, _Heads, float] | N
     factors = [f for f in (factor, by_q, by_k) if f is not None]
     q = _split(graph, _before(graph, first, _SWAP))
     k = _split(graph, _keys(graph, second))
-    # A factor in float32 says that all of it is.
-    if q is None or k is None or not factors:
+    scale = float(np.prod(factors, dtype=np.float64))
+    # A factor in float32 says that all of it is. To the operator 0 would mean: as usual.
+    if q is None or k is None or not factors or not np.float32(scale):
         return None
-    return q, k, float(np.prod(factors, dtype=np.float64))
+    return q, k, scale
 
 
 def _unscaled(graph: Graph, name: str) -> tuple[str, float | None]:
@@ -158,8 +161,10 @@ def _unscaled(graph: Graph, name: str) -> tuple[str, float | None]:
         pairs = list(zip(sides, sides[::-1], strict=True))
         for part, other in pairs if kind == "Mul" else pairs[:1]:
             held = graph.constant(other)
-            if held is not None and held.size == 1 and held.dtype == np.float32:
-                number = float(held.reshape(()))
+            if held is None or held.size != 1 or held.ndim > _RANK or held.dtype != np.float32:
+                continue
+            number = float(held.reshape(()))
+            if number and math.isfinite(number):
                 return part, number if kind == "Mul" else 1 / number
     return name, None
 

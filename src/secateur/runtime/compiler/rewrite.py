@@ -182,6 +182,8 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
     inner.initializer.extend(t for t in source.graph.initializer if t.name in needed)
     inner.sparse_initializer.extend(source.graph.sparse_initializer)
     inner.initializer.extend(held.values())
-    made = {name for node in nodes for name in node.output}
+    # What attention puts out may have had more axes before.
+    own = [node for node in nodes if node.domain != attention.DOMAIN]
+    made = {name for node in own for name in node.output}
     inner.value_info.extend(v for v in source.graph.value_info if v.name in made)
     return model
