@@ -128,6 +128,17 @@ def test_values_may_have_another_size(masked: bool) -> None:
     assert largest_error(run(made, given), run(own, given)) < 1e-5
 
 
+@pytest.mark.parametrize("axes", [("1", "1"), ("1", str(HEADS)), ("B", str(HEADS))])
+def test_masks_may_be_shared(axes: tuple[str, str]) -> None:
+    made = block(INPUTS.replace("float[B,1,S,L] mask", f"float[{','.join(axes)},S,L] mask"))
+    found, own = fused(made)
+    assert len(found) == 1
+    shape = (2 if axes[0] == "B" else 1, int(axes[1]), 5, 7)
+    mask = 3 * np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    given = {**feeds(), "mask": mask}
+    assert largest_error(run(made, given), run(own, given)) < 1e-5
+
+
 def test_a_wrong_factor_is_noticed() -> None:
     made = block()
     graph = Graph.of(made)
