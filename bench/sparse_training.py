@@ -34,6 +34,7 @@ SPARSITY = 0.9
 EVERY = 100
 GOAL = 1.0  # points below dense, at most, of the best sparse arm
 ORDER = (("rigl", "set"), ("set", "static"))  # who should beat whom
+PAIRS = (*((arm, "dense") for arm in ARMS[1:]), *ORDER)
 
 
 RECIPE = training.Recipe(epochs=10, rate=0.2, warmup=1.0)
@@ -207,40 +208,43 @@ def take_up(pruner: secateur.Gradual, state: dict[str, Tensor]) -> None:
 def summarise(plan: Plan | None = None, *, folder: Path = record.RESULTS) -> dict[str, Any]:
     """Put the finished arms side by side; differences are between arms of one seed.
 
-    An arm may have fewer seeds than another; a difference is over the seeds that both have.
+    An arm may have fewer seeds than another, or none yet; a difference is over the seeds that both
+    have, and a goal is judged once its arms are there.
 
     Raises:
-        FileNotFoundError: No seed has all arms.
+        FileNotFoundError: No two arms of one seed can be compared.
     """
     plan, watch = plan or Plan(), record.Stopwatch()
-    seeds = _seeds(plan, folder)
-    if not seeds:
-        raise FileNotFoundError(f"No seed has all arms in {folder}: run --arm {', '.join(ARMS)}.")
+    pairs = [pair for pair in PAIRS if _seeds_of(pair, plan, folder)]
+    if not pairs:
+        raise FileNotFoundError(f"No two arms to compare in {folder}: run --arm {', '.join(ARMS)}.")
+    compared = {arm: [p for p in pairs if arm in p] for arm in ARMS}
     files = {
         (arm, seed): record.read(plan.name(arm, seed), folder=folder)["result"]
         for arm in ARMS
-        for seed in _seeds_of(arm, plan, folder)
+        for seed in sorted(set().union(*(_seeds_of(pair, plan, folder) for pair in compared[arm])))
     }
-    count = files["dense", seeds[0]]["test"]["images"]
+    count = next(iter(files.values()))["test"]["images"]
     labels = cifar.training_splits()[1].labels[:count]
     rows = []
-    for arm in ARMS:
+    for arm in (arm for arm in ARMS if compared[arm]):
         own = [found for (name, _), found in files.items() if name == arm]
         row = {"arm": arm, "seeds": len(own), **_spread([f["test"]["accuracy"] for f in own])}
         row["sparsity_of_pruned_weights"] = own[0]["sparsity_of_pruned_weights"]
         row["sparsity_of_whole_model"] = own[0]["sparsity_of_whole_model"]
         row["seconds"] = _spread([sum(h["seconds"] for h in f["history"]) for f in own])["mean"]
         rows.append(row)
-    pairs = [(arm, "dense") for arm in ARMS[1:]] + list(ORDER)
     differences = [difference(files, pair, labels) for pair in pairs]
     goals = [
         record.goal(f"points of {d['arm']} above {d['than']}", d["mean"], "more than", 0.0)
         for d in differences
         if (d["arm"], d["than"]) in ORDER
     ]
-    best = max((d for d in differences if d["than"] == "dense"), key=lambda d: d["mean"])
-    words = f"points of the best sparse arm ({best['arm']}) below dense"
-    goals.append(record.goal(words, round(-best["mean"], 6), "at most", GOAL))
+    below = [d for d in differences if d["than"] == "dense"]
+    if below:
+        best = max(below, key=lambda d: d["mean"])
+        words = f"points of the best sparse arm ({best['arm']}) below dense"
+        goals.append(record.goal(words, round(-best["mean"], 6), "at most", GOAL))
     result = {"plan": asdict(plan), "arms": rows, "differences": differences}
     used = sorted({seed for _, seed in files})
     record.write(plan.study, result, goals=goals, seeds=used, watch=watch, folder=folder)
@@ -282,17 +286,7 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "least": min(values), "most": max(values)}
 
 
-def _seeds(plan: Plan, folder: Path) -> list[int]:
-    """Seeds for which every arm is finished."""
-    finished = [set(_seeds_of(arm, plan, folder)) for arm in ARMS]
-    return sorted(set.intersection(*finished))
-
-
-def _seeds_of(arm: str, plan: Plan, folder: Path) -> list[int]:
-    """Seeds for which an arm is finished that can be compared: with dense, or dense with another."""
-
-    def finished(name: str) -> set[int]:
-        return set(record.seeds_of(f"{plan.study}-{name}", folder))
-
-    others = ["dense"] if arm != "dense" else [name for name in ARMS if name != arm]
-    return sorted(finished(arm) & set().union(*map(finished, others)))
+def _seeds_of(pair: tuple[str, str], plan: Plan, folder: Path) -> set[int]:
+    """Seeds for which both arms are finished."""
+    one, other = (set(record.seeds_of(f"{plan.study}-{arm}", folder)) for arm in pair)
+    return one & other

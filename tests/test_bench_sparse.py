@@ -103,6 +103,18 @@ def test_the_summary_names_the_best_arm(tmp_path: Path) -> None:
         "points of set above static": (-1.0, False),
         "points of the best sparse arm (static) below dense": (1.0, True),
     }
+    for arm in ("dense", "acdc", "gradual"):  # not run yet: the rest is judged
+        for file in tmp_path.glob(f"{plan.study}-{arm}-*"):
+            file.unlink()
+    part = sparse_training.summarise(plan, folder=tmp_path)
+    assert [a["arm"] for a in part["result"]["arms"]] == ["static", "set", "rigl"]
+    assert {g["name"]: (g["found"], g["met"]) for g in part["goals"]} == {
+        name: goals[name] for name in list(goals)[:2]
+    }
+    (tmp_path / f"{plan.name('set', 0)}.json").unlink()
+    (tmp_path / f"{plan.name('set', 1)}.json").unlink()
+    with pytest.raises(FileNotFoundError, match="No two arms to compare"):
+        sparse_training.summarise(plan, folder=tmp_path)
 
 
 def test_another_depth_is_another_study() -> None:
