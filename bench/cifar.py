@@ -129,11 +129,16 @@ class Augmented:
         padded: (N, 40, 40, 3) uint8, black around each image.
         labels: (N,) int64.
         batch: Images in a batch.
+        blended: Mix each image with another one of its batch, which counts for at most a half, so that
+            an image keeps its label. A network answers blends that it was never trained on less
+            surely than images that it knows by heart, and so tells a student more (mixup as in
+            Beyer et al., arXiv 2106.05237).
     """
 
     padded: Tensor
     labels: Tensor
     batch: int
+    blended: bool = False
 
     def __len__(self) -> int:
         """Count the batches in an epoch."""
@@ -148,9 +153,15 @@ class Augmented:
             seed: Of all epochs.
         """
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        # Of their own, so that order and shifts are those of the images that are not blended.
+        shares = torch.Generator().manual_seed(seed * 100_003 + number + 50_000)
         order = torch.randperm(len(self.labels), generator=generator)
         for chosen in order[: len(self) * self.batch].split(self.batch):
-            yield normalise(self._cut(chosen, generator)), self.labels[chosen]
+            images = normalise(self._cut(chosen, generator))
+            if self.blended:
+                share = torch.rand(len(images), 1, 1, 1, generator=shares) / 2
+                images = torch.lerp(images, images.flip(0), share)
+            yield images, self.labels[chosen]
 
     def _cut(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """Cut a 32 x 32 window out of each chosen image, left to right or right to left."""
@@ -159,37 +170,6 @@ class Augmented:
         mirror = torch.randint(2, (count, 1), generator=generator).bool()
         rows, columns = top + line, left + torch.where(mirror, line.flip(0), line)
         return self.padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """The same batches, each image blended with another one of its batch.
-
-    The other one counts for at most a half, so an image keeps its label. A network answers blends
-    that it was never trained on less surely than images that it knows by heart, and so tells a
-    student more (mixup as in Beyer et al., arXiv 2106.05237).
-
-    Attributes:
-        images: What is blended.
-    """
-
-    images: Augmented
-
-    @property
-    def batch(self) -> int:
-        """Images in a batch."""
-        return self.images.batch
-
-    def __len__(self) -> int:
-        """Count the batches in an epoch."""
-        return len(self.images)
-
-    def epoch(self, number: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (blended images, labels) of one epoch; both decide all of it, as without blends."""
-        generator = torch.Generator().manual_seed(seed * 100_003 + number + 50_000)
-        for x, labels in self.images.epoch(number, seed=seed):
-            share = torch.rand(len(x), 1, 1, 1, generator=generator) / 2
-            yield torch.lerp(x, x.flip(0), share), labels
 
 
 def augmented(split: Split, *, batch: int = 128) -> Augmented:

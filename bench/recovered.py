@@ -23,7 +23,7 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def run_arm(
         "dense": reference,
         "pruned": tuned("pruned", copy.deepcopy(net), images),
         "distilled": tuned("distilled", copy.deepcopy(net), images, taught(share)),
-        "matched": tuned("matched", net, cifar.Mixed(images), taught(1.0)),
+        "matched": tuned("matched", net, replace(images, blended=True), taught(1.0)),
     }
     networks = {k: {**_judged(r.model, test), "history": r.history} for k, r in runs.items()}
     differences = {
@@ -164,7 +164,7 @@ class _Tuned:
         self,
         kind: str,
         model: nn.Module,
-        images: cifar.Augmented | cifar.Mixed,
+        images: cifar.Augmented,
         terms: Sequence[Term] = (Task(),),
     ) -> training.Run:
         run = training.go_on(model, self.plan.recipe)

@@ -94,7 +94,7 @@ def go_on(model: nn.Module, recipe: Recipe) -> Run:
 
 def train_epoch(
     run: Run,
-    images: cifar.Augmented | cifar.Mixed,
+    images: cifar.Augmented,
     *,
     seed: int,
     after_step: Callable[[], object] = lambda: None,
