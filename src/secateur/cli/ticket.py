@@ -149,7 +149,8 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
             )
         content = found.to_dict()
         if connectivity:
-            lines = level_lines(_built(network), found, batches)
+            with out.working("measuring the lines between levels"):
+                lines = level_lines(_built(network), found, batches)
             content["connectivity"] = [
                 {**dataclasses.asdict(line), "barrier": line.barrier} for line in lines
             ]

@@ -249,7 +249,13 @@ def _cleaned(graph: Graph, shares: str) -> tuple[str, bool]:
         return shares, False
     condition, zero, other = chosen[0].input
     held = graph.constant(zero)
-    if condition != tests[0].output[0] or other != shares or held is None or held.any():
+    if (
+        condition != tests[0].output[0]
+        or other != shares
+        or held is None
+        or held.size != 1
+        or held.any()
+    ):
         return shares, False
     return chosen[0].output[0], True
 
