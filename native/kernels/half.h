@@ -35,15 +35,12 @@ typedef Half NarrowVec __attribute__((vector_size(kLanes * 2)));
 typedef Half LooseNarrowVec __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 template <int V>
-static inline void add(HalfVec (&sum)[V], const Entry &entry, const char *panel) {
-  Half half;
-  memcpy(&half, &entry.weight, sizeof half);
+static inline void add(HalfVec (&sum)[V], Half half, const Half *x) {
 #if defined(__aarch64__)
   const HalfVec weight = vdupq_n_f16(half);
 #else
   const HalfVec weight = half - HalfVec{};
 #endif
-  const char *const x = panel + entry.where;
 #pragma GCC unroll 8
   for (int j = 0; j < V; ++j) sum[j] += weight * reinterpret_cast<const LooseHalfVec *>(x)[j];
 }
@@ -51,19 +48,26 @@ static inline void add(HalfVec (&sum)[V], const Entry &entry, const char *panel)
 template <int V>  // vectors of halves
 static void half_list_of(const Work &work) {
   constexpr int kSets = V <= 4 ? 2 : 1;
-  const Entry *at = static_cast<const Entry *>(work.stream);
-  const Entry *const end = static_cast<const Entry *>(work.stream_end);
-  while (at < end) {
-    const Head head = take_head(at);
-    const uint32_t row = head.row_and_flags & kRowMask;
+  const Head *const end = static_cast<const Head *>(work.stream_end);
+  const Half *const panel = reinterpret_cast<const Half *>(work.panel);
+  const Half *weight = static_cast<const Half *>(work.weights);
+  Wheres wheres(work.wheres);
+  for (const Head *head = static_cast<const Head *>(work.stream); head < end; ++head) {
+    const uint32_t row = head->row_and_flags & kRowMask;
     float *const sums = work.sums + size_t{row - work.first_row} * (2 * V * kLanes);
     HalfVec sum[kSets][V] = {};
-    const Entry *const stop = at + head.count;
-    for (; kSets == 2 && at + 1 < stop; at += 2) {
-      add(sum[0], at[0], work.panel);
-      add(sum[kSets - 1], at[1], work.panel);
+    uint32_t left = head->count;
+    for (; left >= kWheres; left -= kWheres, weight += kWheres) {
+      const uint64_t word = wheres.take();
+#pragma GCC unroll 4
+      for (int i = 0; i < kWheres; ++i) {
+        add(sum[i % kSets], weight[i], panel + static_cast<uint16_t>(word >> 16 * i));
+      }
     }
-    for (; at < stop; ++at) add(sum[0], *at, work.panel);
+    if (left) {
+      uint64_t word = wheres.take();
+      for (; left; --left, word >>= 16) add(sum[0], *weight++, panel + static_cast<uint16_t>(word));
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
       if (kSets == 2) sum[0][j] += sum[kSets - 1][j];
@@ -73,11 +77,11 @@ static void half_list_of(const Work &work) {
         memcpy(&narrow, reinterpret_cast<const char *>(&sum[0][j]) + part * sizeof narrow,
                sizeof narrow);
         float *const to = sums + (2 * j + part) * kLanes;
-        const Vec before = head.row_and_flags & kFirst ? all(work.bias[row]) : load(to);
+        const Vec before = head->row_and_flags & kFirst ? all(work.bias[row]) : load(to);
         store(to, before + __builtin_convertvector(narrow, Vec));
       }
     }
-    if ((head.row_and_flags & kLast) && work.y) finish_row(work, row, sums);
+    if ((head->row_and_flags & kLast) && work.y) finish_row(work, row, sums);
   }
 }
 

@@ -12,16 +12,17 @@ namespace secateur {
 constexpr int kMostVectors = 14;
 constexpr int kPanelRows = 4;
 
-// An entry of a stream: where in the packed panel, in bytes, and the weight. The head of a record
-// takes the place of an entry: its row and flags, and how many entries follow.
-struct Entry {
-  uint32_t where;
-  float weight;
-};
+// Lists come in three arrays: a head for every record, and for every entry where in the packed panel,
+// in values, and the weight. The `where`s of a record fill whole words, four a word, lowest first, so
+// that a kernel can read them ahead, over the end of a record.
 struct Head {
   uint32_t row_and_flags;
   uint32_t count;
 };
+constexpr int kWheres = 4;
+constexpr int kWordsAhead = 2;
+// A packed block has so many values at most.
+constexpr int64_t kMostPanel = int64_t{1} << 16;
 // The first and the last record of a row (or of a group of rows) among all blocks of channels.
 constexpr uint32_t kFirst = 1u << 30;
 constexpr uint32_t kLast = 1u << 31;
@@ -41,7 +42,9 @@ struct Activation {
 
 // One block of channels of one tile.
 struct Work {
-  const void *stream, *stream_end;
+  const void *stream, *stream_end;  // records; of lists the heads
+  const uint32_t *wheres;           // of lists
+  const void *weights;
   const char *panel;     // packed activations
   float *sums;           // [row][vectors]: where sums wait between blocks
   uint32_t first_row;    // row of sums[0]

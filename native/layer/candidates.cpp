@@ -31,9 +31,9 @@ std::vector<secateur_variant> candidates(const secateur_spec &spec, int64_t posi
   const int of_group = spec.outputs / spec.groups;
   // Where four rows share most of their columns, lists load everything again for each row.
   const bool shared = density > 0.6 && of_group % kPanelRows == 0;
-  // Channels of which the first cache holds the panel, roughly: every tap a panel of its own.
-  const auto fits = [&](int vectors) {
-    const int64_t panel = int64_t{vectors} * table.lanes * 4 * spec.kernel[0] * spec.kernel[1];
+  // Channels of which the first cache holds the panel, roughly, if it has so many copies of the image.
+  const auto fits = [&](int vectors, int copies) {
+    const int64_t panel = int64_t{vectors} * table.lanes * 4 * copies;
     return static_cast<int>(std::max<int64_t>(1, kFirstCache / panel));
   };
   for (const int vectors : {8, 4, 14, 6, 11}) {
@@ -42,13 +42,17 @@ std::vector<secateur_variant> candidates(const secateur_spec &spec, int64_t posi
     add(SECATEUR_LIST, 1, narrowed, 0);
     // Sums are written and read again once a block of channels: with few weights a block, larger
     // blocks pay even where they leave the first cache.
-    const int larger = 2 * fits(narrowed);
-    if (larger < channels) add(SECATEUR_LIST, 1, narrowed, larger);
+    for (const int times : {2, 4}) {
+      if (times > 2 && density > 0.12) break;
+      const int larger = times * fits(narrowed, spec.kernel[1]);
+      if (larger < channels) add(SECATEUR_LIST, 1, narrowed, larger);
+    }
   }
   if (density > 0.1 && of_group % kPanelRows == 0) {
+    const int taps = spec.kernel[0] * spec.kernel[1];
     for (const int vectors : {8, 4, 11}) {
       const int narrowed = std::min(vectors, whole);
-      add(SECATEUR_PANELS, kPanelRows, narrowed, std::min(channels, 3 * fits(narrowed)));
+      add(SECATEUR_PANELS, kPanelRows, narrowed, std::min(channels, 3 * fits(narrowed, taps)));
     }
   }
   for (const int rows : {4, 8, 16}) {

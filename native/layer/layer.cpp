@@ -131,7 +131,7 @@ std::shared_ptr<const Layer::Plan> Layer::plan(const int64_t dims[3], int thread
   tiling.vectors *= step;
   const int parts = parts_for(images * tiling.tiles(), spec_.outputs,
                               int64_t{4} * tiling.vectors * table_.lanes, threads);
-  const Shape shape{tiling.vectors, tiling.panel_rows, tiling.panel_cols, parts};
+  const Shape shape{tiling.vectors, tiling.panel_rows, tiling.panel_cols, tiling.channel_floats, parts};
   auto laid_out = streams_.find(shape);
   if (laid_out == streams_.end()) {
     auto made = std::make_shared<Streams>(lay_out(spec_, weights_, variant_, tiling, parts));
@@ -204,7 +204,7 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
     }
   }
   const Activation activation = {spec_.activation, spec_.alpha, spec_.beta};
-  Work work = {nullptr, nullptr, reinterpret_cast<const char *>(half ? halves : panel), sums,
+  Work work = {nullptr, nullptr, nullptr, nullptr, reinterpret_cast<const char *>(half ? halves : panel), sums,
                static_cast<uint32_t>(part.first_row), weights_.bias.data(), tiling.vectors,
                variant_.rows, linear ? nullptr : task.y, task.residual, plane, pieces, piece_count,
                activation};
@@ -214,9 +214,12 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
                                                            : table_.blocks;
   const int64_t image = channels * task.height * task.width;
   for (int64_t block = 0; block < streams.blocks; ++block) {
-    work.stream = part.words.data() + part.begins[block];
-    work.stream_end = part.words.data() + part.begins[block + 1];
-    if (work.stream == work.stream_end) continue;
+    const Streams::Block &records = part.blocks[block];
+    if (records.begin == records.end) continue;
+    work.stream = part.words.data() + records.begin;
+    work.stream_end = part.words.data() + records.end;
+    work.wheres = part.words.data() + records.wheres;
+    work.weights = part.words.data() + records.weights;
     const int32_t channel = static_cast<int32_t>(block * streams.channels_of_block);
     const int32_t count =
         static_cast<int32_t>(std::min(streams.channels_of_block, channels - channel));

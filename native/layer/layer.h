@@ -44,7 +44,7 @@ class Layer {
   std::unique_ptr<Gemv> gemv_;
   std::unique_ptr<Depthwise> depthwise_;
   // Streams depend on the tile's shape alone, so that sequences of many lengths share them.
-  using Shape = std::tuple<int, int32_t, int32_t, int>;
+  using Shape = std::tuple<int, int32_t, int32_t, int64_t, int>;
   mutable std::mutex mutex_;
   mutable std::map<Shape, std::shared_ptr<const Streams>> streams_;
   mutable std::map<std::tuple<int64_t, int64_t, int64_t, int>, std::shared_ptr<const Plan>> plans_;

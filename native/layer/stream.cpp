@@ -23,13 +23,13 @@ struct Place {
 class Places {
  public:
   Places(const secateur_spec &spec, const Tiling &tiling, int64_t channels_of_block,
-         int64_t value_bytes)
+         int64_t unit)
       : taps_(int64_t{spec.kernel[0]} * spec.kernel[1]),
         inputs_(spec.inputs),
         outputs_of_group_(spec.outputs / spec.groups),
         channel_floats_(tiling.channel_floats),
         channels_of_block_(channels_of_block),
-        value_bytes_(value_bytes) {
+        unit_(unit) {
     for (int ky = 0; ky < spec.kernel[0]; ++ky) {
       for (int kx = 0; kx < spec.kernel[1]; ++kx) {
         shifts_.push_back(tiling.shift(spec, ky, kx));
@@ -41,12 +41,12 @@ class Places {
     const int64_t channel = row / outputs_of_group_ * inputs_ + column / taps_;
     const int64_t in_block = channel % channels_of_block_;
     const int64_t values = in_block * channel_floats_ + shifts_[column % taps_];
-    return {channel / channels_of_block_, static_cast<uint32_t>(values * value_bytes_)};
+    return {channel / channels_of_block_, static_cast<uint32_t>(values * unit_)};
   }
 
  private:
   int64_t taps_, inputs_, outputs_of_group_, channel_floats_, channels_of_block_,
-      value_bytes_;
+      unit_;  // of a where, in a value
   std::vector<int64_t> shifts_;
 };
 
@@ -99,14 +99,6 @@ uint32_t half_bits_of(float value) {
   return sign | ((size + 0xFFF + odd - (112u << 23)) >> 13);
 }
 
-void write_half(std::vector<uint32_t> &words, uint32_t head, const std::vector<Column> &columns) {
-  words.push_back(head);
-  words.push_back(static_cast<uint32_t>(columns.size()));
-  for (const Column &column : columns) {
-    words.insert(words.end(), {column.where, half_bits_of(column.weights[0])});
-  }
-}
-
 void write_block(std::vector<uint32_t> &words, uint32_t head, int rows,
                  const std::vector<Column> &columns) {
   words.push_back(head);
@@ -137,10 +129,52 @@ void write_panel(std::vector<uint32_t> &words, uint32_t head, const std::vector<
 // A group of rows in one block of channels, before the groups are sorted.
 struct Record {
   size_t length;
-  int64_t row;
-  uint32_t flags;
+  uint32_t head;
   std::vector<Column> columns;
 };
+
+bool is_list(const secateur_variant &variant) {
+  return variant.family == SECATEUR_LIST || variant.family == SECATEUR_HALF;
+}
+
+// Heads, then wheres, then weights. Each array begins at an even word.
+Streams::Block write_lists(std::vector<uint32_t> &words, const std::vector<Record> &records,
+                           bool half) {
+  const auto even = [&] {
+    if (words.size() % 2) words.push_back(0);
+    return words.size();
+  };
+  Streams::Block block{even(), 0, 0, 0};
+  for (const Record &record : records) {
+    words.push_back(record.head);
+    words.push_back(static_cast<uint32_t>(record.columns.size()));
+  }
+  block.end = block.wheres = words.size();
+  for (const Record &record : records) {
+    for (size_t i = 0; i < record.columns.size(); i += kWheres) {
+      uint64_t word = 0;
+      for (size_t j = 0; j < kWheres && i + j < record.columns.size(); ++j) {
+        word |= uint64_t{record.columns[i + j].where} << 16 * j;
+      }
+      words.resize(words.size() + 2);
+      std::memcpy(&words[words.size() - 2], &word, sizeof word);
+    }
+  }
+  words.insert(words.end(), 2 * kWordsAhead, 0);  // read ahead of the last record
+  block.weights = words.size();
+  size_t count = 0;
+  for (const Record &record : records) {
+    for (const Column &column : record.columns) {
+      const uint32_t bits = half ? half_bits_of(column.weights[0]) : bits_of(column.weights[0]);
+      if (half && count++ % 2) {
+        words.back() |= bits << 16;
+      } else {
+        words.push_back(bits);
+      }
+    }
+  }
+  return block;
+}
 
 Streams::Part lay_out_part(const Weights &weights, const Places &places,
                            const secateur_variant &variant, int64_t blocks, int64_t first_row,
@@ -157,25 +191,28 @@ Streams::Part lay_out_part(const Weights &weights, const Places &places,
       // A row without weights has one empty record, which writes its bias.
       if (columns[b].empty() && b != first) continue;
       const uint32_t flags = (b == first ? kFirst : 0) | (b == last ? kLast : 0);
-      records[b].push_back({columns[b].size(), row, flags, std::move(columns[b])});
+      records[b].push_back(
+          {columns[b].size(), static_cast<uint32_t>(row) | flags, std::move(columns[b])});
     }
   }
-  Streams::Part part{first_row, rows, {0}, {}};
+  Streams::Part part{first_row, rows, {}, {}};
   for (auto &block : records) {
     // Equal loop lengths side by side: the processor predicts where each ends.
     std::stable_sort(block.begin(), block.end(),
                      [](const Record &a, const Record &b) { return a.length > b.length; });
+    if (is_list(variant)) {
+      part.blocks.push_back(write_lists(part.words, block, variant.family == SECATEUR_HALF));
+      continue;
+    }
+    const size_t begin = part.words.size();
     for (const Record &record : block) {
-      const uint32_t head = static_cast<uint32_t>(record.row) | record.flags;
       if (variant.family == SECATEUR_PANELS) {
-        write_panel(part.words, head, record.columns);
-      } else if (variant.family == SECATEUR_HALF) {
-        write_half(part.words, head, record.columns);
+        write_panel(part.words, record.head, record.columns);
       } else {
-        write_block(part.words, head, step, record.columns);
+        write_block(part.words, record.head, step, record.columns);
       }
     }
-    part.begins.push_back(part.words.size());
+    part.blocks.push_back({begin, part.words.size(), 0, 0});
   }
   return part;
 }
@@ -196,16 +233,21 @@ Streams lay_out(const secateur_spec &spec, const Weights &weights,
   const int64_t value_bytes = half ? 2 : 4;
   const int64_t fits = std::max<int64_t>(1, kFirstCache / (tiling.channel_floats * value_bytes));
   out.channels_of_block = std::min<int64_t>(channels, variant.columns ? variant.columns : fits);
+  if (is_list(variant)) {
+    out.channels_of_block =
+        std::min(out.channels_of_block, std::max<int64_t>(1, kMostPanel / tiling.channel_floats));
+  }
   // Blocks of one size.
   out.blocks = (channels + out.channels_of_block - 1) / out.channels_of_block;
   out.channels_of_block = (channels + out.blocks - 1) / out.blocks;
   out.blocks = (channels + out.channels_of_block - 1) / out.channels_of_block;
-  if (out.channels_of_block * tiling.channel_floats >= int64_t{1} << 29) {
+  const int64_t most = is_list(variant) ? kMostPanel : int64_t{1} << 29;
+  if (out.channels_of_block * tiling.channel_floats > most) {
     throw Error(SECATEUR_INVALID, "a tile of " + std::to_string(out.channels_of_block) +
                                       " channels of " + std::to_string(tiling.channel_floats) +
-                                      " floats is larger than 2 GB");
+                                      " floats is larger than " + std::to_string(most) + " floats");
   }
-  const Places places(spec, tiling, out.channels_of_block, value_bytes);
+  const Places places(spec, tiling, out.channels_of_block, is_list(variant) ? 1 : value_bytes);
   // Parts of about as many weights, each a whole number of groups of rows.
   const int64_t step = variant.rows, total = weights.nonzeros() + weights.rows;
   int64_t row = 0;

@@ -2,8 +2,13 @@
 
 #include <algorithm>
 
+#include "../kernels/table.h"
+
 namespace secateur {
 namespace {
+
+// Copies pay if the tiles then have at most so many times as many vectors.
+constexpr double kCopiesPay = 1.2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,24 +50,41 @@ Tiling::Tiling(const secateur_spec &spec, int64_t height, int64_t width, int mos
     channel_floats = cols;
     return;
   }
+  const int64_t most = int64_t{most_vectors} * lanes;
+  const Tiling start = *this;
+  Tiling copied = *this;
+  copied.copies_x = true;
+  cut(spec, most, lanes);
+  copied.cut(spec, most, lanes);
+  // A vector of 16 floats that starts anywhere lies in two cache lines nearly always, and takes two
+  // loads; one of 4 seldom does.
+  const bool pays = lanes >= 8 && spec.kernel[1] > 1 &&
+                    copied.tiles() * copied.vectors <= kCopiesPay * tiles() * vectors;
+  if (pays || channel_floats > kMostPanel) *this = copied;
+  if (channel_floats > kMostPanel) {  // a dilation of hundreds; copies do not grow with it
+    *this = start;
+    copies_x = copies_y = true;
+    cut(spec, most, lanes);
+  }
+}
+
+void Tiling::cut(const secateur_spec &spec, int64_t most, int lanes) {
   int shift_y = 0, shift_x = 0;
   for (int ky = 0; ky < spec.kernel[0]; ++ky) {
     for (int kx = 0; kx < spec.kernel[1]; ++kx) {
-      const int y = ky * spec.dilation[0], x = kx * spec.dilation[1];
-      shift_y = std::max(shift_y, y / spec.stride[0]);
-      shift_x = std::max(shift_x, x / spec.stride[1]);
-      const int32_t phase[2] = {y % spec.stride[0], x % spec.stride[1]};
+      const Tap tap = this->tap(spec, ky, kx);
+      shift_y = std::max(shift_y, tap.down);
+      shift_x = std::max(shift_x, tap.across);
       bool known = false;
       for (size_t i = 0; i < phases.size(); i += 2) {
-        known |= phases[i] == phase[0] && phases[i + 1] == phase[1];
+        known |= phases[i] == tap.phase[0] && phases[i + 1] == tap.phase[1];
       }
-      if (!known) phases.insert(phases.end(), phase, phase + 2);
+      if (!known) phases.insert(phases.end(), tap.phase, tap.phase + 2);
     }
   }
   // Rows lie side by side in a tile, each with the columns that the taps reach into; the last row
   // needs none. Where not even one row fits, a tile is a part of a row.
-  const int64_t most = int64_t{most_vectors} * lanes;
-  const int64_t row = out_width + shift_x;
+  const int64_t row = copies_x ? ceil_div(out_width, lanes) * lanes : out_width + shift_x;
   if (out_width > most) {
     tiles_across = ceil_div(out_width, most);
     cols = ceil_div(ceil_div(out_width, tiles_across), lanes) * lanes;
@@ -76,19 +98,29 @@ Tiling::Tiling(const secateur_spec &spec, int64_t height, int64_t width, int mos
   }
   tiles_down = ceil_div(out_height, rows);
   panel_rows = static_cast<int32_t>(rows + shift_y);
-  panel_cols = static_cast<int32_t>(cols + shift_x);
+  panel_cols = static_cast<int32_t>(copies_x ? ceil_div(cols, lanes) * lanes : cols + shift_x);
   vectors = static_cast<int>(ceil_div((rows - 1) * panel_cols + cols, lanes));
-  channel_floats = static_cast<int64_t>(phases.size() / 2) * panel_rows * panel_cols;
+  const int64_t floats = static_cast<int64_t>(phases.size() / 2) * panel_rows * panel_cols;
+  channel_floats = ceil_div(floats, lanes) * lanes;
+}
+
+Tiling::Tap Tiling::tap(const secateur_spec &spec, int ky, int kx) const {
+  const int y = ky * spec.dilation[0], x = kx * spec.dilation[1];
+  Tap tap = {{y, x}, 0, 0};
+  if (!copies_y) tap = {{y % spec.stride[0], x}, y / spec.stride[0], 0};
+  if (!copies_x) {
+    tap.phase[1] = x % spec.stride[1];
+    tap.across = x / spec.stride[1];
+  }
+  return tap;
 }
 
 int64_t Tiling::shift(const secateur_spec &spec, int ky, int kx) const {
   if (plain) return 0;
-  const int y = ky * spec.dilation[0], x = kx * spec.dilation[1];
+  const Tap tap = this->tap(spec, ky, kx);
   int64_t phase = 0;
-  while (phases[2 * phase] != y % spec.stride[0] || phases[2 * phase + 1] != x % spec.stride[1]) {
-    ++phase;
-  }
-  return (phase * panel_rows + y / spec.stride[0]) * panel_cols + x / spec.stride[1];
+  while (phases[2 * phase] != tap.phase[0] || phases[2 * phase + 1] != tap.phase[1]) ++phase;
+  return (phase * panel_rows + tap.down) * panel_cols + tap.across;
 }
 
 }  // namespace secateur

@@ -10,13 +10,17 @@ namespace secateur {
 
 // A tap of a kernel k at stride s reads row (output row) * s + k * dilation - pad. With
 // k * dilation = q * s + phase, that is row (output row + q) of the image's phase: after cutting the
-// image into phases, every tap is a shift.
+// image into phases, every tap is a shift. Or every tap has a phase of its own, a copy of the image
+// that is shifted already.
 struct Tiling {
   // Cuts an output of oh x ow (tokens: 1 x tokens) into tiles of at most so many vectors.
   Tiling(const secateur_spec &spec, int64_t height, int64_t width, int most_vectors, int lanes);
 
   // Whether the input can be taken as it is: then the tiles cut the whole plane, not its rows.
   bool plain;
+  // Whether every column (row) of the kernel reads a copy of the image of its own, shifted to its
+  // place. With copies of columns all vectors start where vectors may.
+  bool copies_x = false, copies_y = false;
   int64_t out_height, out_width;
   int64_t rows, cols;             // of the output in a tile; plain: 1 and a number of positions
   int64_t tiles_down, tiles_across;
@@ -28,6 +32,15 @@ struct Tiling {
   int64_t tiles() const { return tiles_down * tiles_across; }
   // Floats from the begin of a packed channel to what a tap adds to the tile's first position.
   int64_t shift(const secateur_spec &spec, int ky, int kx) const;
+
+ private:
+  struct Tap {
+    int32_t phase[2];
+    int down, across;  // the shift, in rows and columns
+  };
+
+  Tap tap(const secateur_spec &spec, int ky, int kx) const;
+  void cut(const secateur_spec &spec, int64_t most, int lanes);
 };
 
 }  // namespace secateur

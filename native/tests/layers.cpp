@@ -228,13 +228,17 @@ std::vector<Case> cases() {
   all.push_back({conv(16, 16, 1, 1, 1, 1, 0, 0), {1, 3, 3}, 0.0, true, false, 0});
   all.push_back({conv(16, 16, 1, 1, 1, 1, 0, 0), {1, 3, 3}, 1.0, true, false, 0});
   // k x k: strides, dilation, padding, groups, wide rows, images smaller than the kernel.
-  for (const int64_t side : {1, 2, 5, 7, 14, 16, 30}) {
+  for (const int64_t side : {1, 2, 5, 7, 14, 16, 28, 30, 57}) {
     all.push_back({conv(16, 8, 1, 3, 1, 1, 1, 1), {1, side, side}, 0.3, true, true, 0});
     all.push_back({conv(16, 8, 1, 3, 2, 1, 1, 0), {2, side, side + 1}, 0.3, true, false, 1});
   }
   all.push_back({conv(16, 8, 1, 3, 1, 1, 1, 0), {1, 3, 300}, 0.3, false, true, 0});
   all.push_back({conv(16, 8, 1, 3, 2, 1, 1, 0), {1, 5, 611}, 0.3, false, true, 0});
   all.push_back({conv(16, 8, 1, 5, 1, 2, 4, 2), {1, 11, 9}, 0.2, true, true, 2});
+  // Taps so far apart that no list could say where: they read copies of the image.
+  all.push_back({conv(16, 4, 1, 3, 1, 60, 60, 1), {1, 130, 140}, 0.4, true, true, 0});
+  all.push_back({conv(16, 4, 1, 3, 1, 700, 700, 1), {1, 20, 23}, 0.4, true, true, 0});
+  all.push_back({conv(16, 4, 1, 3, 2, 1001, 1001, 0), {1, 13, 12}, 0.4, false, false, 1});
   all.push_back({conv(16, 8, 1, 3, 3, 2, 2, 0), {1, 17, 23}, 0.4, true, false, 0});
   all.push_back({conv(16, 4, 1, 1, 2, 1, 0, 1), {1, 14, 15}, 0.4, true, true, 0});
   all.push_back({conv(16, 4, 1, 2, 1, 1, 0, 0), {1, 2, 2}, 0.5, true, false, 0});
@@ -266,6 +270,7 @@ std::vector<Case> cases() {
   }
   all.push_back({linear(16, 1, 3), {5, 1, 1}, 1.0, false, false, 0});
   all.push_back({linear(32, 500, 4), {20, 1, 1}, 0.05, true, true, 1});
+  all.push_back({linear(16, 1100, 0), {250, 1, 1}, 0.02, true, false, 0});  // beyond one panel
   return all;
 }
 
