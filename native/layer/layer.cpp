@@ -1,6 +1,8 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 #include <utility>
 
 #include "scratch.h"
@@ -31,13 +33,44 @@ int parts_for(int64_t tiles, int64_t rows, int64_t row_bytes, int threads) {
   return static_cast<int>(best);
 }
 
-// Tasks are taken in turn, so neighbours run at the same time. Neighbouring tiles write into the same
-// pages and nearly the same cache lines, which then go back and forth between the cores. So each
-// thread is dealt a range of its own: the i-th task to be taken is the next of range i % threads.
-int64_t dealt(int64_t i, int64_t total, int64_t threads) {
-  const int64_t range = i % threads, each = total / threads, more = total % threads;
-  return range * each + std::min(range, more) + i / threads;
-}
+// Hands out the items of a run: each thread first those of a range of its own, then what is left of
+// the others'. A layer's tiles are the same positions as the next layer's, so what a thread wrote is in
+// its cache when it reads it; and no two threads write into the same cache lines.
+class Ranges {
+ public:
+  Ranges(int64_t total, int threads)
+      : total_(total), count_(static_cast<int>(std::min<int64_t>({total, threads, kMost}))) {}
+
+  // An item that nobody has taken; there is one for every call, if there are `total` calls.
+  int64_t take() {
+    const int own = std::this_thread::get_id() == caller_ ? 0 : 1 + slot() % std::max(1, count_ - 1);
+    for (int i = 0; i < count_; ++i) {
+      const int range = (own + i) % count_;
+      const int64_t begin = total_ * range / count_, end = total_ * (range + 1) / count_;
+      const int64_t at = begin + taken_[range].count.fetch_add(1, std::memory_order_relaxed);
+      if (at < end) return at;
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr int64_t kMost = 32;
+  struct alignas(64) Counter {
+    std::atomic<int64_t> count{0};
+  };
+
+  // Worker threads are numbered as they come.
+  static int slot() {
+    static std::atomic<int> next{0};
+    thread_local const int mine = next.fetch_add(1, std::memory_order_relaxed);
+    return mine;
+  }
+
+  const int64_t total_;
+  const int count_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  Counter taken_[kMost];
+};
 
 // A plan is small, and streams are as large as the weights.
 constexpr size_t kPlansKept = 1024, kStreamsKept = 64;
@@ -156,9 +189,10 @@ void Layer::run(const float *x, const int64_t dims[3], const float *residual, fl
   const int64_t parts = static_cast<int64_t>(plan->streams->parts.size());
   const int64_t in = linear ? 0 : int64_t{spec_.inputs} * spec_.groups * dims[1] * dims[2];
   const int64_t image = linear ? 0 : int64_t{spec_.outputs} * out[1] * out[2];
-  const int64_t total = images * tiles * parts, threads = parallel.threads;
-  parallel(static_cast<size_t>(total), [&](size_t i) {
-    const int64_t at = dealt(static_cast<int64_t>(i), total, threads);
+  const int64_t total = images * tiles * parts;
+  Ranges ranges(total, parallel.threads);
+  parallel(static_cast<size_t>(total), [&](size_t) {
+    const int64_t at = ranges.take();
     const int64_t n = at / (tiles * parts), rest = at % (tiles * parts);
     run_task(*plan, {x + n * in, residual ? residual + n * image : nullptr, y + n * image,
                      linear ? 1 : dims[1], linear ? dims[0] : dims[2], rest / parts,
