@@ -5,7 +5,8 @@
 // Depthwise layers are seldom pruned, but between sparse layers the dense runtime would change the
 // layout of all activations for them and back again. R rows of the output are made at a time: they
 // share the rows of the input, so that R = 4 rows of a 3 x 3 kernel need 18 loads for 36
-// multiply-adds. What lies left and right of the image is masked, not padded: nothing is copied.
+// multiply-adds. What lies left and right of the image is masked, not padded: nothing is copied, and
+// the vectors in between need no mask.
 #pragma once
 
 #include "finish.h"
@@ -13,18 +14,34 @@
 namespace secateur {
 namespace SECATEUR_ISA {
 
-template <int K, int S, int R, bool Bounds>
-static inline void depthwise_rows(const DepthwiseWork &work, const Vec (&weight)[K * K], int64_t oy,
-                                  int64_t ox) {
+// Which lanes of the taps of a column of the kernel lie inside the image, for a vector of outputs.
+template <int K>
+struct Inside {
+  IntVec lanes[K];
+};
+
+template <int K, int S>
+static inline Inside<K> inside_of(const DepthwiseWork &work, int64_t ox) {
+  const int64_t first = ox * S - work.pad_x;
+  Inside<K> inside;
   IntVec lane = {};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  IntVec inside[K];
 #pragma GCC unroll 5
   for (int kx = 0; kx < K; ++kx) {
-    const int32_t first = static_cast<int32_t>(ox * S + kx - work.pad_x);
-    const IntVec column = lane * S + first;
-    inside[kx] = (column >= 0) & (column < static_cast<int32_t>(work.width));
+    const IntVec column = lane * S + static_cast<int32_t>(first + kx);
+    inside.lanes[kx] = (column >= 0) & (column < static_cast<int32_t>(work.width));
   }
+  return inside;
+}
+
+// R rows of a vector. Whole: nothing of it lies behind the plane, and no function is called, for
+// which the weights would have to leave their registers.
+template <int K, int S, int R, bool Bounds, bool Masked, bool Whole>
+static inline __attribute__((always_inline)) void depthwise_rows(const DepthwiseWork &work,
+                                                                 const Vec (&weight)[K * K],
+                                                                 const Vec (&bounds)[2],
+                                                                 int64_t oy, int64_t ox,
+                                                                 const Inside<K> &inside) {
   Vec sum[R];
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) sum[i] = all(work.bias);
@@ -36,7 +53,7 @@ static inline void depthwise_rows(const DepthwiseWork &work, const Vec (&weight)
 #pragma GCC unroll 5
     for (int kx = 0; kx < K; ++kx) {
       Vec v = S == 1 ? load(row + kx) : evens(load(row + kx), load(row + kx + kLanes));
-      v = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(v) & inside[kx]);
+      if (Masked) v = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(v) & inside.lanes[kx]);
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
         const int ky = r - i * S;
@@ -44,20 +61,20 @@ static inline void depthwise_rows(const DepthwiseWork &work, const Vec (&weight)
       }
     }
   }
-  const Vec low = all(lower_bound(work.activation)), high = all(upper_bound(work.activation));
   const int64_t plane = work.out_height * work.out_width;
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     const int64_t at = (oy + i) * work.out_width + ox;
-    const int64_t left = work.out_width - ox;
-    const int count = left < kLanes ? static_cast<int>(left) : kLanes;
+    const bool whole = Whole || at + kLanes <= plane;
+    const int count = whole ? kLanes : static_cast<int>(work.out_width - ox);
     if (work.residual) {
-      sum[i] += count == kLanes ? load(work.residual + at) : load_some(work.residual + at, count);
+      sum[i] += whole ? load(work.residual + at) : load_some(work.residual + at, count);
     }
-    const Vec v = Bounds ? at_most(at_least(sum[i], low), high) : activate(sum[i], work.activation);
+    const Vec v = Bounds ? at_most(at_least(sum[i], bounds[0]), bounds[1])
+                         : activate(sum[i], work.activation);
     // What spills over the end of a row is overwritten: rows come in ascending order, and the
     // vectors of a row from right to left.
-    if (at + kLanes <= plane) {
+    if (whole) {
       store(work.y + at, v);
     } else {
       store_some(work.y + at, v, count);
@@ -65,24 +82,57 @@ static inline void depthwise_rows(const DepthwiseWork &work, const Vec (&weight)
   }
 }
 
-template <int K, int S, int R, bool Bounds>
-static inline void depthwise_band(const DepthwiseWork &work, const Vec (&weight)[K * K],
-                                  int64_t oy) {
-  for (int64_t ox = (work.out_width - 1) / kLanes * kLanes; ox >= 0; ox -= kLanes) {
-    depthwise_rows<K, S, R, Bounds>(work, weight, oy, ox);
+template <int K, int S, int R, bool Bounds, bool Whole>
+static inline __attribute__((always_inline)) void depthwise_band(const DepthwiseWork &work,
+                                                                 const Vec (&weight)[K * K],
+                                                                 const Vec (&bounds)[2],
+                                                                 int64_t oy,
+                                                                 const Inside<K> (&edges)[2]) {
+  const int64_t last = (work.out_width - 1) / kLanes * kLanes;
+  for (int64_t ox = last; ox >= 0; ox -= kLanes) {
+    const int64_t first = ox * S - work.pad_x;
+    if (first >= 0 && first + (kLanes - 1) * S + K <= work.width) {
+      depthwise_rows<K, S, R, Bounds, false, Whole>(work, weight, bounds, oy, ox, edges[0]);
+    } else if (ox == 0 || ox == last) {
+      depthwise_rows<K, S, R, Bounds, true, Whole>(work, weight, bounds, oy, ox, edges[ox != 0]);
+    } else {
+      depthwise_rows<K, S, R, Bounds, true, Whole>(work, weight, bounds, oy, ox,
+                                                   inside_of<K, S>(work, ox));
+    }
   }
+}
+
+// The last rows of a plane.
+template <int K, int S, int R, bool Bounds>
+static __attribute__((noinline)) void depthwise_end(const DepthwiseWork &work,
+                                                    const Vec (&weight)[K * K],
+                                                    const Vec (&bounds)[2], int64_t oy,
+                                                    const Inside<K> (&edges)[2]) {
+  depthwise_band<K, S, R, Bounds, false>(work, weight, bounds, oy, edges);
 }
 
 template <int K, int S, bool Bounds>
 static void depthwise_of(const DepthwiseWork &work) {
   Vec weight[K * K];
   for (int i = 0; i < K * K; ++i) weight[i] = all(work.weights[i]);
+  const Vec bounds[2] = {all(lower_bound(work.activation)), all(upper_bound(work.activation))};
+  // Most vectors lie inside the image, and of the others most are the first or the last of a row.
+  const int64_t last = (work.out_width - 1) / kLanes * kLanes;
+  Inside<K> edges[2] = {inside_of<K, S>(work, 0), {}};
+  edges[1] = last ? inside_of<K, S>(work, last) : edges[0];
+  const int64_t spill = last + kLanes - work.out_width;
   int64_t oy = 0;
-  for (; oy + 4 <= work.out_height; oy += 4) depthwise_band<K, S, 4, Bounds>(work, weight, oy);
+  for (; oy + 4 <= work.out_height; oy += 4) {
+    if ((work.out_height - oy - 4) * work.out_width < spill) break;
+    depthwise_band<K, S, 4, Bounds, true>(work, weight, bounds, oy, edges);
+  }
+  for (; oy + 4 <= work.out_height; oy += 4) {
+    depthwise_end<K, S, 4, Bounds>(work, weight, bounds, oy, edges);
+  }
   switch (work.out_height - oy) {
-    case 3: return depthwise_band<K, S, 3, Bounds>(work, weight, oy);
-    case 2: return depthwise_band<K, S, 2, Bounds>(work, weight, oy);
-    case 1: return depthwise_band<K, S, 1, Bounds>(work, weight, oy);
+    case 3: return depthwise_end<K, S, 3, Bounds>(work, weight, bounds, oy, edges);
+    case 2: return depthwise_end<K, S, 2, Bounds>(work, weight, bounds, oy, edges);
+    case 1: return depthwise_end<K, S, 1, Bounds>(work, weight, bounds, oy, edges);
     default: return;
   }
 }

@@ -174,7 +174,7 @@ struct Spread {
 
   static void run(void *self, void (*task)(void *, size_t), size_t count, void *user) {
     Spread &spread = *static_cast<Spread *>(self);
-    spread.keep(spread.api.KernelContext_ParallelFor(spread.context, task, count, count, user));
+    spread.keep(spread.api.KernelContext_ParallelFor(spread.context, task, count, 0, user));
   }
 
   // The first error is the one that is told.
