@@ -232,14 +232,23 @@ def test_many_lengths_share_what_was_laid_out_for_a_few_tiles() -> None:
 
 
 def test_a_run_that_is_refused_leaves_the_layer_whole() -> None:
-    # Its taps are so far apart that a tile of all channels cannot be addressed.
-    spec = Spec("conv", 1, 600, kernel=(2, 2), dilation=(1024, 1024), pads=(1024,) * 4)
-    layer = Layer.from_dense(torch.ones(1, 600, 2, 2), spec, Variant("list", 1, 1, columns=600))
+    # Its taps are so many, and so far apart, that a list cannot say where they are.
+    spec = Spec("conv", 1, 1, kernel=(65, 65), dilation=(1024, 1024), pads=(1024 * 32,) * 4)
+    layer = Layer.from_dense(torch.ones(1, 1, 65, 65), spec, Variant("list", 1, 1))
     before = layer.nbytes
     for _ in range(2):
-        with pytest.raises(UsageError, match="larger than 2 GB"):
-            layer.run(torch.ones(1, 600, 1, 1))
+        with pytest.raises(UsageError, match="larger than 65536 floats"):
+            layer.run(torch.ones(1, 1, 1, 1))
     assert layer.nbytes == before
+
+
+def test_taps_that_are_far_apart_are_found_all_the_same() -> None:
+    spec = Spec("conv", 1, 3, kernel=(2, 2), dilation=(1024, 1024), pads=(1024,) * 4)
+    layer = Layer.from_dense(torch.ones(1, 3, 2, 2), spec, Variant("list", 1, 14))
+    found = layer.run(torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1))[0, 0]
+    assert found.shape == (1025, 1025)
+    assert found[::1024, ::1024].tolist() == [[7.0, 7.0], [7.0, 7.0]]
+    assert found.count_nonzero() == 4
 
 
 def test_one_layer_and_one_pool_from_many_threads() -> None:
