@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import secateur
+from secateur.core import facts
 from secateur.core.atomic import new_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +33,7 @@ _SENSES = ("at most", "at least", "less than", "more than")
 def machine() -> dict[str, Any]:
     """Say what the numbers were measured on."""
     return {
-        "processor": _processor(),
+        "processor": facts.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -177,15 +178,6 @@ def read(study: str, *, folder: Path = RESULTS) -> dict[str, Any]:
     """
     found: dict[str, Any] = json.loads((folder / f"{study}.json").read_text(encoding="utf-8"))
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def seeds_of(name: str, folder: Path) -> list[int]:

@@ -34,9 +34,11 @@ HERE = Machine(
     kernels=("avx512", "avx2", "baseline"),
     isa="avx512",
     problem="",
+    load=0.3,
     threads=4,
     read_gb_per_s=40.0,
     float32_gflops=500.0,
+    float32_by="PyTorch",
     bfloat16_gflops=550.0,
 )
 SMALL = (
@@ -97,8 +99,18 @@ def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.cores >= 1
     assert min(seen.read_gb_per_s, seen.float32_gflops, seen.bfloat16_gflops) > 0
     assert bool(seen.kernels) == library.available()
+    assert seen.float32_by in ("PyTorch", "ONNX Runtime")
     with pytest.raises(UsageError, match="threads=0"):
         machine.machine(0)
+
+
+def test_the_rate_of_float32_is_that_of_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_read_rate", lambda: 1.0)
+    monkeypatch.setattr(machine, "_matmul_rate", lambda _: 200.0)
+    for other, rate, by in ((400.0, 400.0, "ONNX Runtime"), (0.0, 200.0, "PyTorch")):
+        monkeypatch.setattr(machine, "_onnxruntime_rate", lambda _, other=other: other)
+        seen = machine.machine(1)
+        assert (seen.float32_gflops, seen.float32_by, seen.bfloat16_gflops) == (rate, by, 200.0)
 
 
 def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +231,11 @@ def test_advice_about_a_matrix_unit() -> None:
         in (advice(amx, [overtakes])[-1])
     )
     assert "does not catch up" in advice(amx, [found("unstructured", 2.0, 1.0, 0.6, 0.3)])[-1]
+
+
+def test_advice_about_a_busy_machine() -> None:
+    assert "busy (load 3.5 on 8 processors)" in advice(dataclasses.replace(HERE, load=3.5), ())[0]
+    assert not any("busy" in said for said in advice(HERE, ()))
 
 
 def test_advice_about_a_forced_instruction_set() -> None:

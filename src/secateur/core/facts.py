@@ -125,7 +125,7 @@ class Facts:
 def environment() -> dict[str, Any]:
     """The machine and versions behind a measurement."""
     return {
-        "machine": _cpu_name(),
+        "machine": processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -134,12 +134,24 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def processor() -> str:
+    """The processor's name; family and model as well where a virtual machine hides which one it is.
+
+    Example:
+        >>> bool(processor())
+        True
+    """
+    about: dict[str, str] = {}
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+                if not line.strip():
+                    break  # the next processor is one of the same
+                key, _, value = line.partition(":")
+                about[key.strip()] = value.strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    name = about.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in about and not any(c.isdigit() for c in name):
+        return f"{name} (family {about['cpu family']}, model {about.get('model', '?')})"
+    return name

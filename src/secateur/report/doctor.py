@@ -1,9 +1,9 @@
 """What ``secateur doctor`` found, as tables and as JSON.
 
-The document has ``machine`` (with ``caches``, ``instructions``, ``kernels``, ``isa``, ``threads``,
-``read_gb_per_s``, ``float32_gflops``, ``bfloat16_gflops``, ``amx``), ``break_even`` (a list of
-``layer``, ``dtype``, ``pattern``, ``against``, ``sparsity``, ``at_most`` and ``points``) and
-``advice``, a list of sentences.
+The document has ``machine`` (with ``caches``, ``instructions``, ``kernels``, ``isa``, ``load``,
+``threads``, ``read_gb_per_s``, ``float32_gflops``, ``float32_by``, ``bfloat16_gflops``, ``amx``),
+``break_even`` (a list of ``layer``, ``dtype``, ``pattern``, ``against``, ``sparsity``, ``at_most``
+and ``points``) and ``advice``, a list of sentences.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def machine_table(machine: Machine) -> Table:
         "kernels": " ".join(machine.kernels) or "none",
         "in use": machine.isa or "none",
         "memory": f"{machine.read_gb_per_s:.1f} GB/s read (torch.sum)",
-        "float32": f"{machine.float32_gflops:.0f} GFLOP/s (torch.matmul)",
-        "bfloat16": f"{machine.bfloat16_gflops:.0f} GFLOP/s (torch.matmul), {ratio:.1f}x float32",
+        "float32": f"{machine.float32_gflops:.0f} GFLOP/s ({machine.float32_by})",
+        "bfloat16": f"{machine.bfloat16_gflops:.0f} GFLOP/s (PyTorch), {ratio:.1f}x float32",
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))

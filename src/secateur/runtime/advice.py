@@ -10,6 +10,8 @@ from secateur.runtime.machine import Machine
 
 # Dense bfloat16 that is less than this many times faster is no reason to change anything.
 _CLEARLY = 1.3
+# From this share of the processors on, other work takes threads away from the measurement.
+_BUSY = 0.4
 
 
 def advice(machine: Machine, measured: Sequence[BreakEven]) -> tuple[str, ...]:
@@ -22,12 +24,22 @@ def advice(machine: Machine, measured: Sequence[BreakEven]) -> tuple[str, ...]:
     if not machine.kernels:
         return (f"There are no sparse kernels here. {machine.problem}",)
     said = [
+        _busy(machine),
         _wrong_isa(machine),
         *_patterns(measured),
         _token(measured),
         _bfloat16(machine, measured),
     ]
     return tuple(sentence for sentence in said if sentence)
+
+
+def _busy(machine: Machine) -> str:
+    if machine.load <= _BUSY * machine.cores:
+        return ""
+    return (
+        f"The machine was busy (load {machine.load:.1f} on {machine.cores} processors), and what was "
+        "measured is about what was left of it. Measure again when it rests."
+    )
 
 
 def _wrong_isa(machine: Machine) -> str:

@@ -152,7 +152,7 @@ def bench(
     raced, error = _raced(dense.model, compiled.model, feeds, threads)
     about = metadata(compiled.model) or {}
     held = about.get("layers", ())
-    if peak is not None:  # a busy moment may have held torch.matmul back, but not our layers
+    if peak is not None:  # a busy moment may have held that product back, but not our layers
         peak = max([peak, *filter(None, map(_gflops, held))])
     ratio = 1 / raced.ratio(1)
     low, high = raced.ratio_range(1)

@@ -8,12 +8,15 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from secateur.core.errors import MissingNative, UsageError
+from secateur.core.facts import processor
 from secateur.runtime import native
+from secateur.runtime.library import available
 
 #: The instruction sets that decide how fast a network runs, as Linux names them.
 INSTRUCTIONS = (
@@ -57,10 +60,14 @@ class Machine:
             native library.
         isa: The one in use; None without the native library, or if ``SECATEUR_ISA`` is wrong.
         problem: Why there are no kernels; empty if there are.
+        load: Processes that ran or waited for a core in the minute before; 0 if the system does not
+            say.
         threads: That were measured.
         read_gb_per_s: Reading memory: ``torch.sum`` of 256 MiB of float32.
-        float32_gflops: ``torch.matmul`` of two float32 matrices of 1024 x 1024.
-        bfloat16_gflops: The same in bfloat16.
+        float32_gflops: Product of two float32 matrices of 1024 x 1024, by the fastest that is here.
+        float32_by: Who that was: ``"PyTorch"``, or ``"ONNX Runtime"`` where it is installed. On some
+            processors one of them does not use the widest instructions.
+        bfloat16_gflops: The same product in bfloat16, by PyTorch.
     """
 
     processor: str
@@ -71,9 +78,11 @@ class Machine:
     kernels: tuple[str, ...]
     isa: str | None
     problem: str
+    load: float
     threads: int
     read_gb_per_s: float
     float32_gflops: float
+    float32_by: str
     bfloat16_gflops: float
 
     @property
@@ -96,16 +105,18 @@ def machine(threads: int) -> Machine:
             f"threads={threads}", "it is below 1", "a measurement needs a thread", "give 1 or more"
         )
     kernels, isa, problem = _kernels()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             read = _read_rate()
-            rates = [_matmul_rate(t) for t in (torch.float32, torch.bfloat16)]
+            plain, half = (_matmul_rate(t) for t in (torch.float32, torch.bfloat16))
     finally:
         torch.set_num_threads(before)
+    float32, by = max((plain, "PyTorch"), (_onnxruntime_rate(threads), "ONNX Runtime"))
     return Machine(
-        processor=_processor(),
+        processor=processor(),
         system=f"{platform.system()} {platform.machine()}",
         cores=cores(),
         caches=caches(),
@@ -113,10 +124,12 @@ def machine(threads: int) -> Machine:
         kernels=kernels,
         isa=isa,
         problem=problem,
+        load=load,
         threads=threads,
         read_gb_per_s=read,
-        float32_gflops=rates[0],
-        bfloat16_gflops=rates[1],
+        float32_gflops=float32,
+        float32_by=by,
+        bfloat16_gflops=half,
     )
 
 
@@ -189,10 +202,6 @@ def _cpuinfo(*names: str) -> str:
     return next((value.strip() for key, _, value in pairs if key.strip() in names), "")
 
 
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
 def _instructions() -> tuple[str, ...]:
     flags = set(_cpuinfo("flags", "Features").split())
     return tuple(name for name in INSTRUCTIONS if name in flags)
@@ -207,6 +216,27 @@ def _matmul_rate(dtype: torch.dtype) -> float:
     a, b = (torch.randn(_WIDTH, _WIDTH).to(dtype) for _ in range(2))
     out = torch.empty(_WIDTH, _WIDTH, dtype=dtype)
     return 2 * _WIDTH**3 / 1e9 / _fastest(lambda: torch.matmul(a, b, out=out))
+
+
+def _onnxruntime_rate(threads: int) -> float:
+    if not (find_spec("onnx") and find_spec("onnxruntime") and available()):
+        return 0.0
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    from secateur.runtime.race import open_session, runner
+
+    square = np.random.default_rng(0).standard_normal((_WIDTH, _WIDTH), dtype=np.float32)
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, square.shape) for n in "xy")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [x],
+        [y],
+        [numpy_helper.from_array(square, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return 2 * _WIDTH**3 / 1e9 / _fastest(runner(open_session(model, threads), {"x": square}))
 
 
 def _fastest(work: Callable[[], object]) -> float:
