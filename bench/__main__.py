@@ -72,7 +72,7 @@ def main(words: list[str] | None = None) -> int:
         filters.run_arm(given.arm, filters.plan_of(given.depth, given.epochs), seed=given.seed)
         return 0
     if given.arm in recovered.ARMS:
-        recovered.run_arm(given.arm, recovered.PLANS[given.depth or 56], seed=given.seed)
+        recovered.run_arm(given.arm, recovered.plan_of(given.depth, given.rate), seed=given.seed)
         return 0
     if given.arm in dsp.ARMS:
         dsp.run_arm(given.arm, seed=given.seed)
@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "--depth", type=int, help="one network of 'oneshot' (20, 56), or that of the arm's study"
     )
     parser.add_argument("--epochs", type=int, help="of each arm of 'sparse_training'")
+    parser.add_argument("--rate", type=float, help="highest learning rate of 'recovered'")
     return parser
 
 

@@ -9,11 +9,13 @@ three times for the pruned network: with labels alone, as the dense one; distill
 fine-tuned dense one; and distilled without labels, on blends of two images (``matched``).
 
     python -m bench --arm recovered --depth 56
+    python -m bench --arm recovered --depth 56 --rate 0.1
     python -m bench recovered
 
 The networks after the last epoch are the ones reported. A first run had 10,000 images an epoch, for
 want of time, and lost 1.3 +- 0.7 points with ResNet-56; nothing but the number of images was changed
-after it. ``matched`` was added, as it is, after the other two had missed the goal.
+after it. ``matched`` was added, as it is, after the other two had missed the goal; and the rate of 0.1,
+of both networks and with nothing else changed, after that.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from secateur.learn.objectives import Term
 
 ARMS = ("recovered",)
 DEPTHS = (20, 56)
+KINDS = ("pruned", "distilled", "matched")
 WORSE = 0.7  # points at most
 GOALS = {
     "pruned": "points below dense after fine-tuning",
@@ -58,6 +61,7 @@ class Plan:
         rounds: Of cutting.
         distillation: Share of the last network's loss that is towards the dense one.
         temperature: Of that share.
+        kinds: Of the pruned network's runs, which.
     """
 
     depth: int = 56
@@ -67,14 +71,29 @@ class Plan:
     rounds: int = 5
     distillation: float = 0.9
     temperature: float = 4.0
+    kinds: tuple[str, ...] = KINDS
 
     @property
     def study(self) -> str:
-        """Name of the study of this depth."""
-        return f"recovered-resnet{self.depth}"
+        """Name of the study of this depth and learning rate."""
+        other = "" if self.recipe.rate == RECIPE.rate else f"-rate{self.recipe.rate:g}"
+        return f"recovered-resnet{self.depth}{other}"
 
 
 PLANS = {56: Plan(), 20: Plan(depth=20, test_images=cifar.HELD_OUT + 1_000)}
+
+
+def plan_of(depth: int | None = None, rate: float | None = None) -> Plan:
+    """The plan of a depth; at another learning rate only the run that was best so far, ``matched``.
+
+    Example:
+        >>> plan_of(20).study, plan_of(56, 0.1).study
+        ('recovered-resnet20', 'recovered-resnet56-rate0.1')
+    """
+    plan = PLANS[depth or Plan().depth]
+    if rate in (None, plan.recipe.rate):
+        return plan
+    return replace(plan, recipe=replace(plan.recipe, rate=rate), kinds=("matched",))
 
 
 def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) -> None:
@@ -124,21 +143,23 @@ def run_arm(
     images = cifar.augmented(train, batch=plan.recipe.batch)
     reference = tuned("dense", _copy(dense, plan.depth), images)
     taught = functools.partial(training.distilled, reference.model, temperature=plan.temperature)
-    net, share = pruned.model, plan.distillation
-    runs = {
-        "dense": reference,
-        "pruned": tuned("pruned", copy.deepcopy(net), images),
-        "distilled": tuned("distilled", copy.deepcopy(net), images, taught(share)),
-        "matched": tuned("matched", net, replace(images, blended=True), taught(1.0)),
+    blended = replace(images, blended=True)
+    ways: dict[str, tuple[Any, ...]] = {
+        "pruned": (images,),
+        "distilled": (images, taught(plan.distillation)),
+        "matched": (blended, taught(1.0)),
     }
+    runs = {"dense": reference}
+    for kind in plan.kinds:
+        runs[kind] = tuned(kind, copy.deepcopy(pruned.model), *ways[kind])
     networks = {k: {**_judged(r.model, test), "history": r.history} for k, r in runs.items()}
     differences = {
         "before": _difference(before, "pruned", test),
-        **{kind: _difference(networks, kind, test) for kind in GOALS},
+        **{kind: _difference(networks, kind, test) for kind in plan.kinds},
     }
     goals = [
-        record.goal(words, round(-differences[kind]["mean"], 6), "at most", WORSE)
-        for kind, words in GOALS.items()
+        record.goal(GOALS[kind], round(-differences[kind]["mean"], 6), "at most", WORSE)
+        for kind in plan.kinds
     ]
     result = {
         "plan": asdict(plan),

@@ -128,7 +128,8 @@ def _recovered(folder: Path) -> str:
             rows.append([kind, *cells, shown])
         told = (
             f"ResNet-{plan['depth']}: {plan['recipe']['epochs']} epochs of "
-            f"{plan['train_images']:,} images, {plan['test_images']:,} test images; {seeds(study)}."
+            f"{plan['train_images']:,} images, highest learning rate {plan['recipe']['rate']:g}, "
+            f"{plan['test_images']:,} test images; {seeds(study)}."
         )
         head = [f"ResNet-{plan['depth']}", "multiply-adds", "before fine-tuning", "after"]
         head.append("points above dense")

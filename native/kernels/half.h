@@ -34,15 +34,12 @@ typedef Half LooseHalfVec __attribute__((vector_size(kLanes * 4), aligned(2), ma
 typedef Half NarrowVec __attribute__((vector_size(kLanes * 2)));
 typedef Half LooseNarrowVec __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
-template <int V>
-static inline void add(HalfVec (&sum)[V], Half half, const Half *x) {
+static inline HalfVec all_of(Half half) {
 #if defined(__aarch64__)
-  const HalfVec weight = vdupq_n_f16(half);
+  return vdupq_n_f16(half);
 #else
-  const HalfVec weight = half - HalfVec{};
+  return half - HalfVec{};
 #endif
-#pragma GCC unroll 8
-  for (int j = 0; j < V; ++j) sum[j] += weight * reinterpret_cast<const LooseHalfVec *>(x)[j];
 }
 
 template <int V>  // vectors of halves
@@ -56,18 +53,12 @@ static void half_list_of(const Work &work) {
     const uint32_t row = head->row_and_flags & kRowMask;
     float *const sums = work.sums + size_t{row - work.first_row} * (2 * V * kLanes);
     HalfVec sum[kSets][V] = {};
-    uint32_t left = head->count;
-    for (; left >= kWheres; left -= kWheres, weight += kWheres) {
-      const uint64_t word = wheres.take();
-#pragma GCC unroll 4
-      for (int i = 0; i < kWheres; ++i) {
-        add(sum[i % kSets], weight[i], panel + static_cast<uint16_t>(word >> 16 * i));
-      }
-    }
-    if (left) {
-      uint64_t word = wheres.take();
-      for (; left; --left, word >>= 16) add(sum[0], *weight++, panel + static_cast<uint16_t>(word));
-    }
+    each_entry(wheres, weight, head->count, [&](int i, Half w, uint16_t where) {
+      const LooseHalfVec *const x = reinterpret_cast<const LooseHalfVec *>(panel + where);
+      const HalfVec all_w = all_of(w);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) sum[i % kSets][j] += all_w * x[j];
+    });
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
       if (kSets == 2) sum[0][j] += sum[kSets - 1][j];

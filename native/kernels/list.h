@@ -46,11 +46,18 @@ class Wheres {
   const uint32_t *next_;
 };
 
-template <int V>
-static inline __attribute__((always_inline)) void add(Vec (&sum)[V], float weight,
-                                                      const float *x) {
-#pragma GCC unroll 14
-  for (int j = 0; j < V; ++j) sum[j] += weight * load(x + j * kLanes);
+// Calls add(i, weight, where) for every entry of a record; i is its place in its word.
+template <typename Weight, typename Add>
+static inline __attribute__((always_inline)) void each_entry(Wheres &wheres, const Weight *&weight,
+                                                             uint32_t count, Add add) {
+  for (; count >= kWheres; count -= kWheres, weight += kWheres) {
+    const uint64_t word = wheres.take();
+#pragma GCC unroll 4
+    for (int i = 0; i < kWheres; ++i) add(i, weight[i], static_cast<uint16_t>(word >> 16 * i));
+  }
+  if (!count) return;
+  uint64_t word = wheres.take();
+  for (; count; --count, word >>= 16) add(0, *weight++, static_cast<uint16_t>(word));
 }
 
 // A chain of multiply-adds takes 4 cycles an entry, so few sums leave the units idle: narrow tiles
@@ -78,18 +85,11 @@ static void list_of(const Work &work) {
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[kSets - 1][j] = Vec{};
     }
-    uint32_t left = head->count;
-    for (; left >= kWheres; left -= kWheres, weight += kWheres) {
-      const uint64_t word = wheres.take();
-#pragma GCC unroll 4
-      for (int i = 0; i < kWheres; ++i) {
-        add(sum[i % kSets], weight[i], panel + static_cast<uint16_t>(word >> 16 * i));
-      }
-    }
-    if (left) {
-      uint64_t word = wheres.take();
-      for (; left; --left, word >>= 16) add(sum[0], *weight++, panel + static_cast<uint16_t>(word));
-    }
+    each_entry(wheres, weight, head->count, [&](int i, float w, uint16_t where) {
+      const float *const x = panel + where;
+#pragma GCC unroll 14
+      for (int j = 0; j < V; ++j) sum[i % kSets][j] += w * load(x + j * kLanes);
+    });
     if (kSets == 2) {
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[0][j] += sum[kSets - 1][j];
