@@ -37,8 +37,8 @@ def _busy(machine: Machine) -> str:
     if machine.load <= _BUSY * machine.cores:
         return ""
     return (
-        f"The machine was busy (load {machine.load:.1f} on {machine.cores} processors), and what was "
-        "measured is about what was left of it. Measure again when it rests."
+        f"The machine was busy in the minute before (load {machine.load:.1f} on {machine.cores} "
+        "processors). If other work went on, the figures are about what it left: measure again."
     )
 
 
