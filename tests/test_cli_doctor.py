@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from secateur.cli import doctor
 from secateur.cli.main import app
+from secateur.core import facts
 from secateur.core.errors import MissingNative, UsageError
 from secateur.report.doctor import break_even_table, break_even_text, machine_table
 from secateur.runtime import breakeven, library, machine, native
@@ -87,6 +88,22 @@ def test_caches_are_read_and_the_one_of_instructions_left_out(tmp_path: Path) ->
 @pytest.mark.parametrize(("text", "count"), [("0", 1), ("0-3", 4), ("0-1,4-5,9", 5), ("", 0)])
 def test_lists_of_processors(text: str, count: int) -> None:
     assert listed(text) == count
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ("model name\t: AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        ("model name\t: AMD EPYC 9R14", "AMD EPYC 9R14"),
+    ],
+)
+def test_a_processor_whose_name_is_hidden(
+    about: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = f"cpu family\t: 26\nmodel\t\t: 2\n{about}\n\nmodel\t\t: 3\n"
+    (tmp_path / "cpuinfo").write_text(told)
+    monkeypatch.setattr(facts, "_CPUINFO", tmp_path / "cpuinfo")
+    assert facts.processor() == name
 
 
 def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +251,7 @@ def test_advice_about_a_matrix_unit() -> None:
 
 
 def test_advice_about_a_busy_machine() -> None:
-    assert "busy (load 3.5 on 8 processors)" in advice(dataclasses.replace(HERE, load=3.5), ())[0]
+    assert "(load 3.5 on 8 processors)" in advice(dataclasses.replace(HERE, load=3.5), ())[0]
     assert not any("busy" in said for said in advice(HERE, ()))
 
 

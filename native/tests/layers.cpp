@@ -235,7 +235,7 @@ std::vector<Case> cases() {
   all.push_back({conv(16, 8, 1, 3, 1, 1, 1, 0), {1, 3, 300}, 0.3, false, true, 0});
   all.push_back({conv(16, 8, 1, 3, 2, 1, 1, 0), {1, 5, 611}, 0.3, false, true, 0});
   all.push_back({conv(16, 8, 1, 5, 1, 2, 4, 2), {1, 11, 9}, 0.2, true, true, 2});
-  // Taps so far apart that no list could say where: they read copies of the image.
+  // Taps far apart; in the last two no list could say where, so they read copies of the image.
   all.push_back({conv(16, 4, 1, 3, 1, 60, 60, 1), {1, 130, 140}, 0.4, true, true, 0});
   all.push_back({conv(16, 4, 1, 3, 1, 700, 700, 1), {1, 20, 23}, 0.4, true, true, 0});
   all.push_back({conv(16, 4, 1, 3, 2, 1001, 1001, 0), {1, 13, 12}, 0.4, false, false, 1});

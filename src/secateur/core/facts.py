@@ -134,6 +134,9 @@ def environment() -> dict[str, Any]:
     }
 
 
+_CPUINFO = Path("/proc/cpuinfo")
+
+
 def processor() -> str:
     """The processor's name; family and model as well where a virtual machine hides which one it is.
 
@@ -143,7 +146,7 @@ def processor() -> str:
     """
     about: dict[str, str] = {}
     try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        with _CPUINFO.open(encoding="utf-8") as lines:
             for line in lines:
                 if not line.strip():
                     break  # the next processor is one of the same
