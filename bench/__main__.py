@@ -81,7 +81,7 @@ def main(words: list[str] | None = None) -> int:
         tickets.run_arm(given.arm, seed=given.seed)
         return 0
     if given.arm:
-        _run_part_of_gradual(given.arm, given.seed)
+        _run_part_of_gradual(given.arm, given.epochs, given.seed)
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if given.quick else record.RESULTS
@@ -101,13 +101,13 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def _run_part_of_gradual(arm: str, seed: int) -> None:
+def _run_part_of_gradual(arm: str, epochs: int | None, seed: int) -> None:
     if arm == "trunk":
-        gradual.run_trunk(seed=seed)
+        gradual.trained_trunk(seed=seed)
     elif arm == "summary":
-        gradual.summarise()
+        gradual.summarise(gradual.plan_of(epochs))
     else:
-        gradual.run_arm(arm, seed=seed)
+        gradual.run_arm(arm, gradual.plan_of(epochs), seed=seed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--depth", type=int, help="one network of 'oneshot' (20, 56), or that of the arm's study"
     )
-    parser.add_argument("--epochs", type=int, help="of each arm of 'sparse_training'")
+    parser.add_argument(
+        "--epochs", type=int, help="of each arm of 'sparse_training', 'filters' or 'gradual'"
+    )
     parser.add_argument("--rate", type=float, help="highest learning rate of 'recovered'")
     return parser
 

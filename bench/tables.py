@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import tables_cuts, tables_training
-from bench.markdown import goals, read, table, where
+from bench.markdown import goals, prose, read, section, seeds, table, variants, where
 from bench.record import RESULTS
 
 HEAD = """# Measurements
@@ -142,22 +142,33 @@ def _sweep(folder: Path) -> str:
 
 
 def _gradual(folder: Path) -> str:
-    study = read(folder, "gradual")
-    if not study:
-        return ""
-    rows = []
-    for arm in study["result"]["arms"]:
-        drop, error = arm.get("drop"), arm.get("drop_standard_error")
-        below = "" if drop is None else f"{drop:.2f} ± {error:.2f}"
-        rows.append([arm["arm"], f"{arm['accuracy']:.2f} %", below])
+    parts = []
+    for study in variants(folder, "gradual"):
+        rows = []
+        for arm in study["result"]["arms"]:
+            drop, error = arm.get("drop"), arm.get("drop_standard_error")
+            below = "" if drop is None else f"{drop:.2f} ± {error:.2f}"
+            rows.append([arm["arm"], f"{arm['accuracy']:.2f} %", below])
+        plan = study["result"].get("plan", {})
+        if plan.get("trunk", True):
+            text = (
+                "A dense trunk of 14 epochs, then 12 epochs for every arm with the same schedule; the "
+                f"pruned ones prune over the first six; {seeds(study)}."
+            )
+        else:
+            first, last = plan["pruning"]
+            text = (
+                f"One cycle of {plan['recipe']['epochs']} epochs for every arm, from the same first "
+                f"weights; the others prune in epochs {first:g} to {last:g} and learn from the finished "
+                f"dense one, to {plan['distillation']:.0%}, besides the labels; {seeds(study)}."
+            )
+        head = ["arm", "accuracy", "points below dense"]
+        parts += [prose(text), where(study), table(head, rows), goals(study)]
     text = (
-        "ResNet-20 on CIFAR-10: 40,000 training and 11,000 test images, a dense trunk of 14 epochs, then 12\n"
-        "epochs for every arm with the same schedule; the pruned ones prune over the first six.\n"
+        "ResNet-20 on CIFAR-10: 40,000 training and 11,000 test images. Differences are counted image by "
+        "image; the standard error is that of the images."
     )
-    head = ["arm", "accuracy", "points below dense"]
-    return "\n".join(
-        ["## Gradual magnitude pruning\n", text, where(study), table(head, rows), goals(study)]
-    )
+    return section("Gradual magnitude pruning", [prose(text), *parts] if parts else [])
 
 
 def _oneshot(folder: Path) -> str:

@@ -292,6 +292,30 @@ def test_one_shot_counts_the_least_lead() -> None:
     assert oneshot.goals(rows, "global", (0.5, 0.9), "here") == []
 
 
+def test_distilled_arms_learn_from_the_finished_dense_one(
+    splits: tuple[cifar.Split, cifar.Split], tmp_path: Path
+) -> None:
+    """Without a trunk, and cut off: the teacher is trained once, and read by the next process."""
+    plan = dataclasses.replace(gradual.QUICK_CYCLE, train_images=128, test_images=50)
+    place = gradual.Place(tmp_path / "results", tmp_path / "runs")
+    place.results.mkdir()
+    found = gradual.run_arm("0.9", plan, place=place)["result"]
+    assert found["sparsity_of_pruned_weights"] == pytest.approx(0.9, abs=1e-4)
+    assert found["trunk_history"] == []
+    assert {p.name for p in place.runs.glob("*.safetensors")} == {
+        f"{plan.study}-{arm}-seed0.safetensors" for arm in ("dense", "0.9")
+    }
+    dense = (place.runs / f"{plan.study}-dense-seed0.safetensors").read_bytes()
+    labels = dataclasses.replace(plan, distillation=0.0)
+    other = gradual.run_arm("0.95", plan, place=place)["result"]
+    assert other["history"] != found["history"]
+    assert (place.runs / f"{plan.study}-dense-seed0.safetensors").read_bytes() == dense
+    alone = gradual.Place(tmp_path / "alone", tmp_path / "runs-alone")
+    alone.results.mkdir()
+    undistilled = gradual.run_arm("0.9", labels, place=alone)["result"]
+    assert undistilled["history"][0]["loss"] != found["history"][0]["loss"]
+
+
 def test_inputs_of_the_sweep_are_correlated_and_repeat() -> None:
     size = sweep.Size(width=64, calibration=1_024, unseen=128, directions=8)
     batches, unseen = sweep.inputs(size, seed=1)
@@ -377,11 +401,15 @@ def test_gemv_numbers_follow_from_their_parts() -> None:
         assert all(row["relative_error"] < 2.0**-8 for row in rows)  # rounded to bfloat16
 
 
-def test_gradual_numbers_follow_from_its_arms() -> None:
-    whole = committed("gradual")
+GRADUAL = [gradual.plan_of().study, gradual.plan_of(gradual.EPOCHS).study]
+
+
+@pytest.mark.parametrize("study", GRADUAL)
+def test_gradual_numbers_follow_from_its_arms(study: str) -> None:
+    whole = committed(study)
     goals = iter(whole["goals"])
     files = {
-        (arm, seed): record.read(f"gradual-{arm}-seed{seed}")["result"]
+        (arm, seed): record.read(f"{study}-{arm}-seed{seed}")["result"]
         for arm in gradual.ARMS
         for seed in whole["seeds"]
     }
@@ -406,13 +434,14 @@ def test_gradual_numbers_follow_from_its_arms() -> None:
             assert file["sparsity_of_pruned_weights"] == pytest.approx(float(row["arm"]), abs=1e-4)
 
 
+@pytest.mark.parametrize("study", GRADUAL)
 def test_gradual_accuracies_follow_from_the_predictions(
-    splits: tuple[cifar.Split, cifar.Split],
+    study: str, splits: tuple[cifar.Split, cifar.Split]
 ) -> None:
     labels = cifar.training_splits()[1].labels
-    for seed in committed("gradual")["seeds"]:
+    for seed in committed(study)["seeds"]:
         for arm in gradual.ARMS:
-            file = record.read(f"gradual-{arm}-seed{seed}")["result"]
+            file = record.read(f"{study}-{arm}-seed{seed}")["result"]
             found = torch.tensor([int(c) for c in file["predictions"]])
             right = 100 * int((found == labels).sum()) / len(labels)
             assert file["test"]["accuracy"] == pytest.approx(right)
