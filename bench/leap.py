@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import secateur
 from bench import cifar, record
 from secateur import FineTune, Recipe, Scope, Target
-from secateur.drive.training.learned import learn_masks
+from secateur.drive.training.learn_masks import learn_masks
 from secateur.learn import Distill, Leap, Objectives, Task
 from secateur.pattern import Elements, Rows
 from secateur.score import Magnitude

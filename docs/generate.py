@@ -16,6 +16,7 @@ secateur.learn secateur.structure secateur.allocate.widths secateur.drive.recipe
 secateur.drive.methods secateur.drive.recipe_file secateur.drive.structural.shrink
 secateur.drive.structural.recipe secateur.drive.structural.methods
 secateur.drive.training.regrow secateur.drive.training.learned
+secateur.drive.training.learn_masks
 secateur.drive.training.resume secateur.drive.training.order secateur.drive.training.recorder
 secateur.drive.training.ranks secateur.drive.training.hosts secateur.drive.structural.heads
 secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report

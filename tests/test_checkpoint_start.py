@@ -15,7 +15,7 @@ from secateur import Data, FineTune, Recipe, Target, finetune, prune, recipes
 from secateur.core.errors import UsageError
 from secateur.drive.structural.pace import Pace
 from secateur.drive.structural.shrinking import train_and_shrink
-from secateur.drive.training.learned import learn_masks
+from secateur.drive.training.learn_masks import learn_masks
 from secateur.learn import Leap
 from secateur.schedule import Linear
 from secateur.score import Wanda

@@ -16,7 +16,8 @@ from secateur import Data, FineTune, Scope, load
 from secateur.core.errors import FoldError, UsageError
 from secateur.core.slots import Slot
 from secateur.core.weight import CONV2D, LINEAR, Axes, Weight
-from secateur.drive.training.learned import Learned, learn_masks
+from secateur.drive.training.learn_masks import learn_masks
+from secateur.drive.training.learned import Learned
 from secateur.learn import LEARNERS, Leap, Learner, SoftMovement, Str
 from secateur.learn.grain import Tiling
 from secateur.learn.leap import LeapMask

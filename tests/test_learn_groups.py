@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from secateur import Data, FineTune, Scope
 from secateur.core.errors import BudgetError, NeedsData, NotYet, UsageError
 from secateur.drive.training import ranks
-from secateur.drive.training.learned import Learned, learn_masks
+from secateur.drive.training.learn_masks import learn_masks
+from secateur.drive.training.learned import Learned
 from secateur.learn import GroupLearning, Slimming, energy_prune
 from secateur.learn.energy import branches_at
 from secateur.learn.grouping import group_norms, hard, layer_scale, logit_gradients

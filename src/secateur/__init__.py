@@ -34,7 +34,8 @@ from secateur.drive.training.finetune import FineTune, finetune
 from secateur.drive.training.gradual import Gradual
 from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.drive.training.hosts import LightningCallback, TransformersCallback
-from secateur.drive.training.learned import Learned, learn_masks
+from secateur.drive.training.learn_masks import learn_masks
+from secateur.drive.training.learned import Learned
 from secateur.drive.training.order import Shuffled
 from secateur.drive.training.recorder import Checkpoints
 from secateur.drive.training.regrow import Regrow, TopKast
