@@ -123,14 +123,16 @@ class Facts:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and versions behind a measurement."""
+    """The machine and versions behind a measurement; a GPU if this process has used one."""
+    # To ask for its name would begin to use it, which takes some hundred megabytes of its memory.
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "machine": processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name() if cuda else None,
     }
 
 
