@@ -28,9 +28,17 @@ from secateur.allocate import Ranked, Sensitivity, Tolerance
 from secateur.core.errors import BudgetError, DataError, UsageError
 from secateur.drive.structural.pace import Pace
 from secateur.drive.structural.shrinking import Shrinking
-from secateur.drive.training.learned import Learned, learn_masks
+from secateur.drive.training.learn_masks import learn_masks
+from secateur.drive.training.learned import Learned
 from secateur.drive.training.regrow import TopKast
-from secateur.experiments import TicketPlan, Training, find_ticket
+from secateur.experiments import (
+    Damage,
+    Disturbance,
+    TicketPlan,
+    Training,
+    connectivity,
+    find_ticket,
+)
 from secateur.learn import GroupLearning, Leap, Slimming, SoftMovement, Str
 from secateur.pattern import NM, Blocks
 from secateur.recover import ColumnSweep, FisherUpdate, Integer, LeastSquares
@@ -106,6 +114,11 @@ def shrinking(**given: Any) -> Any:
         (lambda: ticket(recipe=0.9), "It is a Recipe"),
         (lambda: ticket(model=None), "A network is a torch.nn.Module"),
         (lambda: ticket(model=lambda: 3), "a int. A network is"),
+        (lambda: connectivity(mlp(), mlp(), mlp(), BATCHES, points="a"), "points=11"),  # type: ignore[arg-type]
+        (lambda: connectivity(mlp(), mlp(), mlp(), BATCHES, points=1), "two ends"),
+        (lambda: connectivity("net", {}, {}, BATCHES), "A network is a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: Disturbance(mlp(), None, Damage), "the class Damage"),  # type: ignore[arg-type]
+        (lambda: Disturbance(mlp, None, Damage()), "A network is a torch.nn.Module"),  # type: ignore[arg-type]
         (lambda: finetune(mlp(), BATCHES, FineTune), "the class FineTune"),  # type: ignore[arg-type]
         (lambda: finetune(mlp, BATCHES), "the function mlp"),  # type: ignore[arg-type]
         (lambda: finetune(mlp(), BATCHES, checkpoint=3), "the name of a folder"),  # type: ignore[arg-type]

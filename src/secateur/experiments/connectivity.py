@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_count, require_network
 from secateur.core.batches import as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.drive.pruned import Pruned
@@ -90,6 +91,8 @@ def connectivity(
         >>> connectivity(net, net, net, [(x, net(x).argmax(1))]).barrier
         0.0
     """
+    require_network("connectivity(model, ...)", model)
+    require_count("points", points, what="how many networks are measured", write="points=11")
     if points < 2:
         raise UsageError(f"points={points}", "a line has two ends", "", "ask for 2 points or more")
     found = as_data(data)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_kind, require_network
 from secateur.core.batches import as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.masks import Masks
@@ -97,6 +98,8 @@ class Disturbance:
         data: Any = None,
         seed: int = 0,
     ) -> None:
+        require_network("Disturbance(model, ...)", model)
+        require_kind("damage", damage, Damage, what="a Damage", write="Damage(share=0.25)")
         self.model, self.optimizer, self.damage, self.seed = model, optimizer, damage, seed
         self._recipe = Recipe(pattern=damage.pattern)
         found = plan(model, self._recipe)
