@@ -18,7 +18,8 @@ from secateur.experiments.stability import Event
 from secateur.pattern import Elements, Rows
 from secateur.schedule import Polynomial
 from secateur.score import ExpectedBatchNorm, Magnitude, Snip
-from secateur.stats.expected import expected_relu, following_norms
+from secateur.stats import following_norms
+from secateur.stats.expected import expected_relu
 
 
 def build() -> nn.Module:
@@ -304,8 +305,8 @@ class Residual(nn.Module):
 def test_the_norm_is_the_one_that_reads_the_output() -> None:
     net = Residual().train()
     old = copy.deepcopy(net.state_dict())
-    found = following_norms(net, ["first", "second", "head"], torch.randn(2, 3, 8, 8))
-    assert found == {"first": net.first_norm, "second": net.second_norm}
+    found = following_norms(net, torch.randn(2, 3, 8, 8))
+    assert found == {"first": "first_norm", "second": "second_norm"}
     assert net.training
     assert all(torch.equal(old[n], t) for n, t in net.state_dict().items())
 

@@ -25,8 +25,11 @@ class InputRows(Protocol):
         output: object,
         draw: Draw | None = None,
         /,
-    ) -> Tensor:
-        """All rows, or those that are drawn; the others are never copied."""
+    ) -> Tensor | None:
+        """All rows, or those that are drawn; the others are never copied.
+
+        None if no single set of rows is what this weight multiplies.
+        """
         ...
 
 

@@ -27,7 +27,7 @@ from secateur.drive.training.deciding import mean_loss
 from secateur.drive.training.finetune import Progress
 from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.schedule import events, share_at
-from secateur.stats import Positions, Replay, Sketch, Stats, collect
+from secateur.stats import Positions, Replay, Sketch, Stats, collect, in_order
 
 
 class Rounds:
@@ -210,6 +210,6 @@ class Rounds:
         """Slots in the order in which data reaches them; those it never reaches come last."""
         if not self.sample.given:
             return list(slots)
-        seen = collect(self.model, slots, [Positions()], self.sample.batches[:1]).names()
-        rank = {name: index for index, name in enumerate(seen)}
-        return sorted(slots, key=lambda slot: rank.get(slot.name, len(rank)))
+        reached = in_order(self.model, slots, self.sample.batches[0])
+        names = {slot.name for slot in reached}
+        return [*reached, *(slot for slot in slots if slot.name not in names)]

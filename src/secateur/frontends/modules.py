@@ -24,6 +24,13 @@ _TRANSPOSED: dict[type[nn.Module], Axes] = {
     nn.ConvTranspose2d: Axes(("in", "out", "kh", "kw")),
     nn.ConvTranspose3d: Axes(("in", "out", "kd", "kh", "kw")),
 }
+# Weights of nn.MultiheadAttention -> which of query, key and value they multiply.
+_PROJECTIONS: dict[str, tuple[int, ...]] = {
+    "in_proj_weight": (0, 1, 2),
+    "q_proj_weight": (0,),
+    "k_proj_weight": (1,),
+    "v_proj_weight": (2,),
+}
 _NORMS = ("Norm",)
 _ROUTERS = ("router", "gate")
 _IMAGE_CHANNELS = 4
@@ -109,8 +116,8 @@ def _kind(module: nn.Module, attribute: str) -> Kind | None:
         # so that the package is not imported for models that do not use it.
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             return Axes(("in", "out")), rows.linear
-    if isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight"):
-        return LINEAR, None  # a fused projection: prunable, but no hook sees its inputs
+    if isinstance(module, nn.MultiheadAttention) and attribute in _PROJECTIONS:
+        return LINEAR, rows.Projected(*_PROJECTIONS[attribute])
     if isinstance(module, nn.RNNBase) and attribute.startswith("weight_") and not module.proj_size:
         hidden, _, rest = attribute.removeprefix("weight_").partition("_l")
         if hidden in ("ih", "hh"):

@@ -101,6 +101,32 @@ def _drawn(rows: Tensor, draw: Draw | None) -> Tensor:
     return rows if draw is None else rows.index_select(1, draw(rows.shape[1]))
 
 
+class Projected:
+    """Rows of a weight that makes queries, keys or values of PyTorch's attention, or all three.
+
+    One that makes all three has rows if they are made of the same input. In cross-attention they are
+    not, and one statistic cannot describe them.
+
+    Args:
+        places: Of its inputs among those of the module.
+    """
+
+    def __init__(self, *places: int) -> None:
+        self.places = places
+
+    def __call__(
+        self, module: Any, inputs: tuple[object, ...], output: object, draw: Draw | None = None
+    ) -> Tensor | None:
+        first, *others = (inputs[place] for place in self.places)
+        if not all(_alike(first, other) for other in others):
+            return None
+        return linear(module, (first,), output, draw)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
 _CELLS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -97,6 +97,7 @@ class Grouped:
 
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
         parts = [part for part in self._parts(groups) if _scorable(part, self.inner)]
+        parts = measured(parts, self.inner.needs, stats)
         if not parts:
             raise no_part(f"Grouped({type(self.inner).__name__})", groups, "can score", self.of)
         slices = [part.sum(self.inner(part.weight, stats)).sum(1) for part in parts]
@@ -116,6 +117,16 @@ def _scorable(part: Part, inner: Criterion) -> bool:
         if (source == "inputs" and not part.seen) or (source == "probe" and not part.known):
             return False
     return True
+
+
+def measured(parts: Sequence[Part], needs: Iterable[object], stats: Stats) -> list[Part]:
+    """Parts whose inputs were seen; all if those of none were, and then the first one says so.
+
+    The weight of a cross-attention that multiplies two inputs can be seen in principle, and is not.
+    """
+    inputs = [need for need in needs if getattr(need, "source", "") == "inputs"]
+    found = [part for part in parts if all((need, part.parameter) in stats for need in inputs)]
+    return found or list(parts)
 
 
 def reduced(slices: list[Tensor], how: str, normalise: str) -> Tensor:

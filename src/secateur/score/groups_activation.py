@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.groups import Groups, Part
-from secateur.score.groups import GroupNeeds, no_part
+from secateur.score.groups import GroupCriterion, GroupNeeds, measured, no_part
 from secateur.stats import InputNorm, Moments, Stats
 from secateur.stats.size import InputSize
 
@@ -41,7 +41,7 @@ class MeanActivation:
 
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
         means = []
-        for part in _consumers("MeanActivation", groups):
+        for part in _consumers(self, groups, stats):
             sizes = _spread(part, stats(InputSize(), part.weight))
             means.append(part.mean(sizes).mean(1))
         return torch.stack(means).mean(0).float()
@@ -78,7 +78,7 @@ class ActivationEnergy:
 
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for part in _consumers("ActivationEnergy", groups):
+        for part in _consumers(self, groups, stats):
             energy = stats(InputNorm(), part.weight).double().square()
             total = total.to(energy.device) + _weighed(part, energy).sum(1)
         return (_standardised(total) if self.standardise else total).float()
@@ -121,7 +121,7 @@ class ActivationVariance:
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
         found = [
             _weighed(part, stats(Moments(), part.weight)[1].double())
-            for part in _consumers("ActivationVariance", groups)
+            for part in _consumers(self, groups, stats)
         ]
         each = torch.cat([x.to(found[0].device) for x in found], 1)
         if groups.heads:
@@ -131,11 +131,11 @@ class ActivationVariance:
         return (_standardised(total) if self.standardise else total).float()
 
 
-def _consumers(who: str, groups: Groups) -> list[Part]:
+def _consumers(who: GroupCriterion, groups: Groups, stats: Stats) -> list[Part]:
     parts = [part for part in groups.having("in", "channel") if part.seen]
     if not parts:
-        raise no_part(who, groups, "sees inputs of (a consuming weight)", "in")
-    return parts
+        raise no_part(type(who).__name__, groups, "sees inputs of (a consuming weight)", "in")
+    return measured(parts, who.needs, stats)
 
 
 def _spread(part: Part, statistic: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.core.errors import UsageError
 from secateur.core.groups import Groups, Part
-from secateur.score.groups import GroupNeeds, no_part
+from secateur.score.groups import GroupNeeds, measured, no_part
 from secateur.stats import Gram, Moments, Stats
 
 
@@ -67,6 +67,7 @@ class Reconstruction:
         parts = [p for p in groups.having("in") if p.seen]
         if not parts:
             raise no_part("Reconstruction", groups, "can refit (a consumer whose inputs are seen)")
+        parts = measured(parts, self.needs, stats)
         consumers = [c for part in parts for c in _consumers(part, stats, self.damping)]
         left = torch.arange(groups.count)
         scores = torch.zeros(groups.count, dtype=torch.float64)

@@ -9,6 +9,7 @@ from secateur.stats.gates import GateGradient
 from secateur.stats.gradients import BlockFisher, Gradient, SquaredGradient, WeightGradient
 from secateur.stats.groups import GroupProbe, collect_groups, wants_data
 from secateur.stats.neighbours import Neighbours
+from secateur.stats.order import calls_in_order, following_norms, in_order
 from secateur.stats.probes import GradientFlow, SynapticFlow
 from secateur.stats.replay import Replay
 from secateur.stats.size import InputSize
@@ -37,8 +38,11 @@ __all__ = [
     "Stats",
     "SynapticFlow",
     "WeightGradient",
+    "calls_in_order",
     "collect",
     "collect_groups",
+    "following_norms",
+    "in_order",
     "projection_uses",
     "stream_gradients",
     "wants_data",

@@ -256,7 +256,10 @@ class _Watch:
             step = max(1, _ROWS_AT_ONCE * total // max(1, x.numel() * weight.cube().shape[2]))
         for start in range(0, total, step):
             part = inputs if step >= total else (x[start : start + step], *inputs[1:])
-            rows = finite(slot.rows(module, part, output), slot.name, "an input")
+            found = slot.rows(module, part, output)
+            if found is None:
+                return
+            rows = finite(found, slot.name, "an input")
             # Each sample once: not with every slice, nor with every call of a shared module.
             first = start == 0 and self._calls[slot.module] == 1
             samples = self._samples if first else 0

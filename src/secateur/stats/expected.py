@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Loss, evaluating, forward
+from secateur.core.batches import Batch, Loss
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
+from secateur.stats.order import following_norms
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class ExpectedOutput:
     def measure(
         self, model: nn.Module, slots: Sequence[Slot], batches: Sequence[Batch], loss: Loss
     ) -> dict[str, Tensor]:
-        norms = following_norms(model, [slot.module for slot in slots], batches[0])
+        norms = following_norms(model, batches[0])
         found = {}
         for slot in slots:
-            norm = norms.get(slot.module)
-            if norm is None:
+            norm: Any = model.get_submodule(norms.get(slot.module, slot.module))
+            if slot.module not in norms or not norm.affine:
                 raise UsageError(
                     f"the expected BatchNorm output of {slot.name!r}",
                     "no BatchNorm reads the output of its layer",
@@ -65,45 +66,3 @@ def expected_relu(scale: Tensor, shift: Tensor) -> Tensor:
     below = 0.5 * torch.erfc(-ratio / math.sqrt(2))
     density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
     return torch.where(size > 0, shift * below + size * density, shift.clamp(min=0)).clamp(min=0)
-
-
-def following_norms(
-    model: nn.Module, paths: Sequence[str], batch: Batch
-) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """The BatchNorm that reads the output of each layer directly, where there is one.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
-        >>> found = following_norms(net, ["0", "3"], torch.zeros(4, 2))
-        >>> list(found), found["0"] is net[1]
-        (['0'], True)
-    """
-    given: list[tuple[Tensor, str]] = []  # the tensors are kept, so that no address is used twice
-    found: dict[str, nn.modules.batchnorm._BatchNorm] = {}
-
-    def remember(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                given.append((output, path))
-
-        return hook
-
-    def look(module: nn.Module, args: Any) -> None:
-        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for tensor, path in given:
-            if args and args[0] is tensor and module.affine:
-                found.setdefault(path, module)
-
-    handles = [
-        model.get_submodule(p).register_forward_hook(remember(p)) for p in dict.fromkeys(paths)
-    ]
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            handles.append(module.register_forward_pre_hook(look))
-    try:
-        with evaluating(model), torch.no_grad():
-            forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from secateur.core.batches import Batch
 from secateur.core.facts import Facts
 from secateur.core.slots import Slot
-from secateur.drive.structural.layer_inputs import Both, following_norms, in_order
+from secateur.drive.structural.layer_inputs import Both
 from secateur.frontends import discover
 from secateur.recover import Compensation, Moments
+from secateur.stats import following_norms, in_order
 from secateur.structure import Structure, mask_
 
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
@@ -103,7 +104,7 @@ def compensate_(
             _refit_(model, dense, slot, columns, moments, (how, norms, facts))
             fitted.add(slot.module)
         else:
-            facts.note("uncompensated", slot.name, "no calibration data reaches it in both")
+            facts.note("uncompensated", slot.name, "its inputs could not be seen in both networks")
         both.finish(slot)
     mask_(model, structure, keep)  # rows of a consumer that go themselves
     return frozenset(norm for layer, norm in norms.items() if layer in fitted)

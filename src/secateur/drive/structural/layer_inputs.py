@@ -1,8 +1,7 @@
-"""What layers read: their inputs in two networks at once, their order, and the norms behind them."""
+"""What layers read: their inputs in two networks at once."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from secateur.core.attention import open_attention
 from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
@@ -100,7 +98,8 @@ def _rows(model: nn.Module, slot: Slot, batch: Batch, replay: Replay, draw: _Dra
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         assert slot.rows is not None
         rows = slot.rows(module, args or tuple(kwargs.values()), out, draw)
-        found.append(finite(rows, slot.name, "an input"))
+        if rows is not None:
+            found.append(finite(rows, slot.name, "an input"))
         raise _Seen
 
     module = model.get_submodule(slot.module)
@@ -111,71 +110,3 @@ def _rows(model: nn.Module, slot: Slot, batch: Batch, replay: Replay, draw: _Dra
     finally:
         handle.remove()
     return found[0] if found else None
-
-
-def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:
-    """Layers whose output goes straight into a BatchNorm: path of the layer -> path of the norm.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
-        >>> following_norms(net, torch.zeros(1, 1, 2, 2))
-        {'0': '1'}
-    """
-    produced: dict[int, str] = {}
-    alive: list[Tensor] = []
-    found: dict[str, str] = {}
-    handles = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-
-            def reads(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-                if args and id(args[0]) in produced:
-                    found[produced[id(args[0])]] = path
-
-            handles.append(module.register_forward_pre_hook(reads))
-        elif hasattr(module, "weight") and not list(module.children()):
-
-            def writes(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
-                if isinstance(out, Tensor):
-                    produced[id(out)] = path
-                    alive.append(out)  # an address is not used again meanwhile
-
-            handles.append(module.register_forward_hook(writes))
-    _run_once(model, batch, handles)
-    return found
-
-
-def _run_once(model: nn.Module, batch: Batch, hooks: Sequence[RemovableHandle]) -> None:
-    """One forward pass, after which the hooks are off."""
-    try:
-        with evaluating(model), open_attention(model), torch.no_grad():
-            forward(model, to_device(batch, device_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def calls_in_order(model: nn.Module, batch: Batch) -> Counter[str]:
-    """Modules in the order in which data reaches them first, and how often it does.
-
-    Example:
-        >>> net = nn.Sequential(nn.ReLU(), nn.Identity())
-        >>> dict(calls_in_order(net, torch.zeros(1)))
-        {'': 1, '0': 1, '1': 1}
-    """
-    seen: Counter[str] = Counter()
-    handles = []
-    for path, module in model.named_modules():
-
-        def note(_: nn.Module, __: Any, path: str = path) -> None:
-            seen[path] += 1
-
-        handles.append(module.register_forward_pre_hook(note))
-    _run_once(model, batch, handles)
-    return seen
-
-
-def in_order(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> list[Slot]:
-    """Slots in the order in which data reaches them; the others are left out."""
-    rank = {path: place for place, path in enumerate(calls_in_order(model, batch))}
-    return sorted((s for s in slots if s.module in rank), key=lambda s: rank[s.module])

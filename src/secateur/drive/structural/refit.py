@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from secateur.core.batches import Batch
 from secateur.core.slots import Slot
 from secateur.drive.structural.compensate import Told, bias_of, note_damping
-from secateur.drive.structural.layer_inputs import Both, calls_in_order, following_norms
+from secateur.drive.structural.layer_inputs import Both
 from secateur.formats import Surgery
 from secateur.frontends import discover
 from secateur.recover import Compensation, Moments
+from secateur.stats import calls_in_order, following_norms
 
 
 @torch.no_grad()
