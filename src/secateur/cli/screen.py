@@ -27,6 +27,7 @@ INTERRUPTED = 130
 INTERNAL = 1
 #: A bar appears for what takes longer than this.
 PATIENCE = 2.0
+_UNBROKEN = 1 << 16
 _LABELS = {"asked": "asked", "found": "found", "why": "why", "do": "do"}
 
 
@@ -55,8 +56,10 @@ class Screen:
     errors: Console = field(init=False)
 
     def __post_init__(self) -> None:
-        self.errors = Console(stderr=True, highlight=False)
-        self.text = self.errors if self.json else Console(file=self.stdout, highlight=False)
+        self.errors = _unbroken(Console(stderr=True, highlight=False))
+        self.text = self.errors
+        if not self.json:
+            self.text = _unbroken(Console(file=self.stdout, highlight=False))
 
     def show(self, *parts: RenderableType) -> None:
         """Show parts with an empty line before each."""
@@ -123,6 +126,16 @@ class Screen:
         wheel = self.errors.status(f"{stage} ...") if self.errors.is_terminal else None
         with wheel or contextlib.nullcontext():
             yield
+
+
+def _unbroken(console: Console) -> Console:
+    """One that breaks lines for a terminal, and else only if ``COLUMNS`` asks for it.
+
+    What a pipe or file gets is searched line by line: a row stays one line.
+    """
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNBROKEN
+    return console
 
 
 @dataclass(frozen=True)

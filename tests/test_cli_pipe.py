@@ -1,0 +1,52 @@
+"""What a pipe or a file gets is searched line by line, so a row stays one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from secateur.cli.main import app
+
+NAMES = [f"a_layer_with_a_name_that_is_long_{i}" for i in range(3)]
+NETWORK = f"""
+from collections import OrderedDict
+from torch import nn
+
+def build():
+    return nn.Sequential(OrderedDict((name, nn.LayerNorm(4)) for name in {NAMES}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "net.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("place")
+def test_every_parameter_is_one_line() -> None:
+    found = CliRunner().invoke(app, ["inspect", "net.py:build"])
+    assert found.exit_code == 0, found.stderr
+    for name in NAMES:
+        (line,) = [line for line in found.stdout.splitlines() if f"{name}.weight" in line]
+        assert "not prunable: a normalisation" in line
+
+
+@pytest.mark.usefixtures("place")
+def test_every_part_of_an_error_is_one_line() -> None:
+    found = CliRunner().invoke(app, ["inspect", f"{'x' * 90}.py:build"])
+    assert found.exit_code != 0
+    first = [line.split()[0] for line in found.stderr.splitlines() if line.strip()]
+    assert first == ["error", "asked", "found", "why", "do"]
+
+
+@pytest.mark.usefixtures("place")
+def test_columns_break_lines_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    found = CliRunner().invoke(app, ["inspect", "net.py:build"])
+    assert all(len(line) <= 60 for line in found.stdout.splitlines())
+    assert not any("not prunable: a normalisation" in line for line in found.stdout.splitlines())
