@@ -139,6 +139,26 @@ def environment() -> dict[str, Any]:
 _CPUINFO = Path("/proc/cpuinfo")
 
 
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing on other systems.
+
+    Example:
+        >>> isinstance(cpuinfo(), dict)
+        True
+    """
+    found: dict[str, str] = {}
+    try:
+        with _CPUINFO.open(encoding="utf-8") as lines:
+            for line in lines:
+                if not line.strip():
+                    break  # the next processor is one of the same
+                key, _, value = line.partition(":")
+                found[key.strip()] = value.strip()
+    except OSError:
+        pass
+    return found
+
+
 def processor() -> str:
     """The processor's name; family and model as well where a virtual machine hides which one it is.
 
@@ -146,16 +166,7 @@ def processor() -> str:
         >>> bool(processor())
         True
     """
-    about: dict[str, str] = {}
-    try:
-        with _CPUINFO.open(encoding="utf-8") as lines:
-            for line in lines:
-                if not line.strip():
-                    break  # the next processor is one of the same
-                key, _, value = line.partition(":")
-                about[key.strip()] = value.strip()
-    except OSError:
-        pass
+    about = cpuinfo()
     name = about.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in about and not any(c.isdigit() for c in name):
         return f"{name} (family {about['cpu family']}, model {about.get('model', '?')})"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from secateur.core.errors import MissingNative, UsageError
-from secateur.core.facts import processor
+from secateur.core.facts import cpuinfo, processor
 from secateur.runtime import native
 from secateur.runtime.library import available
 
@@ -25,7 +25,6 @@ INSTRUCTIONS = (
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme"),
 )
 _PROCESSORS = Path("/sys/devices/system/cpu")
-_CPUINFO = Path("/proc/cpuinfo")
 _READ_BYTES = 256 << 20
 _WIDTH = 1024
 _SECONDS = 0.4
@@ -192,18 +191,9 @@ def _kernels() -> tuple[tuple[str, ...], str | None, str]:
         return kernels, None, str(wrong)
 
 
-def _cpuinfo(*names: str) -> str:
-    """The first value of one of some keys."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    pairs = [line.partition(":") for line in lines]
-    return next((value.strip() for key, _, value in pairs if key.strip() in names), "")
-
-
 def _instructions() -> tuple[str, ...]:
-    flags = set(_cpuinfo("flags", "Features").split())
+    about = cpuinfo()
+    flags = set(about.get("flags", about.get("Features", "")).split())  # x86-64, Arm
     return tuple(name for name in INSTRUCTIONS if name in flags)
 
 
