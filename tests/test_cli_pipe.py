@@ -33,7 +33,7 @@ def test_every_parameter_is_one_line() -> None:
     assert found.exit_code == 0, found.stderr
     for name in NAMES:
         (line,) = [line for line in found.stdout.splitlines() if f"{name}.weight" in line]
-        assert "not prunable: a normalisation" in line
+        assert line.endswith("not prunable: a normalisation")
 
 
 @pytest.mark.usefixtures("place")
@@ -50,3 +50,18 @@ def test_columns_break_lines_on_request(monkeypatch: pytest.MonkeyPatch) -> None
     found = CliRunner().invoke(app, ["inspect", "net.py:build"])
     assert all(len(line) <= 60 for line in found.stdout.splitlines())
     assert not any("not prunable: a normalisation" in line for line in found.stdout.splitlines())
+
+
+def test_what_is_indented_is_not_filled_up_with_spaces(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "net.py").write_text(
+        "from torch import nn\nbuild = lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))\n"
+    )
+    words = ["prune", "net.py:build", "--sparsity", "99%", "--output", "out"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.stderr
+    assert "\nHints\n  " in found.stdout
+    lines = found.stdout.splitlines()
+    assert not any(line.endswith(" ") for line in lines)
+    assert max(map(len, lines)) < 400

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 import typer
@@ -56,10 +57,8 @@ class Screen:
     errors: Console = field(init=False)
 
     def __post_init__(self) -> None:
-        self.errors = _unbroken(Console(stderr=True, highlight=False))
-        self.text = self.errors
-        if not self.json:
-            self.text = _unbroken(Console(file=self.stdout, highlight=False))
+        self.errors = _console(sys.stderr)
+        self.text = self.errors if self.json else _console(self.stdout)
 
     def show(self, *parts: RenderableType) -> None:
         """Show parts with an empty line before each."""
@@ -128,14 +127,31 @@ class Screen:
             yield
 
 
-def _unbroken(console: Console) -> Console:
+def _console(file: TextIO) -> Console:
     """One that breaks lines for a terminal, and else only if ``COLUMNS`` asks for it.
 
-    What a pipe or file gets is searched line by line: a row stays one line.
+    What a pipe or file gets is searched line by line: a row stays one line, without spaces at its end.
     """
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _UNBROKEN
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console.file = cast(TextIO, _Trimmed(file))
+        if "COLUMNS" not in os.environ:
+            console.width = _UNBROKEN
     return console
+
+
+class _Trimmed:
+    """A file that is given whole lines, and drops the spaces at their ends."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        self._file.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+        return len(text)
 
 
 @dataclass(frozen=True)
