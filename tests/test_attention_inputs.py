@@ -10,8 +10,20 @@ import torch
 from oneshot_cases import alias
 from torch import Tensor, nn
 
-from secateur import Data, Scope, ShrinkRecipe, prune, shrink
+from secateur import (
+    Data,
+    Gradual,
+    Recipe,
+    Regrow,
+    Scope,
+    ShrinkRecipe,
+    Target,
+    TopKast,
+    prune,
+    shrink,
+)
 from secateur.allocate.widths import GivenWidths
+from secateur.schedule import OneShot, Polynomial
 from secateur.score import (
     ActivationEnergy,
     ActivationVariance,
@@ -148,3 +160,35 @@ def test_widths_are_scored_and_repaired_by_what_can_be_seen(criterion: Any) -> N
         == "its inputs could not be seen in both networks"
     )
     assert "inner.self_attn.in_proj_weight" not in told
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": Polynomial(0, 4, 1)},
+        {"regrow": Regrow("random", frequency=2), "schedule": OneShot(unit="steps")},
+        {"regrow": TopKast()},
+    ],
+    ids=["gradual", "regrow", "topkast"],
+)
+def test_in_training_a_weight_that_cannot_be_seen_keeps_its_mask(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = Attends(nn.MultiheadAttention(WIDTH, 2, batch_first=True))
+    batches = [
+        (torch.randn(4, 5, WIDTH), *torch.randn(2, 4, 7, WIDTH), torch.zeros(4)) for _ in range(8)
+    ]
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    recipe = Recipe(Wanda(), target=Target("sparsity", 0.5), **changes)
+    pruner = Gradual(net, optimizer, recipe, data=Data(train=batches), steps=8)
+    for batch in batches:
+        optimizer.zero_grad()
+        net(*batch[:3]).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    pruned = pruner.finalize()
+    random_start = "regrow" in changes and isinstance(changes["regrow"], Regrow)
+    sparse = {name: 1 - float(mask.float().mean()) for name, mask in pruned.masks.items()}
+    assert sparse["inner.out_proj.weight"] == 0.5
+    assert sparse["inner.in_proj_weight"] == (0.5 if random_start else 0.0)
+    told = [note.where for note in pruned.facts.notes if note.topic == "unseen"]
+    assert told == ["inner.in_proj_weight"]

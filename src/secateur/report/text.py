@@ -31,6 +31,7 @@ _LABEL, _NAME = len("sparsity, pruned"), 12
 _TOPICS = {
     "hint": "Hints",
     "left-out": "Left dense",
+    "unseen": "Inputs that the data did not show",
     "skipped": "Steps that were skipped",
     "nearly-empty": "Nearly empty layers",
     "output-error": "Layers that suffered most",

@@ -40,7 +40,7 @@ class Decision:
     """Masks, and what led to them.
 
     Args:
-        masks: Of the weights that are pruned.
+        masks: Of the weights that are pruned, but for those whose inputs were not seen.
         share: How much of the target they reach.
         groups: Name of a weight -> scores of its groups.
         levels: Name of a weight -> its sparsity.
@@ -121,10 +121,14 @@ class Deciding:
             steps: Of the optimizer so far.
             at_random: Keep random groups, whatever the criterion.
         """
-        recipe, groups = self._recipe, {}
+        recipe, groups, stats = self._recipe, {}, self.stats
         if at_random:
             recipe = dataclasses.replace(recipe, criterion=Random())
-        stats = self.stats if at_random else self.measure(steps)
+        else:
+            stats = self.measure(steps)
+            found = (
+                self.scorable(found, stats) or found
+            )  # of none: the criterion says what it lacks
         for weight in found:
             old = prior[weight.name] if prior is not None else None
             groups[weight.name] = group_scores(score(weight, recipe, stats), weight, recipe, old)
@@ -135,10 +139,16 @@ class Deciding:
             assert self._data is not None
             loss = mean_loss(self._model, self._data)
             probe = probe_for(self._model, found, recipe, groups, loss)
-        choice = items(found, self.slots, recipe, groups, purse.costs)
+        slots = [slot for slot in self.slots if slot.name in groups]
+        choice = items(found, slots, recipe, groups, purse.costs)
         levels = allocate(choice, recipe, purse.at(share, probe))
         masks = {w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found}
         return Decision(Masks(masks), share, groups, levels)
+
+    def scorable(self, found: Sequence[Weight], stats: Stats) -> list[Weight]:
+        """Those whose inputs were seen, if the criterion reads inputs; an expert may have had none."""
+        inputs = [need for need in self._measured if getattr(need, "source", "") == "inputs"]
+        return [w for w in found if all((need, w.name) in stats for need in inputs)]
 
     def measure(self, steps: int) -> Stats:
         """Statistics of the training so far, and those that are measured on the data now.

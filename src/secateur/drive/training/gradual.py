@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -264,7 +264,11 @@ class Gradual:
             promise = gradient_promise(self.model, found, step)
         else:
             promise = random_promise(found, recipe, step)
-        done = turn(found, before, recipe, self._deciding.measure(step), promise, fraction=fraction)
+        stats = self._deciding.measure(step)
+        known = {weight.name for weight in self._deciding.scorable(found, stats)}
+        promise = {name: hope for name, hope in promise.items() if name in known}
+        self._note_unseen([weight.name for weight in found if weight.name not in known])
+        done = turn(found, before, recipe, stats, promise, fraction=fraction)
         if done.moved:
             self._adopt(done.masks, step)
             counts = {"dropped": done.moved, "grown": done.moved, "again": done.again}
@@ -289,19 +293,26 @@ class Gradual:
 
     @torch.no_grad()
     def _update(self, time: float) -> None:
-        found = self._found()
+        found, own = self._found(), self._own()
         free = self.recipe.schedule.cyclic or self._superset is not None
-        prior = None if free else self._own()
+        prior = None if free else own
         decided = self._deciding.masks(
             found, time, prior, steps=self.steps, at_random=self._starts_at_random
         )
-        masks = decided.masks
+        masks = Masks({**own, **decided.masks})
+        self._note_unseen([name for name in own if name not in decided.masks])
         if not free:  # a low target, or the first steps to a high one, would revive some
             masks &= self._before
         if self._superset is not None:
             self._superset.widen_(found, decided.groups, decided.levels, self.recipe, masks)
         self._adopt(masks, self.steps)
         self._share = decided.share
+
+    def _note_unseen(self, names: Sequence[str]) -> None:
+        for name in names:
+            if not any(n.where == name and n.topic == "unseen" for n in self.facts.notes):
+                text = f"at step {self.steps} the data did not show its inputs: it kept its mask"
+                self.facts.note("unseen", name, text)
 
     def finalize(self, *, early: bool = False) -> Pruned:
         """End: remove the mask buffers, keep the zeros, and return the result with its facts.

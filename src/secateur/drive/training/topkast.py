@@ -72,6 +72,9 @@ class Superset:
     ) -> None:
         """Choose B around the new A, and bring the values of A to the model."""
         for weight in found:
+            if weight.name not in groups:  # its inputs were not seen: it stays as it is
+                self.wide[weight.name] = self._narrow[weight.name] = masks[weight.name]
+                continue
             ranks, quota = groups[weight.name], recipe.pattern.quota
             most, level = ranks.shape[1], levels[weight.name]
             least = quota(most, level)
