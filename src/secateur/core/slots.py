@@ -70,6 +70,13 @@ class Slot:
         return self.name.rpartition(".")[2]
 
     @property
+    def bias(self) -> str:
+        """Attribute name of what is added to the product, if there is such a thing."""
+        if "weight" in self.parameter:  # weight_ih_l0 -> bias_ih_l0 of a recurrent layer
+            return self.parameter.replace("weight", "bias")
+        return f"{self.parameter}_bias"  # of stacked experts
+
+    @property
     def prunable(self) -> bool:
         """Whether the weight takes part."""
         return self.axes is not None and not self.reason

@@ -16,18 +16,21 @@ class Axes:
 
     Every weight has one ``"out"`` axis and one ``"in"`` axis; all other axes are *taps*
     (kernel positions). Whatever the framework's order, :meth:`cube` brings a tensor to
-    ``(out, in, taps)``, so a pattern or criterion is written once.
+    ``(out, in, taps)``, so a pattern or criterion is written once. An ``"expert"`` axis is no tap:
+    the matrices of the experts stand below one another, as those of convolution groups do.
 
     Args:
         names: One name per axis of the tensor, e.g. ``("out", "in", "kh", "kw")`` for
             ``torch.nn.Conv2d`` and ``("in", "out")`` for GPT-2's ``Conv1D``.
-        groups: Convolution groups. The ``in`` axis then holds the inputs of *one* group.
+        groups: Convolution groups, or experts. The ``in`` axis then holds the inputs of *one* group.
 
     Example:
         >>> import torch
         >>> axes = Axes(("in", "out"))
         >>> axes.cube(torch.zeros(3, 5)).shape
         torch.Size([5, 3, 1])
+        >>> Axes(("expert", "out", "in"), groups=2).cube(torch.zeros(2, 5, 3)).shape
+        torch.Size([10, 3, 1])
     """
 
     names: tuple[str, ...]
@@ -42,16 +45,45 @@ class Axes:
                 "name the axes like ('out', 'in', 'kh', 'kw')",
             )
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds the matrices of several experts."""
+        return "expert" in self.names
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is the weight of a convolution."""
+        return len(self.names) > 2 and not self.stacked
+
     def _order(self) -> tuple[int, ...]:
-        taps = (i for i, name in enumerate(self.names) if name not in ("out", "in"))
-        return (self.names.index("out"), self.names.index("in"), *taps)
+        first = [self.names.index("expert")] if self.stacked else []
+        taps = (i for i, name in enumerate(self.names) if name not in ("out", "in", "expert"))
+        return (*first, self.names.index("out"), self.names.index("in"), *taps)
 
     def _splits_in(self) -> bool:
         # A grouped transposed convolution stores (in, out/groups): its groups lie along "in".
-        return self.groups > 1 and self.names.index("in") < self.names.index("out")
+        backwards = self.names.index("in") < self.names.index("out")
+        return self.groups > 1 and backwards and not self.stacked
+
+    def cube_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """``(out, in, taps)`` of a weight of ``shape``, without touching data.
+
+        Example:
+            >>> Axes(("in", "out", "kw"), groups=2).cube_shape((8, 3, 5))
+            (6, 4, 5)
+        """
+        out, inn = shape[self.names.index("out")], shape[self.names.index("in")]
+        taps = math.prod(shape) // (out * inn) if out * inn else 1
+        if self.stacked:
+            return out * taps, inn, 1
+        if self._splits_in():
+            return out * self.groups, inn // self.groups, taps
+        return out, inn, taps
 
     def cube(self, x: Tensor) -> Tensor:
         """``x`` as ``(out, in, taps)``; ``in`` counts the inputs of one group."""
+        if self.stacked:
+            return x.permute(self._order()).flatten(0, 1)[..., None]
         y = (
             x.permute(self._order()).flatten(2)
             if x.ndim > 2
@@ -66,6 +98,8 @@ class Axes:
     def uncube(self, cube: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of :meth:`cube` for a weight of ``shape``."""
         order = self._order()
+        if self.stacked:
+            cube = cube[..., 0]
         if self._splits_in():
             out, inn, taps = cube.shape
             per_group = out // self.groups
@@ -84,7 +118,8 @@ class Weight:
         value: The tensor, in the framework's own order of axes.
         axes: What each axis is.
         density: Share of real values in its input rows: below 1 for a transposed convolution,
-            whose input is stuffed with zeros. Only the count of multiply-adds depends on it.
+            whose input is stuffed with zeros, and for experts, which get unlike numbers of tokens.
+            Only the count of multiply-adds depends on it.
 
     Example:
         >>> import torch

@@ -183,10 +183,9 @@ def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:
 
 
 def _shift_bias_(model: nn.Module, slot: Slot, shift: Tensor, facts: Facts) -> None:
-    # weight -> bias; weight_ih_l0 -> bias_ih_l0 of a recurrent layer, whose "bias" is a flag.
-    name = slot.parameter.replace("weight", "bias")
-    bias = getattr(model.get_submodule(slot.module), name, None)
+    # The "bias" of a recurrent layer is a flag.
+    bias = getattr(model.get_submodule(slot.module), slot.bias, None)
     if not isinstance(bias, Tensor):
         facts.note("bias", slot.name, "has no bias, so its means could not be corrected")
         return
-    bias.add_(shift.to(bias.dtype))
+    bias.add_(shift.reshape(bias.shape).to(bias.dtype))

@@ -31,6 +31,8 @@ _PROJECTIONS: dict[str, tuple[int, ...]] = {
     "k_proj_weight": (1,),
     "v_proj_weight": (2,),
 }
+# Stacked experts, as Transformers names them: what reads the tokens, and what reads the hidden units.
+_EXPERTS_READ, _EXPERTS_WRITE = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 _NORMS = ("Norm",)
 _ROUTERS = ("router", "gate")
 _IMAGE_CHANNELS = 4
@@ -92,7 +94,8 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
         )
     found = _kind(module, attribute)
     if found is None:
-        return Slot(name, kind, shape, aliases=aliases, reason=_unknown_reason(module, kind))
+        reason = "a bias" if "bias" in attribute else _unknown_reason(module, kind)
+        return Slot(name, kind, shape, aliases=aliases, reason=reason)
     axes, see = found
     reason = _adapter_reason(model, path)
     if path.rpartition(".")[2] in _ROUTERS:
@@ -118,12 +121,40 @@ def _kind(module: nn.Module, attribute: str) -> Kind | None:
             return Axes(("in", "out")), rows.linear
     if isinstance(module, nn.MultiheadAttention) and attribute in _PROJECTIONS:
         return LINEAR, rows.Projected(*_PROJECTIONS[attribute])
+    stacked = _stacked(module, attribute)
+    if stacked is not None:
+        return stacked, rows.Routed(attribute)
     if isinstance(module, nn.RNNBase) and attribute.startswith("weight_") and not module.proj_size:
         hidden, _, rest = attribute.removeprefix("weight_").partition("_l")
         if hidden in ("ih", "hh"):
             layer, _, way = rest.partition("_")
             return LINEAR, rows.Recurrent(int(layer), way == "reverse", hidden == "hh")
     return None
+
+
+def _stacked(module: Any, attribute: str) -> Axes | None:
+    """Axes of the weight of several experts: ``(experts, out, in)``, or the other way round.
+
+    A module says so itself (``is_transposed``, in Transformers), or the shapes of gate and up in one
+    weight and of down leave one way only.
+    """
+    first = next((n for n in _EXPERTS_READ if hasattr(module, n)), "")
+    pair = [getattr(module, name, None) for name in (first, _EXPERTS_WRITE)] if first else []
+    if attribute not in (*_EXPERTS_READ, _EXPERTS_WRITE) or not all(
+        isinstance(p, nn.Parameter) and p.ndim == 3 for p in pair
+    ):
+        return None
+    reads, writes = (tuple(p.shape) for p in pair if p is not None)
+    turned = getattr(module, "is_transposed", None)
+    if not isinstance(turned, bool):
+        if reads[1:] == (2 * writes[2], writes[1]):
+            turned = False
+        elif reads[1:] == (writes[2], 2 * writes[1]):
+            turned = True
+        else:
+            return None
+    names = ("expert", "in", "out") if turned else ("expert", "out", "in")
+    return Axes(names, groups=reads[0]) if reads[0] == writes[0] else None
 
 
 def _adapter_reason(model: nn.Module, path: str) -> str:
@@ -166,7 +197,7 @@ def _mark_ends(model: nn.Module, slots: list[Slot]) -> list[Slot]:
     added = (_ADAPTER, _ASIDE)
     weights = [s for s in slots if s.axes and s.rows is not None and s.reason not in added]
     replaced: dict[str, Slot] = {}
-    first = next((s for s in weights if s.axes is not None and len(s.axes.names) > 2), None)
+    first = next((s for s in weights if s.axes is not None and s.axes.convolves), None)
     if first is not None and _reads_image(first):
         replaced[first.name] = _leave_out(first, "the convolution that reads the image")
     last = weights[-1] if weights else None

@@ -8,6 +8,7 @@ bias) is the layer's output, which is how the tests check them.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.core.slots import Draw
 
@@ -121,6 +123,77 @@ class Projected:
         if not all(_alike(first, other) for other in others):
             return None
         return linear(module, (first,), output, draw)
+
+
+class Routed:
+    """Rows of the weight of stacked experts: for each the tokens that it is given, and zeros below.
+
+    The module's own code is run once more, and its products with the weight are watched. ``None`` if
+    it does not multiply the matrices of the experts one by one or all at once.
+
+    Args:
+        parameter: Name of the weight in its module.
+    """
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+
+    @torch.no_grad()
+    def __call__(
+        self, module: Any, inputs: tuple[object, ...], output: object, draw: Draw | None = None
+    ) -> Tensor | None:
+        watch = _Products(getattr(module, self.parameter).detach())
+        # Transformers wraps the code of experts to choose between it and fused kernels.
+        with watch:
+            inspect.unwrap(type(module).forward)(module, *inputs)
+        if not watch.found or watch.lost:
+            return None
+        each = [torch.cat(parts) for parts in watch.found.values()]
+        size = max(map(len, each)), each[0].shape[1]
+        stacked = each[0].new_zeros(watch.count, *size)
+        for expert, own in zip(watch.found, each, strict=True):
+            stacked[expert, : len(own)] = own
+        return _drawn(stacked, draw)
+
+
+class _Products(TorchDispatchMode):
+    """Collects what is multiplied with the matrices in a parameter ``(count, ...)``.
+
+    Args:
+        parameter: The matrices.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._parameter, self._storage = parameter, parameter.untyped_storage().data_ptr()
+        self.count = len(parameter)
+        self.found: dict[int, list[Tensor]] = {}
+        self.lost = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self._see(*args)
+        elif name in ("addmm", "baddbmm"):
+            self._see(*args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, x: Tensor, matrices: Tensor) -> None:
+        if x.untyped_storage().data_ptr() == self._storage:
+            self.lost = True
+        if matrices.untyped_storage().data_ptr() != self._storage:
+            return
+        each = matrices if matrices.ndim == 3 else matrices[None]
+        rows = x if x.ndim == 3 else x[None]
+        start = matrices.storage_offset() - self._parameter.storage_offset()
+        first = start // self._parameter.stride(0)
+        if each[0].numel() != self._parameter[0].numel():
+            self.lost = True  # a part of a matrix: its rows would count twice
+            return
+        for expert, own in enumerate(rows.detach(), first):
+            self.found.setdefault(expert, []).append(own)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.core.errors import FoldError, UsageError
 from secateur.core.select import quota
 from secateur.core.weight import Axes
-from secateur.pattern.elements import cube_shape, uncube_like
+from secateur.pattern.elements import uncube_like
 from secateur.pattern.nm import multiple
 
 
@@ -63,7 +63,7 @@ class Blocks:
         return quota(groups, sparsity)
 
     def _check(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
-        out, inn, taps = cube_shape(shape, axes)
+        out, inn, taps = axes.cube_shape(shape)
         for axis, size, step in (("out", out, self.rows), ("in", inn * taps, self.cols)):
             if size % step:
                 raise FoldError(
@@ -133,7 +133,7 @@ class Columns:
 
     def unfold(self, folded: Tensor, shape: tuple[int, ...], axes: Axes) -> Tensor:
         self._check(axes)
-        out, inn, taps = cube_shape(shape, axes)
+        out, inn, taps = axes.cube_shape(shape)
         return axes.uncube(folded.reshape(inn, out, taps).transpose(0, 1), shape)
 
     def quota(self, groups: int, sparsity: float) -> int:
@@ -143,7 +143,7 @@ class Columns:
         if axes.groups > 1:
             raise FoldError(
                 "Columns()",
-                f"the convolution has {axes.groups} groups",
+                f"the weight has {axes.groups} groups, or experts",
                 "each group reads other inputs, so a column is no input channel",
                 "leave this weight out with ignore=, or use the pattern 'kernels'",
             )

@@ -72,15 +72,4 @@ class PerRow:
 
 def uncube_like(values: Tensor, shape: tuple[int, ...], axes: Axes) -> Tensor:
     """Values in the order of the cube ``(out, in, taps)`` brought to ``shape``."""
-    return axes.uncube(values.reshape(cube_shape(shape, axes)), shape)
-
-
-def cube_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int, int]:
-    """``(out, in, taps)`` of a weight of ``shape``, without touching data."""
-    out, inn = shape[axes.names.index("out")], shape[axes.names.index("in")]
-    taps = 1
-    for size, name in zip(shape, axes.names, strict=True):
-        taps *= 1 if name in ("out", "in") else size
-    if axes.groups > 1 and axes.names.index("in") < axes.names.index("out"):
-        return out * axes.groups, inn // axes.groups, taps
-    return out, inn, taps
+    return axes.uncube(values.reshape(axes.cube_shape(shape)), shape)

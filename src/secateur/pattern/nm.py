@@ -8,7 +8,6 @@ from torch import Tensor
 
 from secateur.core.errors import FoldError, UsageError
 from secateur.core.weight import Axes
-from secateur.pattern.elements import cube_shape
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class NM:
         return max(self.keep, min(groups, int(groups * (1 - sparsity) + 0.5 + 1e-9)))
 
     def _check(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, int, int]:
-        out, inn, taps = cube_shape(shape, axes)
+        out, inn, taps = axes.cube_shape(shape)
         what = f"NM({self.keep}:{self.of}" + (f", rows={self.rows})" if self.rows > 1 else ")")
         for axis, size, step in (("in", inn, self.of), ("out", out, self.rows)):
             if size % step:

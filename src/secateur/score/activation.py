@@ -22,6 +22,7 @@ class Wanda:
     **Units** those of the output
     **Needs** input norms
     **Source** Wanda, arXiv 2306.11695
+    **Differs** experts that no token reached are ranked by magnitude
 
     Example:
         >>> import torch
@@ -38,7 +39,7 @@ class Wanda:
         return frozenset({InputNorm()})
 
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
-        norms = weight.per_row(stats(InputNorm(), weight))
+        norms = weight.per_row(_norms(weight, stats))
         return weight.like(weight.matrix().float().abs() * norms)
 
 
@@ -52,6 +53,7 @@ class Ria:
     **Units** activations to the power ``a``
     **Needs** input norms
     **Source** RIA (Zhang et al., ICLR 2024), without its channel permutation
+    **Differs** experts that no token reached are ranked by the relative size alone
 
     Args:
         a: Weight of the activations.
@@ -79,4 +81,12 @@ class Ria:
         columns = size.sum(1, keepdim=True).clamp(min=1e-30)
         rows = size.sum(2, keepdim=True).clamp(min=1e-30)
         share = (size / columns + size / rows).flatten(0, 1)
-        return weight.like(share * weight.per_row(stats(InputNorm(), weight)) ** self.a)
+        return weight.like(share * weight.per_row(_norms(weight, stats)) ** self.a)
+
+
+def _norms(weight: Weight, stats: Stats) -> Tensor:
+    """Norms of the inputs; ones for an expert that no token reached, which has none to rank by."""
+    norms = stats(InputNorm(), weight)
+    if weight.axes.stacked:
+        norms = norms.where(norms.any(1, keepdim=True), 1.0)
+    return norms

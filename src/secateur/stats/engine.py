@@ -251,8 +251,7 @@ class _Watch:
         # Unfolding a convolution's input multiplies it by the taps: go through it in slices.
         total = max(1, len(x))
         step = total
-        convolved = slot.axes is not None and len(slot.axes.names) > 2
-        if convolved and isinstance(x, Tensor) and len(slot.shape) == x.ndim:
+        if weight.axes.convolves and isinstance(x, Tensor) and len(slot.shape) == x.ndim:
             step = max(1, _ROWS_AT_ONCE * total // max(1, x.numel() * weight.cube().shape[2]))
         for start in range(0, total, step):
             part = inputs if step >= total else (x[start : start + step], *inputs[1:])
@@ -266,6 +265,10 @@ class _Watch:
             if slot.transposed:
                 real = len(part[0]) * math.prod(part[0].shape[2:])
                 weight = replace(weight, density=real / rows.shape[1])
+            elif (
+                weight.axes.stacked
+            ):  # those of an expert with fewer tokens are filled up with zeros
+                weight = replace(weight, density=float(rows.any(2).float().mean()))
             for need in self._needs:
                 self._stats.update(need, weight, rows, samples)
 

@@ -19,6 +19,8 @@ KINDS: Mapping[str, tuple[tuple[int, ...], Axes]] = {
     "depthwise": ((8, 1, 3, 2), Axes(("out", "in", "kh", "kw"), 8)),
     "transposed": ((4, 8, 2, 3), Axes(("in", "out", "kh", "kw"))),
     "grouped_transposed": ((8, 4, 2, 3), Axes(("in", "out", "kh", "kw"), 2)),
+    "experts": ((2, 8, 4), Axes(("expert", "out", "in"), 2)),
+    "experts_transposed": ((2, 4, 8), Axes(("expert", "in", "out"), 2)),
 }
 
 

@@ -49,8 +49,7 @@ def bias_of(model: nn.Module, slot: Slot) -> Tensor | None:
         >>> bias_of(net, discover(net)[0]) is net.bias_ih_l0
         True
     """
-    name = slot.parameter.replace("weight", "bias")
-    bias = getattr(model.get_submodule(slot.module), name, None)
+    bias = getattr(model.get_submodule(slot.module), slot.bias, None)
     return bias if isinstance(bias, Tensor) else None
 
 
@@ -119,7 +118,7 @@ def _consumers(model: nn.Module, structure: Structure, alive: Tensor, facts: Fac
         ids = structure.trace.axes.get((slot.name, slot.axes.names.index("in")))
         if ids is None or bool(alive[ids].all()):
             continue
-        if slot.rows is None or slot.transposed:
+        if slot.rows is None or slot.transposed or slot.axes.stacked:
             facts.note("uncompensated", slot.name, "its inputs cannot be seen, so it was only cut")
         else:
             found.append(slot)

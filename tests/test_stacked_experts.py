@@ -1,0 +1,251 @@
+"""Experts that are stacked in one parameter, as in Transformers 5, are pruned like layers of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oneshot_cases import alias
+from torch import Tensor, nn
+from torch.nn import functional
+
+import secateur
+from secateur import Data, Recipe, Target, prune
+from secateur.core.errors import UsageError
+from secateur.evaluate import cost_of
+from secateur.frontends import discover
+from secateur.pattern import NM, Columns, PerRow
+from secateur.recover import BiasCorrection
+from secateur.score import Magnitude, Wanda
+
+EXPERTS, WIDTH, INNER = 3, 8, 6
+
+
+class Stacked(nn.Module):
+    """Two experts of a token, of which the third is taken if its first feature is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, WIDTH))
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER))
+
+    def up(self, x: Tensor, expert: int) -> Tensor:
+        return functional.linear(x, self.gate_up_proj[expert])
+
+    def down(self, x: Tensor, expert: int) -> Tensor:
+        return functional.linear(x, self.down_proj[expert])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(EXPERTS):
+            own = chosen(x, expert)
+            if len(own):
+                gate, up = self.up(x[own], expert).chunk(2, -1)
+                out.index_add_(0, own, self.down(functional.silu(gate) * up, expert))
+        return out
+
+
+def chosen(x: Tensor, expert: int) -> Tensor:
+    """Tokens of an expert: all of the first, a third of the second, few of the last."""
+    return (x[:, 0] > (-9.0, 0.4, 1.2)[expert]).nonzero()[:, 0]
+
+
+class Listed(Stacked):
+    """The same, with a layer for each matrix."""
+
+    def __init__(self, like: Stacked) -> None:
+        nn.Module.__init__(self)
+        self.ups = nn.ModuleList(nn.Linear(WIDTH, 2 * INNER, bias=False) for _ in range(EXPERTS))
+        self.downs = nn.ModuleList(nn.Linear(INNER, WIDTH, bias=False) for _ in range(EXPERTS))
+        for layers, weight in ((self.ups, like.gate_up_proj), (self.downs, like.down_proj)):
+            for layer, own in zip(layers, weight, strict=True):
+                layer.load_state_dict({"weight": own.detach()})
+
+    def up(self, x: Tensor, expert: int) -> Tensor:
+        return self.ups[expert](x)  # type: ignore[no-any-return]
+
+    def down(self, x: Tensor, expert: int) -> Tensor:
+        return self.downs[expert](x)  # type: ignore[no-any-return]
+
+
+def around(experts: nn.Module) -> nn.Module:
+    return nn.Sequential(experts, nn.Linear(WIDTH, 2)).eval()
+
+
+@pytest.fixture
+def pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    stacked = Stacked()
+    listed = Listed(stacked)
+    nets = around(stacked), around(listed)
+    nets[1][1].load_state_dict(nets[0][1].state_dict())  # type: ignore[index]
+    return nets
+
+
+def tokens(count: int = 4) -> list[Tensor]:
+    own = torch.Generator().manual_seed(1)
+    return [torch.randn(40, WIDTH, generator=own) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "ria", "obc"])
+def test_the_same_as_with_a_layer_for_each_expert(
+    pair: tuple[nn.Module, nn.Module], name: str
+) -> None:
+    recipe = replace(
+        alias(name), pattern=PerRow()
+    )  # a pool of a weight would be one of all experts
+    found, wanted = (prune(net, recipe, tokens()) for net in pair)
+    assert set(found.masks) == {"0.gate_up_proj", "0.down_proj"}
+    for one, other in (("gate_up_proj", "ups"), ("down_proj", "downs")):
+        for expert in range(EXPERTS):
+            key = f"0.{other}.{expert}.weight"
+            assert torch.equal(found.masks[f"0.{one}"][expert], wanted.masks[key])
+            own, theirs = (
+                found.model.get_parameter(f"0.{one}")[expert],
+                wanted.model.get_parameter(key),
+            )
+            torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_multiply_adds_are_those_of_the_tokens_that_experts_get(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    batch = tokens(1)[0]
+    one, other = (cost_of(net, example=batch) for net in pair)
+    assert one.macs_dense == pytest.approx(other.macs_dense)
+    assert one.uncounted == ()
+
+
+@pytest.mark.parametrize("criterion", [Wanda(), Magnitude()])
+def test_an_expert_without_tokens_is_pruned_by_magnitude(criterion: Any) -> None:
+    torch.manual_seed(0)
+    net = around(Stacked())
+    batches = [x.clamp(max=1.0) for x in tokens()]  # none reaches the last expert
+    recipe = Recipe(criterion, PerRow(), Target("sparsity", 0.5))
+    mask = prune(net, recipe, batches).masks["0.gate_up_proj"][-1]
+    sizes = net[0].gate_up_proj[-1].detach().abs()  # type: ignore[index, union-attr]
+    least = sizes.kthvalue(WIDTH // 2, dim=1, keepdim=True).values
+    assert torch.equal(mask, sizes > least)
+
+
+def test_products_with_copies_of_the_experts_cannot_be_seen() -> None:
+    class Gathered(Stacked):
+        def up(self, x: Tensor, expert: int) -> Tensor:
+            return functional.linear(x, self.gate_up_proj[torch.tensor(expert)].clone())
+
+    net = around(Gathered())
+    pruned = prune(net, alias("wanda"), tokens())
+    assert set(pruned.masks) == {"0.down_proj"}
+    told = {n.where: n.text for n in pruned.facts.notes}
+    assert told["0.gate_up_proj"] == "its inputs could not be seen on the data"
+    assert "0.gate_up_proj" in prune(net, alias("magnitude")).masks
+
+
+def test_a_shape_that_could_be_either_way_needs_a_word() -> None:
+    """Up and down without a gate have the same sizes in both orders."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.randn(2, 6, 4))
+            self.down_proj = nn.Parameter(torch.randn(2, 4, 6))
+
+    net = Plain()
+    assert {slot.reason for slot in discover(net)} == {"no rule for parameters of Plain"}
+    net.is_transposed = True  # type: ignore[assignment]
+    assert [slot.axes.names for slot in discover(net) if slot.axes] == [("expert", "in", "out")] * 2
+
+
+def test_columns_run_through_no_two_experts(pair: tuple[nn.Module, nn.Module]) -> None:
+    recipe = Recipe(pattern=Columns(), target=Target("sparsity", 0.5))
+    with pytest.raises(UsageError, match="3 groups, or experts"):
+        prune(pair[0], recipe)
+
+
+def test_the_bundle_holds_them(pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+    pruned = prune(pair[0], alias("magnitude"))
+    pruned.save(tmp_path / "out")
+    again = secateur.load(around(Stacked()), tmp_path / "out")
+    for name, mask in pruned.masks.items():
+        assert torch.equal(again.masks[name], mask)
+        assert torch.equal(again.model.get_parameter(name), pruned.model.get_parameter(name))
+
+
+# ---- Transformers
+
+
+def language_model(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    experts = {"num_local_experts": 4}
+    if kind == "Qwen3Moe":
+        experts = {"num_experts": 4, "moe_intermediate_size": 12}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts_per_tok=2, **experts,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+IDS = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
+KINDS = ["Mixtral", "Qwen3Moe", "GptOss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_the_tokens_that_the_router_sends(kind: str) -> None:
+    model = language_model(kind)
+    path = "model.layers.1.mlp.experts"
+    calls: list[Any] = []
+    experts = model.get_submodule(path)
+    handle = experts.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append(((*args, *kwargs.values()), out)),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        model(input_ids=IDS)
+    handle.remove()
+    (given, output) = calls[0]
+    states, index = given[0].reshape(-1, 16), given[1].reshape(-1, 2)
+    slot = next(s for s in discover(model) if s.name == f"{path}.gate_up_proj")
+    assert slot.rows is not None
+    rows = slot.rows(experts, given, output)
+    assert rows is not None
+    for expert in range(4):
+        own = states[(index == expert).any(1)]
+        found = rows[expert, : len(own)]
+        assert torch.equal(*(x[x[:, 0].argsort()] for x in (found, own)))
+        assert not rows[expert, len(own) :].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "snip", "woodfisher", "ria"])
+def test_methods_prune_the_experts_of_language_models(kind: str, name: str) -> None:
+    model = language_model(kind)
+    pruned = prune(model, alias(name), [{"input_ids": IDS, "labels": IDS}] * 2)
+    experts = [n for n in pruned.masks if "experts." in n]
+    assert len(experts) == 4
+    assert not [n for n in pruned.facts.notes if n.topic == "left-out" and n.where in experts]
+    with torch.no_grad():
+        assert torch.isfinite(pruned.model(input_ids=IDS).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_two_of_four_inputs_of_every_expert(kind: str) -> None:
+    pruned = prune(language_model(kind), Recipe(pattern=NM(2, 4)))
+    mask = pruned.masks["model.layers.0.mlp.experts.down_proj"]
+    along = mask.movedim(1 if kind == "GptOss" else 2, -1)
+    assert (along.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+def test_biases_of_experts_take_the_change_of_means() -> None:
+    model = language_model("GptOss")
+    recipe = Recipe(Wanda(), target=Target("sparsity", 0.7), recovery=BiasCorrection())
+    pruned = prune(model, recipe, Data(train=[{"input_ids": IDS}]))
+    name = "model.layers.0.mlp.experts.gate_up_proj_bias"
+    assert not torch.equal(pruned.model.get_parameter(name), model.get_parameter(name))
+    weight = "model.layers.0.mlp.experts.gate_up_proj"
+    zeros = ~pruned.masks[weight]
+    assert not pruned.model.get_parameter(weight)[zeros].any()
