@@ -41,16 +41,16 @@ class InputNorm:
     samples: ClassVar[None] = None
 
     def init(self, weight: Weight) -> State:
-        return {"squares": _zeros(weight), "rows": _count(weight)}
+        return {"squares": _zeros(weight), "rows": no_rows(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
         return {
             "squares": state["squares"] + _sum(seen, square=True),
-            "rows": state["rows"] + seen.shape[1],
+            "rows": state["rows"] + count_rows(weight, seen),
         }
 
     def value(self, state: State, weight: Weight) -> Tensor:
-        return (state["squares"] / state["rows"].clamp(min=1)).sqrt().float()
+        return per_row(state["squares"], state["rows"]).sqrt().float()
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,18 @@ class Moments:
     samples: ClassVar[None] = None
 
     def init(self, weight: Weight) -> State:
-        return {"sum": _zeros(weight), "squares": _zeros(weight), "rows": _count(weight)}
+        return {"sum": _zeros(weight), "squares": _zeros(weight), "rows": no_rows(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
         return {
             "sum": state["sum"] + _sum(seen),
             "squares": state["squares"] + _sum(seen, square=True),
-            "rows": state["rows"] + seen.shape[1],
+            "rows": state["rows"] + count_rows(weight, seen),
         }
 
     def value(self, state: State, weight: Weight) -> Tensor:
-        rows = state["rows"].clamp(min=1)
-        mean = state["sum"] / rows
-        variance = (state["squares"] / rows - mean.square()).clamp(min=0)
+        mean = per_row(state["sum"], state["rows"])
+        variance = (per_row(state["squares"], state["rows"]) - mean.square()).clamp(min=0)
         return torch.stack([mean, variance]).float()
 
 
@@ -122,17 +121,18 @@ class Gram:
         shape = (weight.axes.groups, fan_in, fan_in)
         return {
             "products": torch.zeros(shape, dtype=dtype, device=weight.value.device),
-            "rows": _count(weight),
+            "rows": no_rows(weight),
         }
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
         x = seen if seen.dtype == torch.float64 else seen.float()
         # In place: this is the one statistic too big to copy for every batch.
         state["products"] += (x.transpose(1, 2) @ x).to(state["products"].dtype)
-        return {"products": state["products"], "rows": state["rows"] + seen.shape[1]}
+        rows = state["rows"] + count_rows(weight, seen)
+        return {"products": state["products"], "rows": rows}
 
     def value(self, state: State, weight: Weight) -> Tensor:
-        return state["products"] / state["rows"].clamp(min=1)
+        return per_row(state["products"], state["rows"])
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,27 @@ def _zeros(weight: Weight) -> Tensor:
 
 def _count(weight: Weight) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=weight.value.device)
+
+
+def no_rows(weight: Weight) -> Tensor:
+    """Where rows are counted: one number, or one for each of the experts, which get unlike many."""
+    shape = (weight.axes.groups,) if weight.axes.stacked else ()
+    return torch.zeros(shape, dtype=torch.float64, device=weight.value.device)
+
+
+def count_rows(weight: Weight, seen: Tensor) -> Tensor | int:
+    """How many rows there are; those of an expert without the zeros that fill them up."""
+    return seen.any(2).sum(1) if weight.axes.stacked else seen.shape[1]
+
+
+def per_row(total: Tensor, rows: Tensor) -> Tensor:
+    """A sum over rows ``(groups, ...)``, divided by their number.
+
+    Example:
+        >>> per_row(torch.tensor([[6.0], [6.0]]), torch.tensor([2, 3])).tolist()
+        [[3.0], [2.0]]
+    """
+    return total / rows.clamp(min=1).reshape(-1, *(1 for _ in total.shape[1:]))
 
 
 @dataclass(frozen=True)

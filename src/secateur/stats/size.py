@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.weight import Weight
+from secateur.stats.activations import count_rows, no_rows, per_row
 from secateur.stats.stat import State
 
 _PIECE = 4096
@@ -42,14 +43,14 @@ class InputSize:
             "sizes": torch.zeros(
                 weight.axes.groups, weight.fan_in, dtype=torch.float64, device=device
             ),
-            "rows": torch.zeros((), dtype=torch.float64, device=device),
+            "rows": no_rows(weight),
         }
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
         sizes = state["sizes"]
         for piece in seen.split(_PIECE, dim=1):
             sizes = sizes + piece.double().abs().sum(1)
-        return {"sizes": sizes, "rows": state["rows"] + seen.shape[1]}
+        return {"sizes": sizes, "rows": state["rows"] + count_rows(weight, seen)}
 
     def value(self, state: State, weight: Weight) -> Tensor:
-        return (state["sizes"] / state["rows"].clamp(min=1)).float()
+        return per_row(state["sizes"], state["rows"]).float()

@@ -118,7 +118,10 @@ def _consumers(model: nn.Module, structure: Structure, alive: Tensor, facts: Fac
         ids = structure.trace.axes.get((slot.name, slot.axes.names.index("in")))
         if ids is None or bool(alive[ids].all()):
             continue
-        if slot.rows is None or slot.transposed or slot.axes.stacked:
+        if slot.axes.stacked:
+            text = "experts get other tokens in a cut network, so it was only cut"
+            facts.note("uncompensated", slot.name, text)
+        elif slot.rows is None or slot.transposed:
             facts.note("uncompensated", slot.name, "its inputs cannot be seen, so it was only cut")
         else:
             found.append(slot)
