@@ -190,8 +190,49 @@ def language_model(kind: str) -> Any:
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-IDS = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
 KINDS = ["Mixtral", "Qwen3Moe", "GptOss"]
+
+
+def more_kinds(kind: str) -> Any:
+    """Each expert sees all tokens, most of them as zeros; or one is shared, beside the others."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    if kind == "Llama4":
+        config = transformers.Llama4TextConfig(
+            **sizes, **heads, intermediate_size_mlp=24, head_dim=8, num_local_experts=4,
+            num_experts_per_tok=1, interleave_moe_layer_step=1,
+        )  # fmt: skip
+    else:
+        config = transformers.DeepseekV3Config(
+            **sizes, **heads, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=12,
+            first_k_dense_replace=0, n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8,
+            qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        )  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Llama4", "DeepseekV3"])
+def test_other_mixtures(kind: str) -> None:
+    model = more_kinds(kind)
+    pruned = prune(model, alias("sparsegpt"), [{"input_ids": IDS, "labels": IDS}] * 2)
+    assert len([n for n in pruned.masks if ".experts." in n]) == 4
+    errors = {x.name: x.output_error for x in pruned.facts.layers if ".experts." in x.name}
+    assert all(error and error < 0.2 for error in errors.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routers_and_biases_stay_and_say_so(kind: str) -> None:
+    reasons = {slot.name: slot.reason for slot in discover(language_model(kind))}
+    unknown = {name for name, why in reasons.items() if why.startswith("no rule")}
+    assert unknown <= {f"model.layers.{i}.self_attn.sinks" for i in range(2)}
+    routers = [why for name, why in reasons.items() if ".gate." in name or ".router." in name]
+    assert set(routers) <= {"a router of experts or a gate", "a bias"}
+    assert len(routers) >= 2
+
+
+IDS = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

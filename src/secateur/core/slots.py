@@ -70,7 +70,7 @@ class Slot:
         return self.name.rpartition(".")[2]
 
     @property
-    def bias(self) -> str:
+    def bias_name(self) -> str:
         """Attribute name of what is added to the product, if there is such a thing."""
         if "weight" in self.parameter:  # weight_ih_l0 -> bias_ih_l0 of a recurrent layer
             return self.parameter.replace("weight", "bias")

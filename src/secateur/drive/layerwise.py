@@ -184,7 +184,7 @@ def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:
 
 def _shift_bias_(model: nn.Module, slot: Slot, shift: Tensor, facts: Facts) -> None:
     # The "bias" of a recurrent layer is a flag.
-    bias = getattr(model.get_submodule(slot.module), slot.bias, None)
+    bias = getattr(model.get_submodule(slot.module), slot.bias_name, None)
     if not isinstance(bias, Tensor):
         facts.note("bias", slot.name, "has no bias, so its means could not be corrected")
         return

@@ -34,7 +34,7 @@ _PROJECTIONS: dict[str, tuple[int, ...]] = {
 # Stacked experts, as Transformers names them: what reads the tokens, and what reads the hidden units.
 _EXPERTS_READ, _EXPERTS_WRITE = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 _NORMS = ("Norm",)
-_ROUTERS = ("router", "gate")
+_ROUTERS, _ROUTER = ("router", "gate"), "a router of experts or a gate"
 _IMAGE_CHANNELS = 4
 _ADAPTER = "an adapter; once merged, it fills zeros of its base layer until masks are applied again"
 _ASIDE = "a copy of it is trained and used in its place"
@@ -92,14 +92,13 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
             f"an embedding{tied}",
             True,
         )
+    routes = path.rpartition(".")[2] in _ROUTERS
     found = _kind(module, attribute)
     if found is None:
-        reason = "a bias" if "bias" in attribute else _unknown_reason(module, kind)
+        reason = _ROUTER if routes else _unknown_reason(module, kind, attribute)
         return Slot(name, kind, shape, aliases=aliases, reason=reason)
     axes, see = found
-    reason = _adapter_reason(model, path)
-    if path.rpartition(".")[2] in _ROUTERS:
-        reason = "a router of experts or a gate"
+    reason = _ROUTER if routes else _adapter_reason(model, path)
     transposed = see is rows.transposed_convolution
     return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason), transposed)
 
@@ -186,7 +185,9 @@ def _vector_reason(kind: str, attribute: str) -> str:
     return "a vector"
 
 
-def _unknown_reason(module: nn.Module, kind: str) -> str:
+def _unknown_reason(module: nn.Module, kind: str, attribute: str) -> str:
+    if "bias" in attribute:
+        return "a bias"
     if isinstance(module, nn.RNNBase):
         return "a recurrent projection: its inputs cannot be seen from outside"
     return f"no rule for parameters of {kind}"

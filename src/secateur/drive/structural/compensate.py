@@ -49,7 +49,7 @@ def bias_of(model: nn.Module, slot: Slot) -> Tensor | None:
         >>> bias_of(net, discover(net)[0]) is net.bias_ih_l0
         True
     """
-    bias = getattr(model.get_submodule(slot.module), slot.bias, None)
+    bias = getattr(model.get_submodule(slot.module), slot.bias_name, None)
     return bias if isinstance(bias, Tensor) else None
 
 
