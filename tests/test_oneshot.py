@@ -326,6 +326,28 @@ def test_recurrent_networks() -> None:
         assert len(pruned.masks) == 8
 
 
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_cells_that_a_loop_calls(kind: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = kind(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = None
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    net, data = Net(), [(torch.randn(8, 5, 6), torch.arange(8) % 3)]
+    for build in (recipes.magnitude, recipes.snip):
+        pruned = prune(net, build(0.5), data)
+        sound(pruned, net)
+        assert list(pruned.masks) == ["cell.weight_ih", "cell.weight_hh"]
+    with pytest.raises(UsageError, match="2 x its inputs could not be seen on the data"):
+        prune(net, recipes.wanda(0.5), data)
+
+
 def test_positions_of_a_convolutional_network() -> None:
     net = convnet()
     slots = [s for s in discover(net) if s.rows is not None]

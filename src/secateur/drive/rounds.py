@@ -29,6 +29,8 @@ from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.schedule import events, share_at
 from secateur.stats import Positions, Replay, Sketch, Stats, collect, in_order
 
+_UNSEEN = "its inputs could not be seen on the data"
+
 
 class Rounds:
     """The rounds of one run: one for a one-shot schedule, several where it prunes step by step.
@@ -171,10 +173,11 @@ class Rounds:
             seen = set(collect(self.model, slots, [Positions()], self.sample.batches[:1]).names())
         for slot in slots:
             if slot.name not in seen:
-                self.facts.note("left-out", slot.name, "its inputs could not be seen on the data")
+                self.facts.note("left-out", slot.name, _UNSEEN)
         reached = [slot for slot in slots if slot.name in seen]
         if not reached:
-            require_something(Plan(()), self.recipe)
+            hidden = tuple(replace(slot, reason=_UNSEEN) for slot in slots)
+            require_something(Plan(hidden), self.recipe)
         return reached
 
     def _repair_needs(self, last: bool) -> set[Any]:

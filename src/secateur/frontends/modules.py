@@ -123,6 +123,8 @@ def _kind(module: nn.Module, attribute: str) -> Kind | None:
     stacked = _stacked(module, attribute)
     if stacked is not None:
         return stacked, rows.Routed(attribute)
+    if isinstance(module, nn.RNNCellBase) and attribute in ("weight_ih", "weight_hh"):
+        return LINEAR, None  # prunable; which of its many calls to look at is the caller's business
     if isinstance(module, nn.RNNBase) and attribute.startswith("weight_") and not module.proj_size:
         hidden, _, rest = attribute.removeprefix("weight_").partition("_l")
         if hidden in ("ih", "hh"):
@@ -196,7 +198,8 @@ def _unknown_reason(module: nn.Module, kind: str, attribute: str) -> str:
 def _mark_ends(model: nn.Module, slots: list[Slot]) -> list[Slot]:
     """Mark the convolution that reads the image, and the final classifier."""
     added = (_ADAPTER, _ASIDE)
-    weights = [s for s in slots if s.axes and s.rows is not None and s.reason not in added]
+    seen = (s for s in slots if s.axes and (s.rows is not None or not s.reason))
+    weights = [s for s in seen if s.reason not in added]
     replaced: dict[str, Slot] = {}
     first = next((s for s in weights if s.axes is not None and s.axes.convolves), None)
     if first is not None and _reads_image(first):
