@@ -194,7 +194,7 @@ KINDS = ["Mixtral", "Qwen3Moe", "GptOss"]
 
 
 def more_kinds(kind: str) -> Any:
-    """Each expert sees all tokens, most of them as zeros; or one is shared, beside the others."""
+    """Experts that see all tokens, most of them as zeros; one that is shared; or split inputs."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -203,6 +203,10 @@ def more_kinds(kind: str) -> Any:
             **sizes, **heads, intermediate_size_mlp=24, head_dim=8, num_local_experts=4,
             num_experts_per_tok=1, interleave_moe_layer_step=1,
         )  # fmt: skip
+    elif kind == "JetMoe":
+        config = transformers.JetMoeConfig(
+            **sizes, **heads, kv_channels=8, num_local_experts=4, num_experts_per_tok=2
+        )
     else:
         config = transformers.DeepseekV3Config(
             **sizes, **heads, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=12,
@@ -213,12 +217,14 @@ def more_kinds(kind: str) -> Any:
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["Llama4", "DeepseekV3"])
+@pytest.mark.parametrize("kind", ["Llama4", "DeepseekV3", "JetMoe"])
 def test_other_mixtures(kind: str) -> None:
     model = more_kinds(kind)
     pruned = prune(model, alias("sparsegpt"), [{"input_ids": IDS, "labels": IDS}] * 2)
-    assert len([n for n in pruned.masks if ".experts." in n]) == 4
-    errors = {x.name: x.output_error for x in pruned.facts.layers if ".experts." in x.name}
+    stacked = [name for name, mask in pruned.masks.items() if mask.ndim == 3]
+    assert len(stacked) == (8 if kind == "JetMoe" else 4)
+    assert not [name for name in pruned.masks if "router" in name]
+    errors = {x.name: x.output_error for x in pruned.facts.layers if x.name in stacked}
     assert all(error and error < 0.2 for error in errors.values())
 
 

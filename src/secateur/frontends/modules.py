@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from secateur.core.slots import InputRows, Slot
 from secateur.core.weight import CONV1D, CONV2D, CONV3D, LINEAR, Axes
@@ -33,6 +34,7 @@ _PROJECTIONS: dict[str, tuple[int, ...]] = {
 }
 # Stacked experts, as Transformers names them: what reads the tokens, and what reads the hidden units.
 _EXPERTS_READ, _EXPERTS_WRITE = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
+_SIZES = ("num_experts", "output_size", "input_size")
 _NORMS = ("Norm",)
 _ROUTERS, _ROUTER = ("router", "gate"), "a router of experts or a gate"
 _IMAGE_CHANNELS = 4
@@ -92,7 +94,8 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
             f"an embedding{tied}",
             True,
         )
-    routes = path.rpartition(".")[2] in _ROUTERS
+    inside = path.split(".")
+    routes = inside[-1] in _ROUTERS or "router" in inside[-2:-1]
     found = _kind(module, attribute)
     if found is None:
         reason = _ROUTER if routes else _unknown_reason(module, kind, attribute)
@@ -136,9 +139,12 @@ def _kind(module: nn.Module, attribute: str) -> Kind | None:
 def _stacked(module: Any, attribute: str) -> Axes | None:
     """Axes of the weight of several experts: ``(experts, out, in)``, or the other way round.
 
-    A module says so itself (``is_transposed``, in Transformers), or the shapes of gate and up in one
-    weight and of down leave one way only.
+    A module says so itself (``is_transposed``, in Transformers, or the sizes of a single weight), or
+    the shapes of gate and up in one weight and of down leave one way only.
     """
+    sizes = tuple(getattr(module, name, None) for name in _SIZES)
+    if attribute == "weight" and tuple(module.weight.shape) == sizes:
+        return Axes(("expert", "out", "in"), groups=len(module.weight))
     first = next((n for n in _EXPERTS_READ if hasattr(module, n)), "")
     pair = [getattr(module, name, None) for name in (first, _EXPERTS_WRITE)] if first else []
     if attribute not in (*_EXPERTS_READ, _EXPERTS_WRITE) or not all(
@@ -192,6 +198,8 @@ def _unknown_reason(module: nn.Module, kind: str, attribute: str) -> str:
         return "a bias"
     if isinstance(module, nn.RNNBase):
         return "a recurrent projection: its inputs cannot be seen from outside"
+    if isinstance(module, parametrize.ParametrizationList):
+        return "a part of a parametrized weight; remove_parametrizations makes that a plain one"
     return f"no rule for parameters of {kind}"
 
 
