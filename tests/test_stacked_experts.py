@@ -14,10 +14,11 @@ from torch.nn import functional
 
 import secateur
 from secateur import Data, Recipe, Target, prune
-from secateur.core.errors import UsageError
+from secateur.core.errors import FoldError, UsageError
+from secateur.core.weight import Axes
 from secateur.evaluate import cost_of
 from secateur.frontends import discover
-from secateur.pattern import NM, Columns, PerRow
+from secateur.pattern import NM, Blocks, Columns, PerRow
 from secateur.recover import BiasCorrection
 from secateur.score import Magnitude, Wanda
 
@@ -163,6 +164,15 @@ def test_columns_run_through_no_two_experts(pair: tuple[nn.Module, nn.Module]) -
     recipe = Recipe(pattern=Columns(), target=Target("sparsity", 0.5))
     with pytest.raises(UsageError, match="3 groups, or experts"):
         prune(pair[0], recipe)
+
+
+@pytest.mark.parametrize("pattern", [Blocks(rows=16, cols=1), NM(2, 4, rows=16)])
+def test_no_block_reaches_into_two_experts(pattern: Any) -> None:
+    """16 divides the rows of all experts, not those of one."""
+    axes = Axes(("expert", "out", "in"), groups=4)
+    with pytest.raises(FoldError, match="'out' axis is 12"):
+        pattern.fold(torch.zeros(4, 12, 8), axes)
+    assert pattern.fold(torch.zeros(4, 16, 8), axes).numel() == 4 * 16 * 8
 
 
 def test_the_bundle_holds_them(pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:

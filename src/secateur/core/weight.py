@@ -80,6 +80,10 @@ class Axes:
             return out * self.groups, inn // self.groups, taps
         return out, inn, taps
 
+    def together(self, out: int) -> int:
+        """How many of ``out`` rows stand together: those of one expert, or all."""
+        return out // self.groups if self.stacked else out
+
     def cube(self, x: Tensor) -> Tensor:
         """``x`` as ``(out, in, taps)``; ``in`` counts the inputs of one group."""
         if self.stacked:

@@ -64,7 +64,8 @@ class Blocks:
 
     def _check(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
         out, inn, taps = axes.cube_shape(shape)
-        for axis, size, step in (("out", out, self.rows), ("in", inn * taps, self.cols)):
+        rows = axes.together(out)
+        for axis, size, step in (("out", rows, self.rows), ("in", inn * taps, self.cols)):
             if size % step:
                 raise FoldError(
                     f"Blocks({self.rows}, {self.cols})",

@@ -76,7 +76,8 @@ class NM:
     def _check(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, int, int]:
         out, inn, taps = axes.cube_shape(shape)
         what = f"NM({self.keep}:{self.of}" + (f", rows={self.rows})" if self.rows > 1 else ")")
-        for axis, size, step in (("in", inn, self.of), ("out", out, self.rows)):
+        rows = axes.together(out)
+        for axis, size, step in (("in", inn, self.of), ("out", rows, self.rows)):
             if size % step:
                 raise FoldError(
                     what,
