@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import secateur
-from secateur import Data, Recipe, Target, prune
+from secateur import Data, Gradual, Recipe, Target, prune
 from secateur.core.errors import FoldError, UsageError
 from secateur.core.weight import Axes
 from secateur.evaluate import cost_of
 from secateur.frontends import discover
 from secateur.pattern import NM, Blocks, Columns, PerRow
 from secateur.recover import BiasCorrection
+from secateur.schedule import Polynomial
 from secateur.score import Magnitude, Wanda
 
 EXPERTS, WIDTH, INNER = 3, 8, 6
@@ -126,10 +127,30 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(criterion: Any) -> None
     net = around(Stacked())
     batches = [x.clamp(max=1.0) for x in tokens()]  # none reaches the last expert
     recipe = Recipe(criterion, PerRow(), Target("sparsity", 0.5))
-    mask = prune(net, recipe, batches).masks["0.gate_up_proj"][-1]
+    pruned = prune(net, recipe, batches)
+    mask = pruned.masks["0.gate_up_proj"][-1]
     sizes = net[0].gate_up_proj[-1].detach().abs()  # type: ignore[index, union-attr]
     least = sizes.kthvalue(WIDTH // 2, dim=1, keepdim=True).values
     assert torch.equal(mask, sizes > least)
+    told = [note.text for note in pruned.facts.notes if note.where == "0.gate_up_proj"]
+    said = "1 of 3 experts got no token: their weights are ranked by size"
+    assert told == ([said] if criterion == Wanda() else [])
+
+
+def test_in_training_experts_without_tokens_are_told_once() -> None:
+    torch.manual_seed(0)
+    net = around(Stacked())
+    batches = [(x.clamp(max=1.0), torch.zeros(len(x))) for x in tokens(6)]
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    recipe = Recipe(Wanda(), PerRow(), Target("sparsity", 0.5), schedule=Polynomial(0, 4, 1))
+    pruner = Gradual(net, optimizer, recipe, data=Data(train=batches))
+    for x, _ in batches:
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    told = [note.where for note in pruner.finalize().facts.notes if note.topic == "unseen"]
+    assert sorted(told) == ["0.down_proj", "0.gate_up_proj"]
 
 
 def test_products_with_copies_of_the_experts_cannot_be_seen() -> None:

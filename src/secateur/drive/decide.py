@@ -63,6 +63,18 @@ def group_scores(scores: Tensor, weight: Weight, recipe: Recipe, prior: Tensor |
     return means
 
 
+def idle_experts(weight: Weight, recipe: Recipe, stats: Stats) -> str:
+    """What to tell of experts whose inputs the criterion reads and that got none; empty for nothing."""
+    if not weight.axes.stacked:
+        return ""
+    needs = [n for n in recipe.criterion.needs if getattr(n, "source", "") == "inputs"]
+    counts = [rows for need in needs if (rows := stats.rows(need, weight)) is not None]
+    idle = int((counts[0] == 0).sum()) if counts else 0
+    if not idle:
+        return ""
+    return f"{idle} of {weight.axes.groups} experts got no token: their weights are ranked by size"
+
+
 def items(
     weights: Sequence[Weight],
     slots: Sequence[Slot],

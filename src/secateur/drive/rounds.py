@@ -17,7 +17,7 @@ from secateur.core.masks import Masks
 from secateur.core.slots import Slot, weights
 from secateur.core.weight import Weight
 from secateur.drive.calibration import Calibration
-from secateur.drive.decide import allocate, group_scores, items, probe_for, score
+from secateur.drive.decide import allocate, group_scores, idle_experts, items, probe_for, score
 from secateur.drive.gather import gather
 from secateur.drive.layerwise import MaskChoice, repair_
 from secateur.drive.money import money, uses
@@ -121,6 +121,9 @@ class Rounds:
         return done
 
     def _ranks(self, weight: Weight, stats: Stats, prior: Masks) -> torch.Tensor:
+        idle = idle_experts(weight, self.recipe, stats)
+        if idle and not any((n.where, n.text) == (weight.name, idle) for n in self.facts.notes):
+            self.facts.note("unseen", weight.name, idle)
         scores = score(weight, self.recipe, stats)
         return group_scores(scores, weight, self.recipe, prior.get(weight.name))
 

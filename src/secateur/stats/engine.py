@@ -63,6 +63,10 @@ class Stats:
             self._values[key] = stat.value(self._states[key], weight)  # type: ignore[union-attr]
         return self._values[key]
 
+    def rows(self, stat: Stat | Probe, weight: Weight) -> Tensor | None:
+        """How many rows of inputs it is made of, one number or one an expert; None if not counted."""
+        return self._states.get((stat, weight.name), {}).get("rows")
+
     def __contains__(self, key: tuple[Any, str]) -> bool:
         return key in self._states or key in self._values
 

@@ -19,6 +19,7 @@ from secateur.core.weight import Weight
 from secateur.drive.decide import (
     allocate,
     group_scores,
+    idle_experts,
     items,
     probe_for,
     score,
@@ -44,12 +45,14 @@ class Decision:
         share: How much of the target they reach.
         groups: Name of a weight -> scores of its groups.
         levels: Name of a weight -> its sparsity.
+        idle: Name of a weight -> what is to be told of experts that got no token.
     """
 
     masks: Masks
     share: float
     groups: Mapping[str, Tensor]
     levels: Mapping[str, float]
+    idle: Mapping[str, str]
 
 
 class Deciding:
@@ -143,7 +146,8 @@ class Deciding:
         choice = items(found, slots, recipe, groups, purse.costs)
         levels = allocate(choice, recipe, purse.at(share, probe))
         masks = {w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found}
-        return Decision(Masks(masks), share, groups, levels)
+        idle = {w.name: text for w in found if (text := idle_experts(w, recipe, stats))}
+        return Decision(Masks(masks), share, groups, levels, idle)
 
     def scorable(self, found: Sequence[Weight], stats: Stats) -> list[Weight]:
         """Those whose inputs were seen, if the criterion reads inputs; an expert may have had none."""

@@ -301,6 +301,8 @@ class Gradual:
         )
         masks = Masks({**own, **decided.masks})
         self._note_unseen([name for name in own if name not in decided.masks])
+        for name, text in decided.idle.items():
+            self._note_once(name, text)
         if not free:  # a low target, or the first steps to a high one, would revive some
             masks &= self._before
         if self._superset is not None:
@@ -310,9 +312,12 @@ class Gradual:
 
     def _note_unseen(self, names: Sequence[str]) -> None:
         for name in names:
-            if not any(n.where == name and n.topic == "unseen" for n in self.facts.notes):
-                text = f"at step {self.steps} the data did not show its inputs: it kept its mask"
-                self.facts.note("unseen", name, text)
+            text = f"at step {self.steps} the data did not show its inputs: it kept its mask"
+            self._note_once(name, text)
+
+    def _note_once(self, name: str, text: str) -> None:
+        if not any(n.where == name and n.topic == "unseen" for n in self.facts.notes):
+            self.facts.note("unseen", name, text)
 
     def finalize(self, *, early: bool = False) -> Pruned:
         """End: remove the mask buffers, keep the zeros, and return the result with its facts.
