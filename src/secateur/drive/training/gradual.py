@@ -41,7 +41,14 @@ from secateur.drive.training.held import (
 )
 from secateur.drive.training.regrow import Regrow, TopKast
 from secateur.drive.training.regrowing import Regrowing, gradient_promise, random_promise, turn
-from secateur.drive.training.timing import every, is_due, require_time, training_length
+from secateur.drive.training.timing import (
+    every,
+    is_due,
+    require_ended,
+    require_settled,
+    require_time,
+    training_length,
+)
 from secateur.drive.training.topkast import Superset
 from secateur.frontends.remembered import surgery_of
 from secateur.schedule import share_at
@@ -330,24 +337,10 @@ class Gradual:
                 before.
         """
         self._require_open("finalize()")
-        schedule = self.recipe.schedule
-        # A cyclic one is at the target between times, too.
-        unfinished = self._share < 1 or (schedule.cyclic and self.time < schedule.end)
-        if unfinished and not early:
-            raise UsageError(
-                f"finalize() at {schedule.unit[:-1]} {self.time:g}",
-                f"the schedule ends at {schedule.end:g}; {100 * self._share:.0f} % of the "
-                "target is reached",
-                "training ended before pruning did, or step() was not called",
-                "train longer, shorten the schedule, or call finalize(early=True)",
-            )
-        if self._regrowing is not None and self.steps < int(self._regrowing.end) and not early:
-            raise UsageError(
-                f"finalize() at step {self.steps}",
-                f"weights are exchanged up to step {int(self._regrowing.end)} of {self._length}",
-                "training ended before the masks settled, or step() was not called",
-                "train longer, correct steps=, or call finalize(early=True)",
-            )
+        if not early:
+            require_ended(self.recipe.schedule, self.time, self._share)
+            if self._regrowing is not None:
+                require_settled(self.steps, int(self._regrowing.end), self._length)
         self._held.hold_()
         self._take_hooks_off()
         masks = detach_(self.model, self._names)

@@ -108,3 +108,38 @@ def require_time(recipe: Recipe, steps_per_epoch: int | None, length: int | None
             "nothing would ever be exchanged",
             "give a smaller frequency, or train longer",
         )
+
+
+def require_ended(schedule: Schedule, time: float, share: float) -> None:
+    """Raise if a schedule has not come to its end.
+
+    Args:
+        schedule: A cyclic one is at the target between times, too.
+        time: Of the training, in the schedule's unit.
+        share: Of the target that is reached.
+
+    Raises:
+        UsageError: With both times.
+    """
+    if share < 1 or (schedule.cyclic and time < schedule.end):
+        raise UsageError(
+            f"finalize() at {schedule.unit[:-1]} {time:g}",
+            f"the schedule ends at {schedule.end:g}; {100 * share:.0f} % of the target is reached",
+            "training ended before pruning did, or step() was not called",
+            "train longer, shorten the schedule, or call finalize(early=True)",
+        )
+
+
+def require_settled(step: int, end: int, length: int | None) -> None:
+    """Raise if weights would still be exchanged after a step.
+
+    Raises:
+        UsageError: With both steps.
+    """
+    if step < end:
+        raise UsageError(
+            f"finalize() at step {step}",
+            f"weights are exchanged up to step {end} of {length}",
+            "training ended before the masks settled, or step() was not called",
+            "train longer, correct steps=, or call finalize(early=True)",
+        )
