@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import secateur
+from secateur import Data, ShrinkRecipe
+from secateur.allocate.widths import GivenWidths
 from secateur.core.facts import Facts
 from secateur.drive.structural.compensate import Told, compensate_
 from secateur.drive.structural.refit import refit_
@@ -144,3 +146,22 @@ def test_a_reader_that_is_only_cut_is_told(kind: str) -> None:
             "projected": "reader.weight_ih_l0",
         }.get(kind, "reader.weight")
     }
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_norm_without_statistics_has_none_to_move(refit: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 3),
+    ).eval()
+    repair = Compensation(refit=refit)
+    recipe = ShrinkRecipe(allocation=GivenWidths({"0": 0.5}), recovery=repair, align=1)
+    data = Data(train=[torch.randn(16, 3, 8, 8) for _ in range(4)])
+    pruned = secateur.shrink(net, recipe, None, data)
+    assert pruned.model[0].out_channels == 4  # type: ignore[index]
+    x = torch.randn(8, 3, 8, 8)
+    assert torch.isfinite(pruned.model(x)).all()

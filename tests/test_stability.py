@@ -305,7 +305,7 @@ class Residual(nn.Module):
 def test_the_norm_is_the_one_that_reads_the_output() -> None:
     net = Residual().train()
     old = copy.deepcopy(net.state_dict())
-    found = following_norms(net, torch.randn(2, 3, 8, 8))
+    found = following_norms(net, torch.randn(2, 3, 8, 8), has="weight")
     assert found == {"first": "first_norm", "second": "second_norm"}
     assert net.training
     assert all(torch.equal(old[n], t) for n, t in net.state_dict().items())

@@ -34,17 +34,17 @@ class ExpectedOutput:
     def measure(
         self, model: nn.Module, slots: Sequence[Slot], batches: Sequence[Batch], loss: Loss
     ) -> dict[str, Tensor]:
-        norms = following_norms(model, batches[0])
+        norms = following_norms(model, batches[0], has="weight")
         found = {}
         for slot in slots:
-            norm: Any = model.get_submodule(norms.get(slot.module, slot.module))
-            if slot.module not in norms or not norm.affine:
+            if slot.module not in norms:
                 raise UsageError(
                     f"the expected BatchNorm output of {slot.name!r}",
                     "no BatchNorm reads the output of its layer",
                     "the score is made of a BatchNorm's scale and shift",
                     "leave this weight out with ignore=, or use another criterion",
                 )
+            norm: Any = model.get_submodule(norms[slot.module])
             weight = slot.weight(model)
             each = expected_relu(norm.weight, norm.bias).to(weight.value.device)
             rows = each[:, None].expand(weight.out, weight.fan_in)

@@ -48,12 +48,17 @@ def in_order(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> list[Slot
     return sorted((s for s in slots if s.module in rank), key=lambda s: rank[s.module])
 
 
-def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:
+def following_norms(model: nn.Module, batch: Batch, has: str) -> dict[str, str]:
     """Layers whose output goes straight into a BatchNorm: path of the layer -> path of the norm.
+
+    Args:
+        model: Run once.
+        batch: Whatever it runs on.
+        has: What the norm must have: its ``"running_mean"``, or a ``"weight"``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
-        >>> following_norms(net, torch.zeros(1, 1, 2, 2))
+        >>> following_norms(net, torch.zeros(1, 1, 2, 2), has="running_mean")
         {'0': '1'}
     """
     produced: dict[int, str] = {}
@@ -61,7 +66,8 @@ def following_norms(model: nn.Module, batch: Batch) -> dict[str, str]:
     found: dict[str, str] = {}
     handles = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if norm and getattr(module, has) is not None:
 
             def reads(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
                 if args and id(args[0]) in produced:

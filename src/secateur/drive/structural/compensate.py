@@ -89,7 +89,7 @@ def compensate_(
     """
     dense, facts = copy.deepcopy(model), told.facts
     alive = structure.alive(keep)
-    norms = following_norms(dense, batches[0])
+    norms = following_norms(dense, batches[0], has="running_mean")
     consumers = _consumers(dense, structure, alive, facts)
     mask_(model, structure, keep)
     order = in_order(dense, consumers, batches[0])

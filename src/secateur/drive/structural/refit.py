@@ -55,7 +55,7 @@ def refit_(
         True
     """
     calls = calls_in_order(model, batches[0])
-    norms = following_norms(dense, batches[0])
+    norms = following_norms(dense, batches[0], has="running_mean")
     _take_statistics_(model, dense, surgery)
     uncut = {slot.name: slot for slot in discover(dense)}
     rank = {path: place for place, path in enumerate(calls)}
