@@ -122,8 +122,7 @@ class Weight:
         value: The tensor, in the framework's own order of axes.
         axes: What each axis is.
         density: Share of real values in its input rows: below 1 for a transposed convolution,
-            whose input is stuffed with zeros, and for experts, which get unlike numbers of tokens.
-            Only the count of multiply-adds depends on it.
+            whose input is stuffed with zeros. Only the count of multiply-adds depends on it.
 
     Example:
         >>> import torch

@@ -160,7 +160,9 @@ class Positions:
         return {"rows": _count(weight), "samples": _count(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
-        rows = seen.shape[1] * weight.density
+        # Of experts, the mean: each holds an equal part of the weight.
+        each = torch.as_tensor(count_rows(weight, seen), dtype=torch.float64)
+        rows = each.mean() * weight.density
         return {"rows": state["rows"] + rows, "samples": state["samples"] + samples}
 
     def value(self, state: State, weight: Weight) -> Tensor:

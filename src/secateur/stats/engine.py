@@ -269,10 +269,6 @@ class _Watch:
             if slot.transposed:
                 real = len(part[0]) * math.prod(part[0].shape[2:])
                 weight = replace(weight, density=real / rows.shape[1])
-            elif (
-                weight.axes.stacked
-            ):  # those of an expert with fewer tokens are filled up with zeros
-                weight = replace(weight, density=float(rows.any(2).float().mean()))
             for need in self._needs:
                 self._stats.update(need, weight, rows, samples)
 
