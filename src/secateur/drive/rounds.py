@@ -122,7 +122,7 @@ class Rounds:
 
     def _ranks(self, weight: Weight, stats: Stats, prior: Masks) -> torch.Tensor:
         idle = idle_experts(weight, self.recipe, stats)
-        if idle and not any((n.where, n.text) == (weight.name, idle) for n in self.facts.notes):
+        if idle:
             self.facts.note("unseen", weight.name, idle)
         scores = score(weight, self.recipe, stats)
         return group_scores(scores, weight, self.recipe, prior.get(weight.name))

@@ -129,9 +129,8 @@ class Deciding:
             recipe = dataclasses.replace(recipe, criterion=Random())
         else:
             stats = self.measure(steps)
-            found = (
-                self.scorable(found, stats) or found
-            )  # of none: the criterion says what it lacks
+            # If inputs of none were seen, the criterion says what it lacks.
+            found = self.scorable(found, stats) or found
         for weight in found:
             old = prior[weight.name] if prior is not None else None
             groups[weight.name] = group_scores(score(weight, recipe, stats), weight, recipe, old)

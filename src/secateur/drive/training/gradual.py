@@ -309,7 +309,7 @@ class Gradual:
         masks = Masks({**own, **decided.masks})
         self._note_unseen([name for name in own if name not in decided.masks])
         for name, text in decided.idle.items():
-            self._note_once(name, text)
+            self.facts.note("unseen", name, text)
         if not free:  # a low target, or the first steps to a high one, would revive some
             masks &= self._before
         if self._superset is not None:
@@ -319,11 +319,7 @@ class Gradual:
 
     def _note_unseen(self, names: Sequence[str]) -> None:
         for name in names:
-            text = f"at step {self.steps} the data did not show its inputs: it kept its mask"
-            self._note_once(name, text)
-
-    def _note_once(self, name: str, text: str) -> None:
-        if not any(n.where == name and n.topic == "unseen" for n in self.facts.notes):
+            text = "the data of a mask update did not show its inputs: it kept its mask"
             self.facts.note("unseen", name, text)
 
     def finalize(self, *, early: bool = False) -> Pruned:
