@@ -179,10 +179,10 @@ def run_arm(
     name = f"{plan.study}-{arm}-seed{seed}"
     if (place.results / f"{name}.json").exists():
         return record.read(name, folder=place.results)
+    before = _begun(plan, seed, place)
     watch = record.Stopwatch()
     test = cifar.training_splits()[1][: plan.test_images]
-    before = _begun(plan, seed, place)
-    run, pruning = _trained(arm, plan, seed, place)
+    run, pruning = _trained(arm, before, plan, seed, place)
     sparsity, pruned = pruning.sparsity(), pruning.finish()
     found = cifar.logits(run.model, test)
     score = cifar.score(found, test.labels)
@@ -212,17 +212,17 @@ def _begun(plan: Plan, seed: int, place: Place) -> training.Run:
 
 
 def _trained(
-    arm: str, plan: Plan, seed: int, place: Place
+    arm: str, before: training.Run, plan: Plan, seed: int, place: Place
 ) -> tuple[training.Run, _Dense | _Gradual]:
-    """An arm's network after its last epoch, and what prunes it."""
+    """An arm's network after its last epoch, begun with another one's, and what prunes it."""
     train, test = cifar.training_splits()
     batches = cifar.augmented(train[: plan.train_images], batch=plan.recipe.batch)
     run = training.start(plan.recipe, seed=seed)
-    run.model.load_state_dict(_begun(plan, seed, place).model.state_dict())
+    run.model.load_state_dict(before.model.state_dict())
     pruning = _pruning(arm, run, plan, len(batches))
     terms: Sequence[Term] = (Task(),)
     if plan.distillation and arm != "dense":
-        teacher = _trained("dense", plan, seed, place)[0].model
+        teacher = _trained("dense", before, plan, seed, place)[0].model
         terms = training.distilled(teacher, plan.distillation, temperature=plan.temperature)
     part = record.ignored(place.runs) / f"{plan.study}-{arm}-seed{seed}.safetensors"
     if part.exists():
