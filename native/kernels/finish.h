@@ -6,17 +6,9 @@
 namespace secateur {
 namespace SECATEUR_ISA {
 
-// Copies count floats, fewer than a vector.
-static inline Vec load_some(const float *p, int count) {
-  float some[kLanes] = {};
-  memcpy(some, p, sizeof(float) * static_cast<size_t>(count));
-  return load(some);
-}
-static inline void store_some(float *p, Vec v, int count) {
-  float some[kLanes];
-  store(some, v);
-  memcpy(p, some, sizeof(float) * static_cast<size_t>(count));
-}
+// The first count lanes alone.
+static inline Vec load_some(const float *p, int count) { return Between(0, count).load(p); }
+static inline void store_some(float *p, Vec v, int count) { Between(0, count).store(p, v); }
 
 // One row of y from sums. The activation is known here, so that no loop asks for it.
 //

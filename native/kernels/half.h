@@ -53,12 +53,14 @@ static void half_list_of(const Work &work) {
     const uint32_t row = head->row_and_flags & kRowMask;
     float *const sums = work.sums + size_t{row - work.first_row} * (2 * V * kLanes);
     HalfVec sum[kSets][V] = {};
-    each_entry(wheres, weight, head->count, [&](int i, Half w, uint16_t where) {
+    const auto add = [&](int i, const Half *weights, uint16_t where)
+                         __attribute__((always_inline)) {
       const LooseHalfVec *const x = reinterpret_cast<const LooseHalfVec *>(panel + where);
-      const HalfVec all_w = all_of(w);
+      const HalfVec all_w = all_of(weights[i]);
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) sum[i % kSets][j] += all_w * x[j];
-    });
+    };
+    each_entry<const Half *>(wheres, weight, head->count, add);
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
       if (kSets == 2) sum[0][j] += sum[kSets - 1][j];

@@ -2,13 +2,13 @@
 //
 //   sums[row][n] = bias[row] + sum over the row's entries of weight * panel[where][n]
 //
-// A tile of V vectors holds V sums in registers for a whole record. An entry costs one broadcast
-// and V multiply-adds, each with its own load: (V + 1) / V loads a multiply-add, so a wide tile is
-// bound by loads, of which the processors meant here do as many as multiply-adds. But loads whose
-// address is itself being loaded wait in the processor's short queue and hold up those behind them,
-// which costs a fifth to a third of the rate. So the addresses are read eight entries ahead. The panel
-// of a block of channels is to stay in the first cache; rows come sorted by how many entries they
-// have, so that the end of one loop predicts the end of the next.
+// A tile of V vectors holds V sums in registers for a whole record. An entry costs V multiply-adds,
+// each with its own load, so a record is bound by loads, of which the processors meant here do as
+// many as multiply-adds. So weights are loaded four at a time, and spread over a vector by shuffles.
+// And as loads whose address is itself being loaded wait in the processor's short queue and hold up
+// those behind them, which costs a fifth to a third of the rate, addresses are read eight entries
+// ahead. The panel of a block of channels is to stay in the first cache; rows come sorted by how many
+// entries they have, so that the end of one loop predicts the end of the next.
 #pragma once
 
 #include "finish.h"
@@ -46,25 +46,31 @@ class Wheres {
   const uint32_t *next_;
 };
 
-// Calls add(i, weight, where) for every entry of a record; i is its place in its word.
-template <typename Weight, typename Add>
+// Calls add(i, weights, where) for every entry of a record; the entry's weight is weights[i]. Up to
+// three weights behind the last are read.
+template <typename Weights, typename Weight, typename Add>
 static inline __attribute__((always_inline)) void each_entry(Wheres &wheres, const Weight *&weight,
                                                              uint32_t count, Add add) {
   for (; count >= kWheres; count -= kWheres, weight += kWheres) {
     const uint64_t word = wheres.take();
+    const Weights weights(weight);
 #pragma GCC unroll 4
-    for (int i = 0; i < kWheres; ++i) add(i, weight[i], static_cast<uint16_t>(word >> 16 * i));
+    for (int i = 0; i < kWheres; ++i) add(i, weights, static_cast<uint16_t>(word >> 16 * i));
   }
   if (!count) return;
-  uint64_t word = wheres.take();
-  for (; count; --count, word >>= 16) add(0, *weight++, static_cast<uint16_t>(word));
+  const uint64_t word = wheres.take();
+  const Weights weights(weight);
+  weight += count;
+  add(0, weights, static_cast<uint16_t>(word));
+  if (count > 1) add(1, weights, static_cast<uint16_t>(word >> 16));
+  if (count > 2) add(2, weights, static_cast<uint16_t>(word >> 32));
 }
 
 // A chain of multiply-adds takes 4 cycles an entry, so few sums leave the units idle: narrow tiles
-// keep two sets of sums and take entries in turn.
+// keep two or four sets of sums, which take entries in turn.
 template <int V>
 static void list_of(const Work &work) {
-  constexpr int kSets = V <= 4 ? 2 : 1;
+  constexpr int kSets = V <= 3 ? 4 : 2 * V <= SECATEUR_REGISTERS / 2 ? 2 : 1;
   const Head *const end = static_cast<const Head *>(work.stream_end);
   const float *const panel = reinterpret_cast<const float *>(work.panel);
   const float *weight = static_cast<const float *>(work.weights);
@@ -81,18 +87,23 @@ static void list_of(const Work &work) {
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[0][j] = load(sums + j * kLanes);
     }
-    if (kSets == 2) {
+#pragma GCC unroll 4
+    for (int i = 1; i < kSets; ++i) {
 #pragma GCC unroll 14
-      for (int j = 0; j < V; ++j) sum[kSets - 1][j] = Vec{};
+      for (int j = 0; j < V; ++j) sum[i][j] = Vec{};
     }
-    each_entry(wheres, weight, head->count, [&](int i, float w, uint16_t where) {
+    const auto add = [&](int i, const Four &weights, uint16_t where)
+                         __attribute__((always_inline)) {
       const float *const x = panel + where;
+      const Vec w = weights[i];
 #pragma GCC unroll 14
       for (int j = 0; j < V; ++j) sum[i % kSets][j] += w * load(x + j * kLanes);
-    });
-    if (kSets == 2) {
+    };
+    each_entry<Four>(wheres, weight, head->count, add);
 #pragma GCC unroll 14
-      for (int j = 0; j < V; ++j) sum[0][j] += sum[kSets - 1][j];
+    for (int j = 0; j < V; ++j) {
+      if (kSets == 4) sum[0][j] += sum[2 % kSets][j], sum[1 % kSets][j] += sum[3 % kSets][j];
+      if (kSets > 1) sum[0][j] += sum[1 % kSets][j];
     }
     if (direct && (head->row_and_flags & kLast)) {
       finish_directly<V>(work, row, sum[0]);

@@ -6,13 +6,6 @@
 namespace secateur {
 namespace SECATEUR_ISA {
 
-// Copies count floats to dst and may write up to a vector more; reads nothing at or past end.
-static inline void copy_row(float *dst, const float *src, int count, const float *end) {
-  int j = 0;
-  for (; j < count && src + j + kLanes <= end; j += kLanes) store(dst + j, load(src + j));
-  for (; j < count; ++j) dst[j] = src[j];
-}
-
 static inline void zero_row(float *dst, int count) {
   for (int j = 0; j < count; j += kLanes) store(dst + j, Vec{});
 }
@@ -28,47 +21,67 @@ static void pack_plane(const float *x, int64_t plane, int32_t channels, int32_t 
   }
 }
 
-// Every second float, as copy_row copies every one.
-static inline void copy_evens(float *dst, const float *src, int count, const float *end) {
-  int j = 0;
-  for (; j < count && src + 2 * j + 2 * kLanes <= end; j += kLanes) {
-    store(dst + j, evens(load(src + 2 * j), load(src + 2 * j + kLanes)));
+// Which of the places at, at + stride, at + 2 * stride ... lie in [0, size): [begin, stop) of count.
+struct Span {
+  int begin, stop;
+};
+static inline Span inside(int64_t at, int64_t stride, int64_t size, int count) {
+  const auto steps = [&](int64_t floats) {  // a division takes as long as copying a row
+    return floats <= 0 ? 0 : stride == 1 ? floats : (floats + stride - 1) / stride;
+  };
+  const int64_t begin = steps(-at), stop = steps(size - at);
+  return {static_cast<int>(begin < count ? begin : count),
+          static_cast<int>(stop < count ? stop : count)};
+}
+
+// The rows of a phase that lie inside the image. Vectors may run over the end of a row, with zeros:
+// as columns go down and rows up, what they spill is written afterwards.
+static inline void pack_rows(const Window &w, const float *src, Span rows, Span columns,
+                             float *dst) {
+  const int64_t down = w.stride_y * w.width;
+  const auto each_row = [&](int column, auto row) __attribute__((always_inline)) {
+    const float *from = src + rows.begin * down + column * w.stride_x;
+    float *to = dst + rows.begin * w.cols + column;
+    for (int r = rows.begin; r < rows.stop; ++r, from += down, to += w.cols) row(from, to);
+  };
+  const int last = (w.cols - 1) / kLanes * kLanes;
+  for (int j = last; j >= 0; j -= kLanes) {
+    const int begin = columns.begin - j, stop = columns.stop - j;
+    if (w.stride_x == 1) {
+      const Between lanes(begin, stop);
+      each_row(j, [&](const float *from, float *to) { store(to, lanes.load(from)); });
+    } else if (w.stride_x == 2) {
+      const Between low(2 * begin, 2 * stop - 1);
+      const Between high(2 * begin - kLanes, 2 * stop - 1 - kLanes);
+      each_row(j, [&](const float *from, float *to) {
+        store(to, evens(low.load(from), high.load(from + kLanes)));
+      });
+    } else {
+      each_row(j, [&](const float *from, float *to) {
+        Vec v = {};
+        for (int i = 0; i < kLanes; ++i) {
+          if (begin <= i && i < stop) v[i] = from[i * w.stride_x];
+        }
+        store(to, v);
+      });
+    }
   }
-  for (; j < count; ++j) dst[j] = src[2 * j];
 }
 
 static void pack_window(const Window &w, float *panel) {
   const int64_t image = w.height * w.width;
   for (int c = 0; c < w.channels; ++c) {
-    const float *const x = w.x + (w.channel + c) * image;
     float *dst = panel + c * w.channel_floats;
-    for (int phase = 0; phase < w.phase_count; ++phase) {
-      const int64_t py = w.phases[2 * phase] - w.pad_y, px = w.phases[2 * phase + 1] - w.pad_x;
-      // Columns [begin, stop) of the panel's rows lie inside the image.
-      const int64_t left = w.col0 * w.stride_x + px;
-      int64_t begin = left >= 0 ? 0 : (-left + w.stride_x - 1) / w.stride_x;
-      int64_t stop = left < w.width ? (w.width - left + w.stride_x - 1) / w.stride_x : 0;
-      if (begin > w.cols) begin = w.cols;
-      if (stop > w.cols) stop = w.cols;
-      if (stop < begin) stop = begin;
-      for (int r = 0; r < w.rows; ++r, dst += w.cols) {
-        const int64_t iy = (w.row0 + r) * w.stride_y + py;
-        if (iy < 0 || iy >= w.height) {
-          zero_row(dst, w.cols);
-          continue;
-        }
-        const int count = static_cast<int>(stop - begin);
-        const float *const src = x + iy * w.width + left + begin * w.stride_x;
-        zero_row(dst, static_cast<int>(begin));
-        if (w.stride_x == 1) {
-          copy_row(dst + begin, src, count, w.x_end);
-        } else if (w.stride_x == 2) {
-          copy_evens(dst + begin, src, count, w.x_end);
-        } else {
-          for (int j = 0; j < count; ++j) dst[begin + j] = src[j * w.stride_x];
-        }
-        zero_row(dst + stop, static_cast<int>(w.cols - stop));
+    for (int phase = 0; phase < w.phase_count; ++phase, dst += w.rows * w.cols) {
+      const int64_t top = w.row0 * w.stride_y + w.phases[2 * phase] - w.pad_y;
+      const int64_t left = w.col0 * w.stride_x + w.phases[2 * phase + 1] - w.pad_x;
+      const Span rows = inside(top, w.stride_y, w.height, w.rows);
+      const Span columns = inside(left, w.stride_x, w.width, w.cols);
+      for (int r = 0; r < w.rows; ++r) {
+        if (r < rows.begin || r >= rows.stop) zero_row(dst + r * w.cols, w.cols);
       }
+      const float *const x = w.x + (w.channel + c) * image;
+      pack_rows(w, x + top * w.width + left, rows, columns, dst);
     }
   }
 }
@@ -86,8 +99,13 @@ static void pack_tokens(const Tokens &t, float *panel) {
     }
     for (; k + kLanes <= t.features; k += kLanes) {
       Vec rows[kLanes];
+      if (count == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) rows[i] = i < count ? load(x + i * t.stride + k) : Vec{};
+        for (int i = 0; i < kLanes; ++i) rows[i] = load(x + i * t.stride + k);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) rows[i] = i < count ? load(x + i * t.stride + k) : Vec{};
+      }
       transpose(rows);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(out + (k + i) * width, rows[i]);
@@ -100,33 +118,53 @@ static void pack_tokens(const Tokens &t, float *panel) {
   }
 }
 
-static void unpack_tokens(const TokensOut &t) {
+// Sixteen (or eight, or four) tokens at a time. The activation is known here.
+template <int Kind>
+static void unpack_as(const TokensOut &t) {
+  const Activation how = {Kind, t.activation.alpha, t.activation.beta};
   const int width = t.vectors * kLanes;
   for (int token = 0; token < t.tokens; token += kLanes) {
     const int count = t.tokens - token < kLanes ? t.tokens - token : kLanes;
     for (int row = 0; row < t.rows; row += kLanes) {
       const int found = t.rows - row < kLanes ? t.rows - row : kLanes;
+      const int64_t at = token * t.stride + t.row + row;
+      const float *const sums = t.sums + row * width + token;
       Vec rows[kLanes];
+      if (found == kLanes && count == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        rows[i] = i < found ? load(t.sums + (row + i) * width + token) : Vec{};
+        for (int i = 0; i < kLanes; ++i) rows[i] = load(sums + i * width);
+        transpose(rows);
+        if (t.residual) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) rows[i] += load(t.residual + at + i * t.stride);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(t.y + at + i * t.stride, activate(rows[i], how));
+        continue;
       }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) rows[i] = i < found ? load(sums + i * width) : Vec{};
       transpose(rows);
       float finished[kLanes * kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(finished + i * kLanes, rows[i]);
       for (int i = 0; i < count; ++i) {
-        const int64_t at = (token + i) * t.stride + t.row + row;
         Vec v = load(finished + i * kLanes);
-        if (found == kLanes) {
-          if (t.residual) v += load(t.residual + at);
-          store(t.y + at, activate(v, t.activation));
-        } else {
-          if (t.residual) v += load_some(t.residual + at, found);
-          store_some(t.y + at, activate(v, t.activation), found);
-        }
+        if (t.residual) v += load_some(t.residual + at + i * t.stride, found);
+        store_some(t.y + at + i * t.stride, activate(v, how), found);
       }
     }
+  }
+}
+
+static void unpack_tokens(const TokensOut &t) {
+  switch (t.activation.kind) {
+    case 1: return unpack_as<1>(t);
+    case 2: return unpack_as<2>(t);
+    case 3: return unpack_as<3>(t);
+    case 4: return unpack_as<4>(t);
+    case 5: return unpack_as<5>(t);
+    default: return unpack_as<0>(t);
   }
 }
 

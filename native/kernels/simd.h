@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define SECATEUR_LANES 16
 #define SECATEUR_REGISTERS 32
@@ -36,46 +40,153 @@ static inline Vec load(const float *p) { return *reinterpret_cast<const LooseVec
 static inline void store(float *p, Vec v) { *reinterpret_cast<LooseVec *>(p) = v; }
 static inline Vec all(float x) { return x - Vec{}; }
 
+// Loads and stores lanes [begin, stop) alone: nothing else is read or written. Other lanes load as 0.
+class Between {
+ public:
+#if defined(__AVX512F__)
+  Between(int begin, int stop) : mask_(static_cast<__mmask16>(below(stop) & ~below(begin))) {}
+  Vec load(const float *p) const { return (Vec)_mm512_maskz_loadu_ps(mask_, p); }
+  void store(float *p, Vec v) const { _mm512_mask_storeu_ps(p, mask_, (__m512)v); }
+
+ private:
+  static unsigned below(int n) { return n <= 0 ? 0u : n >= kLanes ? 0xFFFFu : (1u << n) - 1; }
+  __mmask16 mask_;
+#else
+  Between(int begin, int stop)
+      : begin_(begin < 0 ? 0 : begin), stop_(stop < kLanes ? stop : kLanes) {}
+#if defined(__AVX2__)
+  Vec load(const float *p) const {
+    const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (Vec)_mm256_maskload_ps(p, (__m256i)((lane >= begin_) & (lane < stop_)));
+  }
+#else
+  Vec load(const float *p) const {
+    if (begin_ == 0 && stop_ == kLanes) return SECATEUR_ISA::load(p);
+    Vec v = {};
+    for (int i = begin_; i < stop_; ++i) v[i] = p[i];
+    return v;
+  }
+#endif
+  // Not masked: such a store takes 40 steps on some processors.
+  void store(float *p, Vec v) const {
+    for (int i = begin_; i < stop_; ++i) p[i] = v[i];
+  }
+
+ private:
+  int begin_, stop_;
+#endif
+};
+
+// Lane i of every four lanes, four times.
+#if SECATEUR_LANES == 16
+#define SECATEUR_OF_FOURS(i) \
+  i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i, 8 + i, 8 + i, 8 + i, 8 + i, 12 + i, 12 + i, 12 + i, 12 + i
+#elif SECATEUR_LANES == 8
+#define SECATEUR_OF_FOURS(i) i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i
+#else
+#define SECATEUR_OF_FOURS(i) i, i, i, i
+#endif
+#define SECATEUR_SPREAD(i) __builtin_shufflevector(four_, four_, SECATEUR_OF_FOURS(i))
+
+// Four floats, each of which can be made a vector of its own: one load instead of four.
+class Four {
+ public:
+  explicit Four(const float *p) {
+    // In assembly, or the compiler would load each float again.
+    typedef float LooseQuad __attribute__((vector_size(16), aligned(4), may_alias));
+    const LooseQuad &four = *reinterpret_cast<const LooseQuad *>(p);
+#if defined(__AVX512F__)
+    __asm__("vbroadcastf32x4 %1, %0" : "=v"(four_) : "m"(four));
+#elif defined(__AVX2__)
+    __asm__("vbroadcastf128 %1, %0" : "=x"(four_) : "m"(four));
+#elif defined(__aarch64__)
+    four_ = four;
+    __asm__("" : "+w"(four_));
+#else
+    four_ = four;
+    __asm__("" : "+x"(four_));
+#endif
+  }
+  // i is a constant once the loop around it is unrolled.
+  Vec operator[](int i) const {
+    switch (i) {
+      case 0: return SECATEUR_SPREAD(0);
+      case 1: return SECATEUR_SPREAD(1);
+      case 2: return SECATEUR_SPREAD(2);
+      default: return SECATEUR_SPREAD(3);
+    }
+  }
+
+ private:
+  Vec four_;
+};
+
 // Comparisons with NaN are false, so that NaN passes through both, as it does in ONNX Runtime.
 static inline Vec at_least(Vec v, Vec low) { return v < low ? low : v; }
 static inline Vec at_most(Vec v, Vec high) { return v > high ? high : v; }
 
 #if SECATEUR_LANES == 16
-#define SECATEUR_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define SECATEUR_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define SECATEUR_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #elif SECATEUR_LANES == 8
-#define SECATEUR_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define SECATEUR_HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #define SECATEUR_EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #else
-#define SECATEUR_LOW 0, 4, 1, 5
-#define SECATEUR_HIGH 2, 6, 3, 7
 #define SECATEUR_EVEN 0, 2, 4, 6
 #endif
 
-// a0 b0 a1 b1 ... of the lower halves, and of the upper ones.
-static inline Vec interleave_low(Vec a, Vec b) {
-  return __builtin_shufflevector(a, b, SECATEUR_LOW);
-}
-static inline Vec interleave_high(Vec a, Vec b) {
-  return __builtin_shufflevector(a, b, SECATEUR_HIGH);
-}
 // a0 a2 a4 ... b0 b2 b4 ...
 static inline Vec evens(Vec a, Vec b) { return __builtin_shufflevector(a, b, SECATEUR_EVEN); }
 
-// Rows become columns: interleaving row i with row i + half, log2(lanes) times.
-static inline void transpose(Vec (&rows)[kLanes]) {
+// Of every four lanes: lanes a and b of v, and lanes c and d of w.
+#if SECATEUR_LANES == 16
+#define SECATEUR_LANES_OF(v, w, a, b, c, d)                                                       \
+  __builtin_shufflevector(v, w, a, b, 16 + c, 16 + d, 4 + a, 4 + b, 20 + c, 20 + d, 8 + a, 8 + b, \
+                          24 + c, 24 + d, 12 + a, 12 + b, 28 + c, 28 + d)
+// Four lanes are a quarter: quarters a and b of v, and quarters c and d of w.
+#define SECATEUR_QUARTERS_OF(v, w, a, b, c, d)                                                   \
+  __builtin_shufflevector(v, w, 4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1,        \
+                          4 * b + 2, 4 * b + 3, 16 + 4 * c, 17 + 4 * c, 18 + 4 * c, 19 + 4 * c,  \
+                          16 + 4 * d, 17 + 4 * d, 18 + 4 * d, 19 + 4 * d)
+#elif SECATEUR_LANES == 8
+#define SECATEUR_LANES_OF(v, w, a, b, c, d) \
+  __builtin_shufflevector(v, w, a, b, 8 + c, 8 + d, 4 + a, 4 + b, 12 + c, 12 + d)
+#else
+#define SECATEUR_LANES_OF(v, w, a, b, c, d) __builtin_shufflevector(v, w, a, b, 4 + c, 4 + d)
+#endif
+
+// Rows become columns. First in every four lanes, by shuffles that stay there, which are the fastest;
+// then the fours change places.
+static inline __attribute__((always_inline)) void transpose(Vec (&rows)[kLanes]) {
+  Vec fours[kLanes];
 #pragma GCC unroll 4
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2]);
-      next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  for (int i = 0; i < kLanes; i += 4) {
+    const Vec a = SECATEUR_LANES_OF(rows[i], rows[i + 1], 0, 1, 0, 1);
+    const Vec b = SECATEUR_LANES_OF(rows[i], rows[i + 1], 2, 3, 2, 3);
+    const Vec c = SECATEUR_LANES_OF(rows[i + 2], rows[i + 3], 0, 1, 0, 1);
+    const Vec d = SECATEUR_LANES_OF(rows[i + 2], rows[i + 3], 2, 3, 2, 3);
+    fours[i] = SECATEUR_LANES_OF(a, c, 0, 2, 0, 2);
+    fours[i + 1] = SECATEUR_LANES_OF(a, c, 1, 3, 1, 3);
+    fours[i + 2] = SECATEUR_LANES_OF(b, d, 0, 2, 0, 2);
+    fours[i + 3] = SECATEUR_LANES_OF(b, d, 1, 3, 1, 3);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if SECATEUR_LANES == 16
+    const Vec &a = fours[i], &b = fours[4 + i], &c = fours[8 + i], &d = fours[12 + i];
+    const Vec low_ab = SECATEUR_QUARTERS_OF(a, b, 0, 1, 0, 1);
+    const Vec low_cd = SECATEUR_QUARTERS_OF(c, d, 0, 1, 0, 1);
+    const Vec high_ab = SECATEUR_QUARTERS_OF(a, b, 2, 3, 2, 3);
+    const Vec high_cd = SECATEUR_QUARTERS_OF(c, d, 2, 3, 2, 3);
+    rows[i] = SECATEUR_QUARTERS_OF(low_ab, low_cd, 0, 2, 0, 2);
+    rows[4 + i] = SECATEUR_QUARTERS_OF(low_ab, low_cd, 1, 3, 1, 3);
+    rows[8 + i] = SECATEUR_QUARTERS_OF(high_ab, high_cd, 0, 2, 0, 2);
+    rows[12 + i] = SECATEUR_QUARTERS_OF(high_ab, high_cd, 1, 3, 1, 3);
+#elif SECATEUR_LANES == 8
+    const Vec &a = fours[i], &b = fours[4 + i];
+    rows[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    rows[4 + i] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    rows[i] = fours[i];
+#endif
   }
 }
 

@@ -64,7 +64,7 @@ struct Work {
 // panel[c][phase][row][col] = x[c][(row0 + row) * stride + phase.y][(col0 + col) * stride + phase.x]
 // and 0 outside the image.
 struct Window {
-  const float *x, *x_end;  // one image; nothing at or past x_end is read
+  const float *x;  // one image
   int64_t height, width;
   int32_t channel, channels;
   int32_t stride_y, stride_x;

@@ -246,7 +246,6 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
                       : variant_.family == SECATEUR_LIST   ? table_.list
                       : variant_.family == SECATEUR_PANELS ? table_.panels
                                                            : table_.blocks;
-  const int64_t image = channels * task.height * task.width;
   for (int64_t block = 0; block < streams.blocks; ++block) {
     const Streams::Block &records = part.blocks[block];
     if (records.begin == records.end) continue;
@@ -265,7 +264,7 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
       table_.pack_plane(task.x + channel * plane + col0, plane, count,
                         static_cast<int32_t>(positions), tiling.vectors, panel);
     } else {
-      table_.pack_window({task.x, task.x + image, task.height, task.width, channel, count,
+      table_.pack_window({task.x, task.height, task.width, channel, count,
                           spec_.stride[0], spec_.stride[1], row0, col0, tiling.panel_rows,
                           tiling.panel_cols, spec_.pads[0], spec_.pads[1],
                           static_cast<int32_t>(tiling.phases.size() / 2), tiling.phases.data(),

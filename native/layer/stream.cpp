@@ -173,6 +173,7 @@ Streams::Block write_lists(std::vector<uint32_t> &words, const std::vector<Recor
       }
     }
   }
+  words.insert(words.end(), 3, 0);  // the last weights are loaded four at a time
   return block;
 }
 

@@ -84,7 +84,9 @@ void Tiling::cut(const secateur_spec &spec, int64_t most, int lanes) {
   }
   // Rows lie side by side in a tile, each with the columns that the taps reach into; the last row
   // needs none. Where not even one row fits, a tile is a part of a row.
-  const int64_t row = copies_x ? ceil_div(out_width, lanes) * lanes : out_width + shift_x;
+  // Two short rows share a vector: of a kernel's rows every second one begins in its middle.
+  const int64_t unit = 2 * out_width <= lanes ? lanes / 2 : lanes;
+  const int64_t row = copies_x ? ceil_div(out_width, unit) * unit : out_width + shift_x;
   if (out_width > most) {
     tiles_across = ceil_div(out_width, most);
     cols = ceil_div(ceil_div(out_width, tiles_across), lanes) * lanes;
@@ -98,7 +100,7 @@ void Tiling::cut(const secateur_spec &spec, int64_t most, int lanes) {
   }
   tiles_down = ceil_div(out_height, rows);
   panel_rows = static_cast<int32_t>(rows + shift_y);
-  panel_cols = static_cast<int32_t>(copies_x ? ceil_div(cols, lanes) * lanes : cols + shift_x);
+  panel_cols = static_cast<int32_t>(copies_x ? ceil_div(cols, unit) * unit : cols + shift_x);
   vectors = static_cast<int>(ceil_div((rows - 1) * panel_cols + cols, lanes));
   const int64_t floats = static_cast<int64_t>(phases.size() / 2) * panel_rows * panel_cols;
   channel_floats = ceil_div(floats, lanes) * lanes;
