@@ -5,6 +5,7 @@
 #include <string>
 
 #include "isa.h"
+#include "layer/attention.h"
 #include "layer/layer.h"
 #include "secateur.h"
 
@@ -97,6 +98,15 @@ int secateur_layer_run(const secateur_layer *layer, const float *x, const int64_
                        const float *residual, float *y, secateur_parallel parallel, void *context,
                        int threads) {
   return guarded([&] { layer->layer.run(x, dims, residual, y, {parallel, context, threads}); });
+}
+
+int secateur_attention_run(const secateur_attention *attention, const char *isa, const float *q,
+                           const float *k, const float *v, const float *mask, float *y,
+                           secateur_parallel parallel, void *context, int threads) {
+  return guarded([&] {
+    secateur::attend(*attention, {q, k, v, mask, y}, secateur::table(isa),
+                     {parallel, context, threads});
+  });
 }
 
 int64_t secateur_layer_nonzeros(const secateur_layer *layer) { return layer->layer.nonzeros(); }

@@ -16,13 +16,16 @@ import secateur
 from secateur.core.errors import DataError
 from secateur.runtime.compiler import compile as compiling
 from secateur.runtime.compiler import whole
-from secateur.runtime.compiler.attention import Attention, attentions
+from secateur.runtime.compiler.attention import OURS, THEIRS, Attention, attentions, is_block
 from secateur.runtime.compiler.compile import compile_onnx, read_graph
 from secateur.runtime.compiler.graph import Graph
+from secateur.runtime.compiler.rebuild import dense_model
 from secateur.runtime.compiler.rewrite import sparse_model
 from secateur.runtime.compiler.verify import largest_error, require_same
-from secateur.runtime.race import Raced
+from secateur.runtime.race import Raced, open_session
 
+# Each block becomes an operator of one of these domains.
+DOMAINS = [pytest.param(THEIRS, id="theirs"), pytest.param(OURS, id="ours", marks=native)]
 HEADS, SIZE = 3, 4
 WIDTH = HEADS * SIZE
 INPUTS = (
@@ -63,9 +66,9 @@ def feeds(batch: int = 2, queries: int = 5, keys: int = 7) -> dict[str, np.ndarr
     return {**found, "mask": np.where(hidden, np.float32(-1000), np.float32(0))}
 
 
-def fused(made: Any) -> tuple[tuple[Attention, ...], Any]:
+def fused(made: Any, domain: str = THEIRS) -> tuple[tuple[Attention, ...], Any]:
     graph = Graph.of(made)
-    found = attentions(graph)
+    found = tuple(replace(block, domain=domain) for block in attentions(graph))
     return found, sparse_model(graph, (), found)
 
 
@@ -96,11 +99,12 @@ TAKEN = {
 }
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("name", TAKEN)
-def test_blocks_that_are_taken_compute_the_same(name: str) -> None:
+def test_blocks_that_are_taken_compute_the_same(name: str, domain: str) -> None:
     made = block(held={"rows": np.array([-1, WIDTH])}, **TAKEN[name])
-    found, own = fused(made)
-    assert [node.op_type for node in own.graph.node].count("MultiHeadAttention") == 1
+    found, own = fused(made, domain)
+    assert [node.domain for node in own.graph.node if is_block(node)] == [domain]
     assert (found[0].heads, found[0].scale) == (
         HEADS,
         pytest.approx({"divided": 2.0, "queries and keys scaled": 0.25}.get(name, 0.5)),
@@ -111,8 +115,9 @@ def test_blocks_that_are_taken_compute_the_same(name: str) -> None:
         assert largest_error(run(made, given), run(own, given)) < 1e-5
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("masked", [True, False])
-def test_values_may_have_another_size(masked: bool) -> None:
+def test_values_may_have_another_size(masked: bool, domain: str) -> None:
     width = HEADS * 6
     inputs = INPUTS.replace(f"{WIDTH}] v", f"{width}] v").replace(f"{WIDTH}] y", f"{width}] y")
     held = {"of_v": np.array([0, 0, HEADS, 6]), "join": np.array([0, 0, width])}
@@ -121,17 +126,18 @@ def test_values_may_have_another_size(masked: bool) -> None:
         lines["add"] = "scores = Identity (scaled) unused = Neg (mask)"
         lines["softmax"] = LINES["softmax"].replace("scores", "scaled")
     made = block(inputs, held=held, **lines)
-    found, own = fused(made)
+    found, own = fused(made, domain)
     assert len(found) == 1
     given = feeds()
     given["v"] = np.random.default_rng(1).standard_normal((2, 7, width)).astype(np.float32)
     assert largest_error(run(made, given), run(own, given)) < 1e-5
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("axes", [("1", "1"), ("1", str(HEADS)), ("B", str(HEADS))])
-def test_masks_may_be_shared(axes: tuple[str, str]) -> None:
+def test_masks_may_be_shared(axes: tuple[str, str], domain: str) -> None:
     made = block(INPUTS.replace("float[B,1,S,L] mask", f"float[{','.join(axes)},S,L] mask"))
-    found, own = fused(made)
+    found, own = fused(made, domain)
     assert len(found) == 1
     shape = (2 if axes[0] == "B" else 1, int(axes[1]), 5, 7)
     mask = 3 * np.random.default_rng(2).standard_normal(shape).astype(np.float32)
@@ -139,11 +145,12 @@ def test_masks_may_be_shared(axes: tuple[str, str]) -> None:
     assert largest_error(run(made, given), run(own, given)) < 1e-5
 
 
-def test_a_wrong_factor_is_noticed() -> None:
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_wrong_factor_is_noticed(domain: str) -> None:
     made = block()
     graph = Graph.of(made)
     (found,) = attentions(graph)
-    wrong = sparse_model(graph, (), [replace(found, scale=0.6)])
+    wrong = sparse_model(graph, (), [replace(found, scale=0.6, domain=domain)])
     error = largest_error(run(made, feeds()), run(wrong, feeds()))
     with pytest.raises(DataError, match="differs from the dense one"):
         require_same(error, "compiling")
@@ -275,6 +282,7 @@ def gpt2() -> nn.Module:
     return GPT2Model(GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=90, use_cache=False))
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize(
     ("make", "masked", "bias"),
     [
@@ -286,7 +294,9 @@ def gpt2() -> nn.Module:
     ],
     ids=["bert eager", "bert", "bert eager, no mask", "vit", "gpt2"],
 )
-def test_attention_of_networks(tmp_path: Path, make: Any, masked: bool, bias: bool) -> None:
+def test_attention_of_networks(
+    tmp_path: Path, make: Any, masked: bool, bias: bool, domain: str
+) -> None:
     torch.manual_seed(0)
     net = Outer(make(), masked=masked)
     x = torch.randn(2, 3, 16, 16) if make is vit else torch.randint(3, 90, (2, 9))
@@ -299,9 +309,9 @@ def test_attention_of_networks(tmp_path: Path, make: Any, masked: bool, bias: bo
     found = attentions(graph)
     assert len(found) == 2
     assert [bool(one.mask) for one in found] == [bias, bias]
-    own = sparse_model(graph, (), found)
+    own = sparse_model(graph, (), [replace(one, domain=domain) for one in found])
     onnx.checker.check_model(own)
-    blocks = {node.output[0] for node in own.graph.node if node.op_type == "MultiHeadAttention"}
+    blocks = {node.output[0] for node in own.graph.node if is_block(node)}
     assert len(blocks) == 2
     assert not blocks & {value.name for value in own.graph.value_info}
     numbers = {name: value.numpy() for name, value in given.items()}
@@ -328,17 +338,18 @@ def linear() -> Any:
 
 
 @native
-@pytest.mark.parametrize("faster", [True, False])
-def test_it_is_kept_where_it_is_faster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool
-) -> None:
+@pytest.mark.parametrize("fastest", ["", "Attention", "MultiHeadAttention"])
+def test_the_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
     def race(runners: Any, *, seconds: float, drop: bool = True) -> Raced:
-        """The last one wins; attention may lose."""
+        """The last one wins; of attention, the one that shall: none, ours, or theirs."""
         count = len(runners)
-        last = 2.0 if seconds == ours and not faster else 0.5
-        return Raced(tuple((1.0 if i < count - 1 else last,) * 9 for i in range(count)))
+        winner = count - 1
+        if seconds == of_attention:
+            assert count == 3
+            winner = ["", "Attention", "MultiHeadAttention"].index(fastest)
+        return Raced(tuple((0.5 if i == winner else 1.0,) * 9 for i in range(count)))
 
-    ours = whole._ATTENTION * compiling._WHOLE
+    of_attention = whole._ATTENTION * compiling._WHOLE
     monkeypatch.setattr(compiling, "_LAYERS", 0.1)
     monkeypatch.setattr(whole, "race", race)
     monkeypatch.setattr(whole, "_DOUBTFUL", (1.0, 1.0))
@@ -348,8 +359,86 @@ def test_it_is_kept_where_it_is_faster(
     path = write(tmp_path / "net.onnx", linear())
     done = compile_onnx(path, tmp_path / "own.onnx", threads=1)
     kinds = [node.op_type for node in onnx.load(tmp_path / "own.onnx").graph.node]
-    assert ("MultiHeadAttention" in kinds) is faster
-    assert ("Softmax" in kinds) is not faster
-    assert any("1 block of attention" in note for note in done.notes) is faster
+    assert [kind for kind in kinds if "Attention" in kind] == [fastest] * bool(fastest)
+    assert ("Softmax" in kinds) is not bool(fastest)
+    where = {"Attention": "an operator of secateur", "MultiHeadAttention": "ONNX Runtime's own"}
+    said = [note for note in done.notes if "1 block of attention" in note]
+    assert len(said) == bool(fastest)
+    assert all(where[fastest] in note for note in said)
     assert done.error < 1e-5
     assert "SparseLinear" in kinds
+
+
+# --- our operator -------------------------------------------------------------------------------
+
+
+@native
+def test_it_becomes_theirs_in_the_dense_model() -> None:
+    made = block()
+    del made.opset_import[1:]
+    _, own = fused(made, OURS)
+    dense = dense_model(own)
+    onnx.checker.check_model(dense)
+    assert [(node.op_type, node.domain) for node in dense.graph.node] == [
+        ("MultiHeadAttention", THEIRS)
+    ]
+    assert [o.domain for o in dense.opset_import] == ["", THEIRS]
+    given = feeds()
+    assert largest_error(run(made, given), run(dense, given)) < 1e-5
+
+
+@native
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"k": (2, 7, WIDTH + 3)}, r"do not fit together, or cannot be split into 3 heads"),
+        ({"v": (2, 6, WIDTH)}, r"values \[2, 6, 12\] do not fit together"),
+        ({"k": (3, 7, WIDTH)}, r"keys \[3, 7, 12\]"),
+        ({"v": (2, 7, WIDTH + 1)}, r"cannot be split into 3 heads"),
+        ({"mask": (2, 1, 5, 6)}, r"the mask has the shape \[2, 1, 5, 6\], and must have"),
+        ({"mask": (2, 2, 5, 7)}, r"\[2 or 1, 3 or 1, 5, 7\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(wrong: dict[str, Any], said: str) -> None:
+    loose = (
+        "(float[A,S,W] q, float[B,L,X] k, float[C,M,Y] v, float[D,E,F,G] mask) => (float[N,S,Z] y)"
+    )
+    text = f"{loose} {{ y = secateur.Attention <abi = 1, heads = 3, scale = 0.5> (q, k, v, mask) }}"
+    made = model(text, {})
+    made.opset_import.append(onnx.helper.make_opsetid(OURS, 1))
+    given = {**feeds(), **{name: np.zeros(shape, np.float32) for name, shape in wrong.items()}}
+    with pytest.raises(Exception, match=said):
+        run(made, given)
+
+
+@native
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ("abi = 1, heads = 0, scale = 0.5", "it has 0 heads"),
+        ("abi = 1, scale = 0.5", "no integer attribute 'heads'"),
+        ("abi = 1, heads = 3", "no float attribute 'scale'"),
+        ("abi = 7, heads = 3, scale = 0.5", "written for version 7 of the operators"),
+    ],
+)
+def test_attributes_that_mean_nothing_are_refused(attributes: str, said: str) -> None:
+    text = f"{INPUTS} {{ y = secateur.Attention <{attributes}> (q, k, v, mask) }}"
+    made = model(text, {})
+    made.opset_import.append(onnx.helper.make_opsetid(OURS, 1))
+    with pytest.raises(Exception, match=said):
+        run(made, feeds())
+
+
+@native
+def test_nothing_in_nothing_out() -> None:
+    _, own = fused(block(), OURS)
+    assert [y.shape for y in run(own, feeds(batch=0))] == [(0, 5, WIDTH)]
+    assert [y.shape for y in run(own, feeds(queries=0))] == [(2, 0, WIDTH)]
+
+
+@native
+def test_threads_change_nothing() -> None:
+    _, own = fused(block(), OURS)
+    given = feeds(batch=3, queries=300, keys=33)
+    one, two = (open_session(own, threads).run(None, given)[0] for threads in (1, 2))
+    assert np.array_equal(one, two)

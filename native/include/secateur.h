@@ -87,6 +87,17 @@ typedef struct {
   int32_t columns; /* input channels that are packed at a time; 0: what fits the first cache */
 } secateur_variant;
 
+/* Queries [batch][queries][heads * size], keys [batch][keys][heads * size], values
+ * [batch][keys][heads * value_size]. A mask is [mask_batch][mask_heads][queries][keys], where mask_batch
+ * is batch or 1, and mask_heads is heads or 1. */
+typedef struct {
+  int64_t batch, queries, keys;
+  int32_t heads, size, value_size;
+  float scale;
+  int64_t mask_batch;
+  int32_t mask_heads;
+} secateur_attention;
+
 typedef struct secateur_layer secateur_layer;
 typedef struct secateur_pool secateur_pool;
 typedef struct secateur_team secateur_team;
@@ -132,6 +143,13 @@ SECATEUR_EXPORT int secateur_layer_shape(const secateur_layer *layer, const int6
 SECATEUR_EXPORT int secateur_layer_run(const secateur_layer *layer, const float *x,
                                        const int64_t dims[3], const float *residual, float *y,
                                        secateur_parallel parallel, void *context, int threads);
+
+/* y[batch][queries][heads * value_size]: for every head the values, weighted with the softmax over keys
+ * of scale * (query . key) + mask. mask and parallel may be NULL. isa may be NULL. */
+SECATEUR_EXPORT int secateur_attention_run(const secateur_attention *attention, const char *isa,
+                                           const float *q, const float *k, const float *v,
+                                           const float *mask, float *y, secateur_parallel parallel,
+                                           void *context, int threads);
 
 SECATEUR_EXPORT int64_t secateur_layer_nonzeros(const secateur_layer *layer);
 SECATEUR_EXPORT int64_t secateur_layer_bytes(const secateur_layer *layer);

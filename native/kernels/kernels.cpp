@@ -1,4 +1,5 @@
 // All kernels of one instruction set. Compiled once for each, with SECATEUR_ISA as its name.
+#include "attention.h"
 #include "blocks.h"
 #include "depthwise.h"
 #include "gemv.h"
@@ -35,6 +36,8 @@ extern const KernelTable SECATEUR_JOIN(table_, SECATEUR_ISA) = {
     SECATEUR_ISA::pack_window,
     SECATEUR_ISA::pack_tokens,
     SECATEUR_ISA::unpack_tokens,
+    SECATEUR_ISA::attention,
+    SECATEUR_ISA::attention_scratch,
     SECATEUR_ISA::gemv_f32,
     SECATEUR_ISA::gemv_bf16,
 };

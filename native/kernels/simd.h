@@ -153,6 +153,19 @@ static inline Vec evens(Vec a, Vec b) { return __builtin_shufflevector(a, b, SEC
 #define SECATEUR_LANES_OF(v, w, a, b, c, d) __builtin_shufflevector(v, w, a, b, 4 + c, 4 + d)
 #endif
 
+// All lanes put together by an operation for which their order does not matter; every lane has the result.
+template <typename Op>
+static inline __attribute__((always_inline)) Vec over_lanes(Vec v, Op op) {
+#if SECATEUR_LANES == 16
+  v = op(v, SECATEUR_QUARTERS_OF(v, v, 2, 3, 0, 1));
+  v = op(v, SECATEUR_QUARTERS_OF(v, v, 1, 0, 3, 2));
+#elif SECATEUR_LANES == 8
+  v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+#endif
+  v = op(v, SECATEUR_LANES_OF(v, v, 2, 3, 0, 1));
+  return op(v, SECATEUR_LANES_OF(v, v, 1, 0, 3, 2));
+}
+
 // Rows become columns. First in every four lanes, by shuffles that stay there, which are the fastest;
 // then the fours change places.
 static inline __attribute__((always_inline)) void transpose(Vec (&rows)[kLanes]) {

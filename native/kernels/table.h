@@ -108,6 +108,19 @@ struct DepthwiseWork {
   Activation activation;
 };
 
+// Queries of one head. A stride is floats from one position to the next; masks have one row of keys for
+// every query.
+struct AttentionWork {
+  const float *q, *k, *v;
+  const float *mask;  // or null
+  float *y;
+  float *scratch;  // as many floats as attention_scratch says
+  int64_t q_stride, k_stride, v_stride, y_stride;
+  int32_t rows, keys;
+  int32_t size, value_size;
+  float scale;
+};
+
 struct KernelTable {
   const char *name;
   int lanes;
@@ -124,6 +137,8 @@ struct KernelTable {
   void (*pack_window)(const Window &, float *panel);
   void (*pack_tokens)(const Tokens &, float *panel);
   void (*unpack_tokens)(const TokensOut &);
+  void (*attention)(const AttentionWork &);
+  int64_t (*attention_scratch)(const AttentionWork &);
   GemvKernel gemv_f32, gemv_bf16;
 };
 

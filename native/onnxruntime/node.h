@@ -20,10 +20,6 @@ constexpr const char *AGAIN = " Write the file again: secateur compile.";
 enum Input : size_t { X = 0, VALUES = 1, INDEX = 2, BIAS = 3, RESIDUAL = 4, INPUTS = 5 };
 constexpr const char *INPUT_NAMES[INPUTS] = {"X", "values", "index", "bias", "residual"};
 
-inline const char *operator_name(int32_t kind) {
-  return kind == SECATEUR_CONV ? "SparseConv" : "SparseLinear";
-}
-
 // An error on its way to the C interface, where it becomes a status.
 struct Refusal {
   ort::ErrorCode code;
@@ -92,8 +88,9 @@ inline Tensor read_tensor(const ort::Api &api, const ort::Value *value, const st
 // Reads what a node says, while its kernel is made.
 class Node {
  public:
-  Node(const ort::Api &api, const ort::KernelInfo *info, int32_t kind) : api_(api), info_(info) {
-    who_ = std::string(operator_name(kind)) + " '" +
+  Node(const ort::Api &api, const ort::KernelInfo *info, const char *operator_name)
+      : api_(api), info_(info) {
+    who_ = std::string(operator_name) + " '" +
            name([&](char *out, size_t *size) {
              return api_.KernelInfo_GetNodeName(info_, out, size);
            }) +
@@ -143,7 +140,7 @@ class Node {
   }
 
   // Whether an input that may be left out is there.
-  bool has(Input input) const {
+  bool has(size_t input) const {
     return input < inputs_ && !name([&](char *out, size_t *size) {
                                  return api_.KernelInfo_GetInputName(info_, input, out, size);
                                }).empty();

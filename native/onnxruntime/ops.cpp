@@ -1,5 +1,5 @@
-// The operators SparseConv and SparseLinear of ONNX Runtime, on top of the C interface of
-// secateur.h. A kernel is made from constants alone: its attributes and its packed weights.
+// The operators SparseConv and SparseLinear of ONNX Runtime, on top of the C interface of secateur.h, and
+// what registers all of ours. A kernel is made from constants alone: its attributes and its packed weights.
 // Whatever is wrong with them becomes an error of the session's creation, and whatever is wrong
 // with an input an error of the run. Nothing here is thrown across the C interface.
 
@@ -7,37 +7,20 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
-#ifdef __linux__
-#include <sched.h>
-#endif
-
-#include "node.h"
-#include "ort.h"
-#include "secateur.h"
+#include "attention.h"
+#include "operator.h"
 
 namespace secateur::ops {
 namespace {
 
 constexpr const char *DOMAIN = "secateur";
-// secateur.runtime.session writes it: ONNX Runtime does not tell operators how many threads it has.
-constexpr const char *THREADS_ENTRY = "secateur.threads";
 // Tells that options know our operators: to register them twice is an error of ONNX Runtime.
 constexpr const char *REGISTERED_ENTRY = "secateur.registered";
-constexpr int MAX_THREADS = 1024;
-
-// One of our operators, as one copy of ONNX Runtime knows it.
-struct Operator : ort::CustomOp {
-  int32_t kind = SECATEUR_CONV;
-  bool has_config_entries = false;
-};
-
 secateur_spec read_spec(const Node &node, int32_t kind) {
   secateur_spec spec = {};
   spec.kind = kind;
@@ -109,22 +92,12 @@ secateur_variant read_variant(const Node &node, const secateur_spec &spec,
   return secateur_candidates(&spec, positions, density, nullptr, &first, 1) > 0 ? first : variant;
 }
 
-int processors() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
-
-int threads_of(const Node &node, bool has_config_entries) {
-  const int here = processors();
-  if (!has_config_entries) return here;
-  const int asked = std::atoi(node.config_entry(THREADS_ENTRY).c_str());
-  return asked > 0 ? std::min(asked, MAX_THREADS) : here;
-}
-
 struct Kernel {
+  static constexpr size_t INPUTS = ops::INPUTS, REQUIRED = BIAS;
+  static ort::ElementType input_type(size_t index) {
+    return index == VALUES ? ort::UNDEFINED : index == INDEX ? ort::UINT8 : ort::FLOAT;
+  }
+
   const ort::Api *api;
   secateur_spec spec;
   int threads;
@@ -132,60 +105,40 @@ struct Kernel {
   std::unique_ptr<secateur_layer, void (*)(secateur_layer *)> layer{nullptr,
                                                                   secateur_layer_destroy};
 
+  void prepare(const Operator &op, const ort::KernelInfo *info, int32_t kind);
   void run(ort::KernelContext *context) const;
   [[noreturn]] void refuse(const std::string &found) const {
     throw Refusal{ort::INVALID_ARGUMENT, who + ": " + found};
   }
 };
 
-std::unique_ptr<Kernel> make_kernel(const Operator &op, const ort::Api &api,
-                                    const ort::KernelInfo *info) {
-  const Node node(api, info, op.kind);
-  const int32_t abi = node.integer("abi");
-  if (abi != SECATEUR_ABI) {
-    throw Refusal{ort::INVALID_GRAPH,
-                  node.who() + ": the file was written for version " + std::to_string(abi) +
-                      " of the operators, and this library has version " +
-                      std::to_string(SECATEUR_ABI) +
-                      ". Install the secateur that wrote it, or write it again with this one."};
-  }
-  auto kernel = std::make_unique<Kernel>();
-  kernel->api = &api;
-  kernel->spec = read_spec(node, op.kind);
-  kernel->threads = threads_of(node, op.has_config_entries);
-  kernel->who = node.who();
-  const secateur_weights weights = read_weights(node, kernel->spec);
-  const secateur_variant variant = read_variant(node, kernel->spec, weights);
-  secateur_layer *layer = nullptr;
-  const int code = secateur_layer_create(&kernel->spec, &weights, &variant, nullptr, &layer);
-  if (code != SECATEUR_OK) {
-    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_GRAPH,
-                  node.who() + ": " + secateur_last_error() + "."};
-  }
-  kernel->layer.reset(layer);
-  return kernel;
-}
-
-// ONNX Runtime's threads, as secateur_layer_run wants them.
-struct Spread {
-  const ort::Api &api;
-  ort::KernelContext *context;
-  ort::Status *status = nullptr;
-
-  static void run(void *self, void (*task)(void *, size_t), size_t count, void *user) {
-    Spread &spread = *static_cast<Spread *>(self);
-    spread.keep(spread.api.KernelContext_ParallelFor(spread.context, task, count, 0, user));
-  }
-
-  // The first error is the one that is told.
-  void keep(ort::Status *found) {
-    if (!status) {
-      status = found;
-    } else if (found) {
-      api.ReleaseStatus(found);
-    }
+template <int32_t KIND>
+struct KernelOf : Kernel {
+  static std::unique_ptr<KernelOf> make(const Operator &op, const ort::Api &api,
+                                        const ort::KernelInfo *info) {
+    auto kernel = std::make_unique<KernelOf>();
+    kernel->api = &api;
+    kernel->prepare(op, info, KIND);
+    return kernel;
   }
 };
+
+void Kernel::prepare(const Operator &op, const ort::KernelInfo *info, int32_t kind) {
+  const Node node(*api, info, op.name);
+  require_version(node);
+  spec = read_spec(node, kind);
+  threads = threads_of(node, op.has_config_entries);
+  who = node.who();
+  const secateur_weights weights = read_weights(node, spec);
+  const secateur_variant variant = read_variant(node, spec, weights);
+  secateur_layer *made = nullptr;
+  const int code = secateur_layer_create(&spec, &weights, &variant, nullptr, &made);
+  if (code != SECATEUR_OK) {
+    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_GRAPH,
+                  who + ": " + secateur_last_error() + "."};
+  }
+  layer.reset(made);
+}
 
 void Kernel::run(ort::KernelContext *context) const {
   const ort::Value *input = nullptr;
@@ -253,58 +206,11 @@ void Kernel::run(ort::KernelContext *context) const {
   }
 }
 
-ort::Status *create_kernel(const ort::CustomOp *op, const ort::Api *api,
-                           const ort::KernelInfo *info, void **out) {
-  *out = nullptr;
-  return guarded(*api, [&] {
-    *out = make_kernel(*static_cast<const Operator *>(op), *api, info).release();
-  });
-}
-
-ort::Status *compute(void *self, ort::KernelContext *context) {
-  const Kernel &kernel = *static_cast<const Kernel *>(self);
-  return guarded(*kernel.api, [&] { kernel.run(context); });
-}
-
-// Everything that every operator answers alike. ONNX Runtime checks the types that are stated here
-// before it makes a kernel; UNDEFINED stands for any, and then we check.
-Operator make_operator(int32_t kind, bool has_config_entries) {
-  Operator op = {};
-  op.version = ort::VERSION;
-  op.kind = kind;
-  op.has_config_entries = has_config_entries;
-  op.GetName = [](const ort::CustomOp *self) {
-    return operator_name(static_cast<const Operator *>(self)->kind);
-  };
-  op.GetExecutionProviderType = [](const ort::CustomOp *) {
-    return "CPUExecutionProvider";
-  };
-  op.GetInputTypeCount = [](const ort::CustomOp *) -> size_t { return INPUTS; };
-  op.GetInputType = [](const ort::CustomOp *, size_t index) -> ort::ElementType {
-    return index == VALUES ? ort::UNDEFINED : index == INDEX ? ort::UINT8 : ort::FLOAT;
-  };
-  op.GetInputCharacteristic = [](const ort::CustomOp *, size_t index) -> ort::Characteristic {
-    return index >= BIAS ? ort::OPTIONAL : ort::REQUIRED;
-  };
-  op.GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return 1; };
-  op.GetOutputType = [](const ort::CustomOp *, size_t) -> ort::ElementType { return ort::FLOAT; };
-  op.GetOutputCharacteristic = [](const ort::CustomOp *, size_t) -> ort::Characteristic {
-    return ort::REQUIRED;
-  };
-  op.GetInputMemoryType = [](const ort::CustomOp *, size_t) -> int32_t { return 0; };
-  op.GetStartVersion = [](const ort::CustomOp *) { return 1; };
-  op.GetEndVersion = [](const ort::CustomOp *) { return std::numeric_limits<int>::max(); };
-  op.CreateKernelV2 = create_kernel;
-  op.KernelComputeV2 = compute;
-  op.KernelDestroy = [](void *kernel) { delete static_cast<Kernel *>(kernel); };
-  return op;
-}
-
 // The operators as one copy of ONNX Runtime got them. All its sessions share them, and they are
 // never freed: a session may outlive every moment that we could choose.
 struct Registration {
   const ort::ApiBase *base;
-  Operator conv, linear;
+  Operator operators[3];
   ort::CustomOpDomain *domain = nullptr;
 };
 
@@ -320,11 +226,13 @@ ort::CustomOpDomain *domain_of(const ort::ApiBase *base, const ort::Api &api) {
   const bool recent = minor && std::atoi(minor + 1) >= ort::VERSION_OF_CONFIG_ENTRIES;
   auto made = std::make_unique<Registration>();
   made->base = base;
-  made->conv = make_operator(SECATEUR_CONV, recent);
-  made->linear = make_operator(SECATEUR_LINEAR, recent);
+  made->operators[0] = make_operator<KernelOf<SECATEUR_CONV>>("SparseConv", recent);
+  made->operators[1] = make_operator<KernelOf<SECATEUR_LINEAR>>("SparseLinear", recent);
+  made->operators[2] = make_operator<AttentionKernel>("Attention", recent);
   require(api, api.CreateCustomOpDomain(DOMAIN, &made->domain), "secateur");
-  require(api, api.CustomOpDomain_Add(made->domain, &made->conv), "secateur");
-  require(api, api.CustomOpDomain_Add(made->domain, &made->linear), "secateur");
+  for (Operator &op : made->operators) {
+    require(api, api.CustomOpDomain_Add(made->domain, &op), "secateur");
+  }
   registrations->push_back(std::move(made));
   return registrations->back()->domain;
 }

@@ -1,14 +1,16 @@
-"""The operators that a compiled ONNX model contains: ``SparseConv`` and ``SparseLinear``.
+"""The operators that a compiled ONNX model contains: ``SparseConv``, ``SparseLinear``, ``Attention``.
 
-Both have the domain ``secateur`` and the inputs X, values, index, bias (may be left out) and
-residual (may be left out). ``values`` and ``index`` are the packed weight, in the layouts of
-:mod:`secateur.formats.layouts`; everything else is in the attributes. The library that implements
+All have the domain ``secateur``. Sparse layers have the inputs X, values, index, bias (may be left
+out) and residual (may be left out). ``values`` and ``index`` are the packed weight, in the layouts of
+:mod:`secateur.formats.layouts`; everything else is in the attributes. ``Attention`` is dense: queries,
+keys and values ``(batch, positions, heads * size)``, and a mask (may be left out) that is added to the
+scores, ``(batch or 1, heads or 1, positions, keys)``. The library that implements
 them is registered by :func:`secateur.runtime.session.session`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,8 @@ DOMAIN = "secateur"
 VERSION = 1
 #: Operator names, by the kind of a layer.
 NAMES = {"conv": "SparseConv", "linear": "SparseLinear"}
+#: Attention between sparse layers.
+ATTENTION = "Attention"
 #: ONNX's numbers for the types that values can have.
 VALUE_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 _UINT8 = 2
@@ -120,6 +124,34 @@ def sparse_node(  # noqa: PLR0913 - one call describes a whole layer
     return node, tensors
 
 
+def attention_node(inputs: Sequence[str], y: str, *, heads: int, scale: float) -> Any:
+    """The node that computes softmax(scale * q k^T + mask) v for every head.
+
+    Args:
+        inputs: Names of queries, keys, values and, if something is added to the scores, the mask.
+        y: Name of the output.
+        heads: How many.
+        scale: Factor of the scores.
+
+    Example:
+        >>> node = attention_node(["q", "k", "v"], "y", heads=2, scale=0.5)
+        >>> node.op_type, list(node.input), is_attention(node), is_sparse(node)
+        ('Attention', ['q', 'k', 'v'], True, False)
+    """
+    about: dict[str, Any] = {"abi": ABI, "heads": heads, "scale": float(scale)}
+    helper = _onnx_helper()
+    return helper.make_node(ATTENTION, inputs, [y], name=y, domain=DOMAIN, **about)
+
+
+def is_attention(node: Any) -> bool:
+    """Whether an ONNX node is our attention.
+
+    Example:
+        See :func:`attention_node`.
+    """
+    return bool(node.domain == DOMAIN and node.op_type == ATTENTION)
+
+
 def opset() -> Any:
     """The entry for the operator sets of a model that contains our operators.
 
@@ -131,7 +163,7 @@ def opset() -> Any:
 
 
 def is_sparse(node: Any) -> bool:
-    """Whether an ONNX node is one of ours.
+    """Whether an ONNX node is a sparse layer of ours.
 
     Example:
         >>> from onnx import helper

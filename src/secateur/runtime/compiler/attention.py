@@ -1,4 +1,4 @@
-"""Attention that an exporter spelt out, as the one operator that ONNX Runtime has for it.
+"""Attention that an exporter spelt out, as one operator: ours, or the one that ONNX Runtime has.
 
 Between sparse layers, the transpositions, products and sums of attention are a third of what is left of
 a Transformer, and most of them run on one thread.
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from secateur.runtime.compiler.graph import Axis, Graph, attribute, standard
+from secateur.runtime.operators import DOMAIN, attention_node, is_attention
 
-#: Where ONNX Runtime keeps the operators of its own.
-DOMAIN = "com.microsoft"
+#: Domains of an operator for attention: ours, and where ONNX Runtime keeps those of its own.
+OURS, THEIRS = DOMAIN, "com.microsoft"
 _KIND = "MultiHeadAttention"
 # Operators whose elements are those of their first input.
 _MOVES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Identity")
@@ -40,6 +41,7 @@ class Attention:
         mask: Added to the scores, (batch or 1, heads or 1, positions, keys); empty if nothing is.
         heads: How many.
         scale: Factor of the scores.
+        domain: Of the operator.
     """
 
     last: int
@@ -49,14 +51,29 @@ class Attention:
     mask: str
     heads: int
     scale: float
+    domain: str = OURS
 
     def node(self, y: str) -> Any:
         """The operator that computes it."""
         from onnx import helper
 
-        inputs = [self.q, self.k, self.v] + (["", "", self.mask] if self.mask else [])
+        parts = [self.q, self.k, self.v]
+        if self.domain == OURS:
+            inputs = [*parts, self.mask] if self.mask else parts
+            return attention_node(inputs, y, heads=self.heads, scale=self.scale)
+        inputs = [*parts, "", "", self.mask] if self.mask else parts
         about: dict[str, Any] = {"num_heads": self.heads, "scale": self.scale}
-        return helper.make_node(_KIND, inputs, [y], domain=DOMAIN, **about)
+        return helper.make_node(_KIND, inputs, [y], domain=THEIRS, **about)
+
+
+def is_block(node: Any) -> bool:
+    """Whether a node is one of the operators for attention.
+
+    Example:
+        >>> is_block(Attention(0, "q", "k", "v", "", heads=2, scale=0.5, domain=THEIRS).node("y"))
+        True
+    """
+    return is_attention(node) or bool(node.domain == THEIRS and node.op_type == _KIND)
 
 
 def attentions(graph: Graph) -> tuple[Attention, ...]:

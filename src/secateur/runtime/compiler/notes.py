@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.graph import Graph, replaceable, standard
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.compiler.whole import DENSE, Plan
@@ -57,10 +58,9 @@ def notes(graph: Graph, found: Sequence[Site], plan: Plan) -> tuple[str, ...]:
         )
     if plan.blocks:
         blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"
-        said.append(
-            f"{blocks} of attention run in ONNX Runtime's own MultiHeadAttention, not in the nodes "
-            "that were exported"
-        )
+        ours = plan.blocks[0].domain == attention.OURS
+        where = "an operator of secateur" if ours else "ONNX Runtime's own MultiHeadAttention"
+        said.append(f"{blocks} of attention run in {where}, not in the nodes that were exported")
     text = [o.name for o in graph.model.graph.output if _is_text(o)]
     if text:
         said.append(f"not compared with the dense model, as text: {', '.join(map(repr, text))}")

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import FormatError
+from secateur.runtime.compiler import attention
+from secateur.runtime.compiler.attention import Attention
 from secateur.runtime.compiler.graph import attribute, opset, uses
 from secateur.runtime.native import Spec
-from secateur.runtime.operators import DOMAIN, is_sparse, spec_of
+from secateur.runtime.operators import DOMAIN, is_attention, is_sparse, spec_of
 from secateur.runtime.stored import LAYOUTS
 
 _SQRT_HALF = 0.7071067811865476
@@ -19,7 +21,7 @@ _SQRT_HALF = 0.7071067811865476
 def dense_model(model: Any) -> Any:
     """A model in which every operator of ours is ordinary nodes again, for ONNX Runtime alone.
 
-    Batch normalisation stays folded, attention one operator of ONNX Runtime. A convolution over one
+    Batch normalisation stays folded, attention becomes one operator of ONNX Runtime. A convolution over one
     axis keeps its added height.
 
     Args:
@@ -38,6 +40,9 @@ def dense_model(model: Any) -> Any:
     taken |= {i.name for i in model.graph.input} | set(held)
     del out.graph.node[:]
     for node in model.graph.node:
+        if is_attention(node):
+            out.graph.node.append(_theirs(node))
+            continue
         if not is_sparse(node):
             out.graph.node.append(node)
             continue
@@ -50,10 +55,20 @@ def dense_model(model: Any) -> Any:
     del out.graph.initializer[:]
     out.graph.initializer.extend(kept)
     sets = [o for o in model.opset_import if o.domain != DOMAIN]
+    known = {o.domain for o in sets}
+    if any(is_attention(node) for node in model.graph.node) and attention.THEIRS not in known:
+        sets.append(onnx.helper.make_opsetid(attention.THEIRS, 1))
     del out.opset_import[:]
     out.opset_import.extend(sets)
     del out.metadata_props[:]
     return out
+
+
+def _theirs(node: Any) -> Any:
+    """Our attention as the operator of ONNX Runtime."""
+    q, k, v, mask = [*node.input, ""][:4]
+    heads, scale = attribute(node, "heads"), attribute(node, "scale")
+    return Attention(0, q, k, v, mask, heads, scale, attention.THEIRS).node(node.output[0])
 
 
 def dense_weight(node: Any, held: Mapping[str, Any]) -> np.ndarray:

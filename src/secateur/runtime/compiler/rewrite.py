@@ -170,8 +170,8 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
     used, known = {node.domain for node in nodes}, {o.domain for o in source.opset_import}
     if DOMAIN in used - known:
         model.opset_import.append(sparse_opset())
-    if attention.DOMAIN in used - known:
-        model.opset_import.append(onnx.helper.make_opsetid(attention.DOMAIN, 1))
+    if attention.THEIRS in used - known:
+        model.opset_import.append(onnx.helper.make_opsetid(attention.THEIRS, 1))
     inner = model.graph
     inner.name = source.graph.name or "graph"
     inner.node.extend(nodes)
@@ -183,7 +183,7 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
     inner.sparse_initializer.extend(source.graph.sparse_initializer)
     inner.initializer.extend(held.values())
     # What attention puts out may have had more axes before.
-    own = [node for node in nodes if node.domain != attention.DOMAIN]
+    own = [node for node in nodes if not attention.is_block(node)]
     made = {name for node in own for name in node.output}
     inner.value_info.extend(v for v in source.graph.value_info if v.name in made)
     return model

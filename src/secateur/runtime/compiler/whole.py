@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention, attentions
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.graph import Graph
@@ -123,16 +125,21 @@ def fastest(graph: Graph, timed: Sequence[Timed], clock: Clock) -> Plan:
 
 
 def _with_attention(graph: Graph, plan: Plan, clock: Clock) -> Plan:
-    """The plan with its attention in single operators, if that is surely faster."""
+    """The plan with its attention in single operators, ours or ONNX Runtime's, if that is surely faster."""
     blocks = attentions(graph) if plan.layers else ()
     if not blocks:
         return plan
-    other = Plan.of(graph, plan.name, plan.layers, blocks)
-    try:
-        runners = [clock.runner(plan.model), clock.runner(other.model)]
-    except Exception:  # there are builds of ONNX Runtime without its own operators
-        return plan
-    return other if clock.race(runners, _ATTENTION, drop=False).ratio_range(1)[1] < 1.0 else plan
+    tried, runners = [plan], [clock.runner(plan.model)]
+    for domain in (attention.OURS, attention.THEIRS):
+        own = [replace(block, domain=domain) for block in blocks]
+        other = Plan.of(graph, plan.name, plan.layers, own)
+        # There are builds of ONNX Runtime without its own operators.
+        with suppress(Exception):
+            runners.append(clock.runner(other.model))
+            tried.append(other)
+    raced = clock.race(runners, _ATTENTION, drop=False)
+    best = min(range(len(tried)), key=raced.ratio)
+    return tried[best] if raced.ratio_range(best)[1] < 1.0 else plan
 
 
 def plans(timed: Sequence[Timed]) -> dict[str, tuple[Timed, ...]]:
