@@ -34,8 +34,8 @@ static inline Inside<K> inside_of(const DepthwiseWork &work, int64_t ox) {
   return inside;
 }
 
-// R rows of a vector. Whole: nothing of it lies behind the plane, and no function is called, for
-// which the weights would have to leave their registers.
+// R rows of a vector. Whole: nothing of it lies behind the plane, and no rest has to be stored, for
+// which some processors need so many registers that the weights would have to leave theirs.
 template <int K, int S, int R, bool Bounds, bool Masked, bool Whole>
 static inline __attribute__((always_inline)) void depthwise_rows(const DepthwiseWork &work,
                                                                  const Vec (&weight)[K * K],

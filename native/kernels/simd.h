@@ -77,43 +77,50 @@ class Between {
 #endif
 };
 
-// Lane i of every four lanes, four times.
+// Of every four lanes: lanes a and b of v, and lanes c and d of w.
 #if SECATEUR_LANES == 16
-#define SECATEUR_OF_FOURS(i) \
-  i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i, 8 + i, 8 + i, 8 + i, 8 + i, 12 + i, 12 + i, 12 + i, 12 + i
+#define SECATEUR_LANES_OF(v, w, a, b, c, d)                                                       \
+  __builtin_shufflevector(v, w, a, b, 16 + c, 16 + d, 4 + a, 4 + b, 20 + c, 20 + d, 8 + a, 8 + b, \
+                          24 + c, 24 + d, 12 + a, 12 + b, 28 + c, 28 + d)
+// Four lanes are a quarter: quarters a and b of v, and quarters c and d of w.
+#define SECATEUR_QUARTERS_OF(v, w, a, b, c, d)                                                   \
+  __builtin_shufflevector(v, w, 4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1,        \
+                          4 * b + 2, 4 * b + 3, 16 + 4 * c, 17 + 4 * c, 18 + 4 * c, 19 + 4 * c,  \
+                          16 + 4 * d, 17 + 4 * d, 18 + 4 * d, 19 + 4 * d)
 #elif SECATEUR_LANES == 8
-#define SECATEUR_OF_FOURS(i) i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i
+#define SECATEUR_LANES_OF(v, w, a, b, c, d) \
+  __builtin_shufflevector(v, w, a, b, 8 + c, 8 + d, 4 + a, 4 + b, 12 + c, 12 + d)
 #else
-#define SECATEUR_OF_FOURS(i) i, i, i, i
+#define SECATEUR_LANES_OF(v, w, a, b, c, d) __builtin_shufflevector(v, w, a, b, 4 + c, 4 + d)
 #endif
-#define SECATEUR_SPREAD(i) __builtin_shufflevector(four_, four_, SECATEUR_OF_FOURS(i))
 
 // Four floats, each of which can be made a vector of its own: one load instead of four.
 class Four {
  public:
   explicit Four(const float *p) {
-    // In assembly, or the compiler would load each float again.
+    // By assembly, or the compiler would load each float again.
     typedef float LooseQuad __attribute__((vector_size(16), aligned(4), may_alias));
     const LooseQuad &four = *reinterpret_cast<const LooseQuad *>(p);
 #if defined(__AVX512F__)
     __asm__("vbroadcastf32x4 %1, %0" : "=v"(four_) : "m"(four));
 #elif defined(__AVX2__)
     __asm__("vbroadcastf128 %1, %0" : "=x"(four_) : "m"(four));
-#elif defined(__aarch64__)
-    four_ = four;
-    __asm__("" : "+w"(four_));
 #else
     four_ = four;
+#if defined(__x86_64__)
     __asm__("" : "+x"(four_));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(four_));
+#endif
 #endif
   }
   // i is a constant once the loop around it is unrolled.
   Vec operator[](int i) const {
     switch (i) {
-      case 0: return SECATEUR_SPREAD(0);
-      case 1: return SECATEUR_SPREAD(1);
-      case 2: return SECATEUR_SPREAD(2);
-      default: return SECATEUR_SPREAD(3);
+      case 0: return SECATEUR_LANES_OF(four_, four_, 0, 0, 0, 0);
+      case 1: return SECATEUR_LANES_OF(four_, four_, 1, 1, 1, 1);
+      case 2: return SECATEUR_LANES_OF(four_, four_, 2, 2, 2, 2);
+      default: return SECATEUR_LANES_OF(four_, four_, 3, 3, 3, 3);
     }
   }
 
@@ -135,23 +142,6 @@ static inline Vec at_most(Vec v, Vec high) { return v > high ? high : v; }
 
 // a0 a2 a4 ... b0 b2 b4 ...
 static inline Vec evens(Vec a, Vec b) { return __builtin_shufflevector(a, b, SECATEUR_EVEN); }
-
-// Of every four lanes: lanes a and b of v, and lanes c and d of w.
-#if SECATEUR_LANES == 16
-#define SECATEUR_LANES_OF(v, w, a, b, c, d)                                                       \
-  __builtin_shufflevector(v, w, a, b, 16 + c, 16 + d, 4 + a, 4 + b, 20 + c, 20 + d, 8 + a, 8 + b, \
-                          24 + c, 24 + d, 12 + a, 12 + b, 28 + c, 28 + d)
-// Four lanes are a quarter: quarters a and b of v, and quarters c and d of w.
-#define SECATEUR_QUARTERS_OF(v, w, a, b, c, d)                                                   \
-  __builtin_shufflevector(v, w, 4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1,        \
-                          4 * b + 2, 4 * b + 3, 16 + 4 * c, 17 + 4 * c, 18 + 4 * c, 19 + 4 * c,  \
-                          16 + 4 * d, 17 + 4 * d, 18 + 4 * d, 19 + 4 * d)
-#elif SECATEUR_LANES == 8
-#define SECATEUR_LANES_OF(v, w, a, b, c, d) \
-  __builtin_shufflevector(v, w, a, b, 8 + c, 8 + d, 4 + a, 4 + b, 12 + c, 12 + d)
-#else
-#define SECATEUR_LANES_OF(v, w, a, b, c, d) __builtin_shufflevector(v, w, a, b, 4 + c, 4 + d)
-#endif
 
 // All lanes put together by an operation for which their order does not matter; every lane has the result.
 template <typename Op>

@@ -21,6 +21,7 @@ namespace {
 constexpr const char *DOMAIN = "secateur";
 // Tells that options know our operators: to register them twice is an error of ONNX Runtime.
 constexpr const char *REGISTERED_ENTRY = "secateur.registered";
+
 secateur_spec read_spec(const Node &node, int32_t kind) {
   secateur_spec spec = {};
   spec.kind = kind;
