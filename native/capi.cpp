@@ -90,6 +90,11 @@ int secateur_layer_create(const secateur_spec *spec, const secateur_weights *wei
 
 void secateur_layer_destroy(secateur_layer *layer) { delete layer; }
 
+int secateur_layer_normalise(secateur_layer *layer, const float *scale, const float *shift,
+                             float epsilon) {
+  return guarded([&] { layer->layer.normalise(scale, shift, epsilon); });
+}
+
 int secateur_layer_shape(const secateur_layer *layer, const int64_t dims[3], int64_t out[3]) {
   return guarded([&] { layer->layer.shape(dims, out); });
 }

@@ -69,6 +69,7 @@ BN = {
     "v": np.abs(dense(16, seed=5)) + 0.1,
 }
 SAME = {"w": sparse(8, 8, 3, 3), "b": dense(8)}
+LN = {"g": dense(16, seed=2), "h": dense(16, seed=3)}
 ERF = {"q": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
 SCALAR = {"three": np.float32(3), "six": np.float32(6), "zero": np.float32(0)}
 PAD = "pads = [1,1,1,1]"
@@ -169,6 +170,25 @@ FUSED: dict[str, tuple[str, Weights, int, list[str]]] = {
         [],
     ),
     "silu": (f"{X4} {{ c = Conv (x, w) s = Sigmoid (c) y = Mul (s, c) }}", W1, 17, []),
+    "layer normalisation": (
+        f"{X2} {{ c = MatMul (x, w) a = Add (b, c) y = LayerNormalization (a, g, h) }}",
+        {**WL, **LN},
+        17,
+        [],
+    ),
+    "layer normalisation without a shift, of an axis by its number": (
+        f"{FLAT} {{ c = Gemm (x, w) y = LayerNormalization <axis = 1, epsilon = 0.1> (c, g) }}",
+        {**WL, **LN},
+        17,
+        [],
+    ),
+    "residual, activation and layer normalisation": (
+        """(float[N,T,16] x) => (float[N,T,16] y)
+        { c = MatMul (x, w) a = Add (c, x) r = Relu (a) y = LayerNormalization (r, g, h) }""",
+        {"w": sparse(16, 16), **LN},
+        17,
+        [],
+    ),
     "hardswish operator": (f"{X4} {{ c = Conv (x, w) y = HardSwish (c) }}", W1, 14, []),
     "hardswish of hardsigmoid": (
         f"""{X4} {{ c = Conv (x, w) s = HardSigmoid <alpha = 0.16666667, beta = 0.5> (c)
@@ -267,6 +287,40 @@ REFUSED: dict[str, tuple[str, Weights, int, list[str]]] = {
         ["Sigmoid", "Mul"],
     ),
     "added to itself": (f"{X4} {{ c = Conv (x, w) y = Add (c, c) }}", W1, 17, ["Add"]),
+    "layer normalisation of a value that others see": (
+        """(float[N,T,8] x) => (float[N,T,16] y, float[N,T,16] z)
+        { c = MatMul (x, w) y = LayerNormalization (c, g, h) z = Tanh (c) }""",
+        {**WL, **LN},
+        17,
+        ["LayerNormalization", "Tanh"],
+    ),
+    "layer normalisation of two axes": (
+        """(float[N,4,8] x) => (float[N,4,16] y)
+        { c = MatMul (x, w) y = LayerNormalization <axis = 1> (c, all) }""",
+        {**WL, "all": dense(4, 16)},
+        17,
+        ["LayerNormalization"],
+    ),
+    "layer normalisation with one factor for all": (
+        f"{X2} {{ c = MatMul (x, w) y = LayerNormalization (c, one) }}",
+        {**WL, "one": dense(1)},
+        17,
+        ["LayerNormalization"],
+    ),
+    "layer normalisation whose mean is seen": (
+        """(float[N,T,8] x) => (float[N,T,16] y, float[N,T,1] z)
+        { c = MatMul (x, w) y, z = LayerNormalization (c, g, h) }""",
+        {**WL, **LN},
+        17,
+        ["LayerNormalization"],
+    ),
+    "layer normalisation by an input": (
+        """(float[N,T,8] x, float[16] g) => (float[N,T,16] y)
+        { c = MatMul (x, w) y = LayerNormalization (c, g) }""",
+        WL,
+        17,
+        ["LayerNormalization"],
+    ),
     "used in a branch": (
         f"""(float[N,8,6,6] x, bool p) => (float[N,8,6,6] y, float[N,8,6,6] z)
         {{ c = Conv <{PAD}> (x, w) y = Relu (c)

@@ -132,6 +132,12 @@ SECATEUR_EXPORT int secateur_layer_create(const secateur_spec *spec,
                                           secateur_layer **out);
 SECATEUR_EXPORT void secateur_layer_destroy(secateur_layer *layer);
 
+/* From now on a linear layer normalises every token of y over its outputs:
+ * (y - mean) / sqrt(variance + epsilon) * scale + shift. Both have outputs entries; shift may be NULL.
+ * To be called before the first run. */
+SECATEUR_EXPORT int secateur_layer_normalise(secateur_layer *layer, const float *scale,
+                                             const float *shift, float epsilon);
+
 /* dims: CONV n, h, w of the input; LINEAR tokens, 1, 1.
  * out:  CONV n, h, w of the output; LINEAR the same as dims. */
 SECATEUR_EXPORT int secateur_layer_shape(const secateur_layer *layer, const int64_t dims[3],

@@ -5,6 +5,7 @@
 #include "gemv.h"
 #include "half.h"
 #include "list.h"
+#include "norm.h"
 #include "pack.h"
 #include "panels.h"
 
@@ -36,6 +37,7 @@ extern const KernelTable SECATEUR_JOIN(table_, SECATEUR_ISA) = {
     SECATEUR_ISA::pack_window,
     SECATEUR_ISA::pack_tokens,
     SECATEUR_ISA::unpack_tokens,
+    SECATEUR_ISA::normalise,
     SECATEUR_ISA::attention,
     SECATEUR_ISA::attention_scratch,
     SECATEUR_ISA::gemv_f32,

@@ -121,6 +121,14 @@ struct AttentionWork {
   float scale;
 };
 
+// Tokens to be normalised in place, one after the other.
+struct NormWork {
+  float *y;
+  int64_t tokens, features;
+  const float *scale, *shift;  // one a feature
+  float epsilon;
+};
+
 struct KernelTable {
   const char *name;
   int lanes;
@@ -137,6 +145,7 @@ struct KernelTable {
   void (*pack_window)(const Window &, float *panel);
   void (*pack_tokens)(const Tokens &, float *panel);
   void (*unpack_tokens)(const TokensOut &);
+  void (*normalise)(const NormWork &);
   void (*attention)(const AttentionWork &);
   int64_t (*attention_scratch)(const AttentionWork &);
   GemvKernel gemv_f32, gemv_bf16;

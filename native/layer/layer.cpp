@@ -135,6 +135,23 @@ Layer::Layer(const secateur_spec &spec, const secateur_weights &stored,
   }
 }
 
+void Layer::normalise(const float *scale, const float *shift, float epsilon) {
+  if (spec_.kind != SECATEUR_LINEAR) {
+    throw Error(SECATEUR_INVALID, "normalising is for linear layers, and this is a convolution");
+  }
+  if (!(epsilon >= 0)) {
+    throw Error(SECATEUR_INVALID, "epsilon is " + std::to_string(epsilon) + "; it must not be negative");
+  }
+  scale_.assign(scale, scale + spec_.outputs);
+  shift_.assign(spec_.outputs, 0.0f);
+  if (shift) shift_.assign(shift, shift + spec_.outputs);
+  epsilon_ = epsilon;
+}
+
+void Layer::norm(float *y, int64_t tokens) const {
+  table_.normalise({y, tokens, spec_.outputs, scale_.data(), shift_.data(), epsilon_});
+}
+
 void Layer::shape(const int64_t dims[3], int64_t out[3]) const {
   for (int i = 0; i < 3; ++i) {
     if (dims[i] < 0 || dims[i] > int64_t{1} << 31) {
@@ -182,7 +199,11 @@ void Layer::run(const float *x, const int64_t dims[3], const float *residual, fl
   const bool linear = spec_.kind == SECATEUR_LINEAR;
   if (dims[0] == 0) return;
   if (depthwise_) return depthwise_->run(x, dims, out, residual, y, parallel);
-  if (gemv_) return gemv_->run(x, dims[0], residual, y, parallel);
+  if (gemv_) {
+    gemv_->run(x, dims[0], residual, y, parallel);
+    if (!scale_.empty()) norm(y, dims[0]);
+    return;
+  }
   const auto plan = this->plan(dims, parallel.threads);
   const int64_t images = linear ? 1 : dims[0];
   const int64_t tiles = plan->tiling.tiles();
@@ -197,6 +218,13 @@ void Layer::run(const float *x, const int64_t dims[3], const float *residual, fl
     run_task(*plan, {x + n * in, residual ? residual + n * image : nullptr, y + n * image,
                      linear ? 1 : dims[1], linear ? dims[0] : dims[2], rest / parts,
                      rest % parts});
+  });
+  if (scale_.empty() || parts == 1) return;
+  // No task had whole tokens.
+  constexpr int64_t kTokens = 16;
+  parallel(static_cast<size_t>((dims[0] + kTokens - 1) / kTokens), [&](size_t i) {
+    const int64_t first = static_cast<int64_t>(i) * kTokens;
+    norm(y + first * spec_.outputs, std::min(kTokens, dims[0] - first));
   });
 }
 
@@ -280,6 +308,7 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
                           spec_.outputs, static_cast<int32_t>(positions), tiling.vectors,
                           static_cast<int32_t>(part.first_row), static_cast<int32_t>(part.rows),
                           activation});
+    if (!scale_.empty() && streams.parts.size() == 1) norm(task.y + at, positions);
   }
 }
 

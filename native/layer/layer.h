@@ -20,6 +20,8 @@ class Layer {
   Layer(const secateur_spec &spec, const secateur_weights &stored, const secateur_variant &variant,
         const KernelTable &table);
 
+  // Of a linear layer: what it puts out is normalised from now on, token by token.
+  void normalise(const float *scale, const float *shift, float epsilon);
   void shape(const int64_t dims[3], int64_t out[3]) const;
   void run(const float *x, const int64_t dims[3], const float *residual, float *y,
            const Parallel &asked) const;
@@ -33,6 +35,7 @@ class Layer {
   };
   struct Task;
 
+  void norm(float *y, int64_t tokens) const;
   std::shared_ptr<const Plan> plan(const int64_t dims[3], int threads) const;
   void run_task(const Plan &plan, const Task &task) const;
 
@@ -41,6 +44,8 @@ class Layer {
   const KernelTable &table_;
   Weights weights_;  // empty for GEMV and DEPTHWISE
   int64_t nonzeros_;
+  std::vector<float> scale_, shift_;  // empty: y is not normalised
+  float epsilon_ = 0;
   std::unique_ptr<Gemv> gemv_;
   std::unique_ptr<Depthwise> depthwise_;
   // Streams depend on the tile's shape alone, so that sequences of many lengths share them.

@@ -17,8 +17,10 @@ namespace secateur::ops {
 
 constexpr const char *AGAIN = " Write the file again: secateur compile.";
 
-enum Input : size_t { X = 0, VALUES = 1, INDEX = 2, BIAS = 3, RESIDUAL = 4, INPUTS = 5 };
-constexpr const char *INPUT_NAMES[INPUTS] = {"X", "values", "index", "bias", "residual"};
+enum Input : size_t {
+  X = 0, VALUES = 1, INDEX = 2, BIAS = 3, RESIDUAL = 4, SCALE = 5, SHIFT = 6, INPUTS = 7
+};
+constexpr const char *INPUT_NAMES[INPUTS] = {"X", "values", "index", "bias", "residual", "scale", "shift"};
 
 // An error on its way to the C interface, where it becomes a status.
 struct Refusal {

@@ -44,6 +44,18 @@ secateur_spec read_spec(const Node &node, int32_t kind) {
   return spec;
 }
 
+// A constant input with a number for every output.
+const float *read_floats(const Node &node, Input input, int32_t outputs) {
+  const Tensor found = node.constant(input);
+  if (found.type != ort::FLOAT || found.dims[0] != outputs) {
+    node.refuse(std::string("its input '") + INPUT_NAMES[input] + "' has ONNX's type " +
+                std::to_string(found.type) + " and " + std::to_string(found.dims[0]) +
+                " entries. It must be float32 (1) with one entry for each of the " +
+                std::to_string(outputs) + " outputs.");
+  }
+  return static_cast<const float *>(found.data);
+}
+
 secateur_weights read_weights(const Node &node, const secateur_spec &spec) {
   secateur_weights weights = {};
   const Tensor values = node.constant(VALUES), index = node.constant(INDEX);
@@ -66,15 +78,7 @@ secateur_weights read_weights(const Node &node, const secateur_spec &spec) {
   }
   weights.index = static_cast<const uint8_t *>(index.data);
   weights.index_bytes = index.dims[0];
-  if (node.has(BIAS)) {
-    const Tensor bias = node.constant(BIAS);
-    if (bias.type != ort::FLOAT || bias.dims[0] != spec.outputs) {
-      node.refuse("its input 'bias' has ONNX's type " + std::to_string(bias.type) + " and " +
-                  std::to_string(bias.dims[0]) + " entries. A bias is float32 (1) with one entry "
-                  "for each of the " + std::to_string(spec.outputs) + " outputs.");
-    }
-    weights.bias = static_cast<const float *>(bias.data);
-  }
+  if (node.has(BIAS)) weights.bias = read_floats(node, BIAS, spec.outputs);
   return weights;
 }
 
@@ -132,13 +136,18 @@ void Kernel::prepare(const Operator &op, const ort::KernelInfo *info, int32_t ki
   who = node.who();
   const secateur_weights weights = read_weights(node, spec);
   const secateur_variant variant = read_variant(node, spec, weights);
-  secateur_layer *made = nullptr;
-  const int code = secateur_layer_create(&spec, &weights, &variant, nullptr, &made);
-  if (code != SECATEUR_OK) {
+  const auto made = [&](int code) {
+    if (code == SECATEUR_OK) return;
     throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_GRAPH,
                   who + ": " + secateur_last_error() + "."};
-  }
-  layer.reset(made);
+  };
+  secateur_layer *found = nullptr;
+  made(secateur_layer_create(&spec, &weights, &variant, nullptr, &found));
+  layer.reset(found);
+  if (!node.has(SCALE)) return;
+  const float *const scale = read_floats(node, SCALE, spec.outputs);
+  const float *const shift = node.has(SHIFT) ? read_floats(node, SHIFT, spec.outputs) : nullptr;
+  made(secateur_layer_normalise(found, scale, shift, node.real("epsilon")));
 }
 
 void Kernel::run(ort::KernelContext *context) const {

@@ -30,6 +30,7 @@ struct Case {
   double density;
   bool bias, residual;
   int pattern;  // weights: 0 anywhere, 1 some rows empty and some dense, 2 blocks of 4 rows
+  bool norm = false;
 };
 
 double activated(double v, const secateur_spec &spec) {
@@ -46,6 +47,30 @@ double activated(double v, const secateur_spec &spec) {
 struct Expected {
   std::vector<double> value, bound;
 };
+
+// What becomes of normalised tokens: with values off by at most e, mean and deviation are off by e each,
+// and a sum of n values by n * eps of their size.
+void normalise(Expected &expected, int64_t features, const std::vector<float> &scale,
+               const std::vector<float> &shift, float epsilon) {
+  const double eps = std::ldexp(1.0, -24);
+  for (size_t first = 0; first < expected.value.size(); first += features) {
+    double *const y = &expected.value[first], *const bound = &expected.bound[first];
+    double mean = 0, squares = 0, off = 0, size = 0;
+    for (int64_t i = 0; i < features; ++i) {
+      mean += y[i] / features;
+      off = std::max(off, bound[i]), size = std::max(size, std::fabs(y[i]));
+    }
+    for (int64_t i = 0; i < features; ++i) squares += (y[i] - mean) * (y[i] - mean) / features;
+    const double deviation = std::sqrt(squares + epsilon);
+    for (int64_t i = 0; i < features; ++i) {
+      const double z = (y[i] - mean) / deviation;
+      y[i] = z * scale[i] + shift[i];
+      bound[i] = 1.2 * std::fabs(scale[i]) * (1 + std::fabs(z)) / deviation *
+                     (2 * off + (features + 8) * eps * size) +
+                 8 * eps * (std::fabs(z * scale[i]) + std::fabs(shift[i]));
+    }
+  }
+}
 
 // The definition: y[m] = act(bias[m] + residual + sum of w * x), tap by tap.
 Expected reference(const Case &c, bool half, const std::vector<float> &w, const std::vector<float> &bias,
@@ -182,7 +207,9 @@ Result compare(const Case &c, const secateur_variant &variant, const secateur::K
     while (wrong[i % wrong.size()] == 0) ++i;
     wrong[i % wrong.size()] += planted;
   }
-  const Layer layer(s, stored_of(wrong, bias, c.bias), variant, table);
+  Layer layer(s, stored_of(wrong, bias, c.bias), variant, table);
+  const std::vector<float> scale = numbers(random, s.outputs), shift = numbers(random, s.outputs);
+  if (c.norm) layer.normalise(scale.data(), c.pattern ? shift.data() : nullptr, 0.01f);
   int64_t out[3];
   layer.shape(c.dims, out);
   const bool linear = s.kind == SECATEUR_LINEAR;
@@ -199,7 +226,11 @@ Result compare(const Case &c, const secateur_variant &variant, const secateur::K
   const float *r = c.residual ? residual.data() : nullptr;
   layer.run(x.data(), c.dims, r, y.data() + kGuard, {nullptr, nullptr, 2});
   layer.run(x.data(), c.dims, r, tight.get(), {nullptr, nullptr, 1});
-  const Expected expected = reference(c, variant.family == SECATEUR_HALF, w, bias, x, residual, out);
+  Expected expected = reference(c, variant.family == SECATEUR_HALF, w, bias, x, residual, out);
+  if (c.norm) {
+    const std::vector<float> none(s.outputs);
+    normalise(expected, s.outputs, scale, c.pattern ? shift : none, 0.01f);
+  }
   Result result = {outside(expected, y.data() + kGuard) + outside(expected, tight.get()), true};
   for (size_t i = 0; i < kGuard; ++i) {
     result.guards &= y[i] == kMark && y[kGuard + total + i] == kMark;
@@ -267,6 +298,12 @@ std::vector<Case> cases() {
   for (const int64_t tokens : {1, 3, 8, 9, 15, 16, 17, 33, 128, 250}) {
     all.push_back({linear(16 * int(tokens % 4 + 1), 37, tokens % 6), {tokens, 1, 1}, 0.3, true,
                    tokens % 2 == 0, int(tokens % 3)});
+  }
+  for (const int64_t tokens : {1, 2, 17, 64, 250}) {  // the last ones in parts, and in many tiles
+    for (const int outputs : {16, 48, 368}) {
+      all.push_back({linear(outputs, 37, tokens % 6), {tokens, 1, 1}, 0.3, true, tokens % 2 == 0,
+                     int(tokens % 3), true});
+    }
   }
   all.push_back({linear(16, 1, 3), {5, 1, 1}, 1.0, false, false, 0});
   all.push_back({linear(32, 500, 4), {20, 1, 1}, 0.05, true, true, 1});
@@ -355,6 +392,10 @@ int main() {
       expect(compare(c, variant, *table, 7, half ? 3.0f : 1e-3f).outside > 0,
              describe(c, variant, table->name) + ": a planted error was not found");
     }
+    Case normed = tokens;
+    normed.norm = true;
+    expect(compare(normed, {SECATEUR_LIST, 1, 4, 0}, *table, 7, 1e-3f).outside > 0,
+           std::string(table->name) + ": a planted error was not found behind normalisation");
     special_values(*table);
   }
   std::printf("%" PRId64 " comparisons, %d failed\n", runs, failures);

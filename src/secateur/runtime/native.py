@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.core.errors import UsageError
 from secateur.runtime.library import INVALID, CVariant, CWeights, check, load
-from secateur.runtime.spec import ACTIVATIONS, FAMILIES, KINDS, Spec, Variant
+from secateur.runtime.spec import ACTIVATIONS, FAMILIES, KINDS, Norm, Spec, Variant
 from secateur.runtime.stored import DTYPES, LAYOUTS, Stored, store
 from secateur.runtime.threads import Pool, Workers, destroyed_with
 
@@ -26,6 +26,7 @@ __all__ = [
     "FAMILIES",
     "KINDS",
     "Layer",
+    "Norm",
     "Pool",
     "Spec",
     "Variant",

@@ -1,7 +1,8 @@
 """The operators that a compiled ONNX model contains: ``SparseConv``, ``SparseLinear``, ``Attention``.
 
 All have the domain ``secateur``. Sparse layers have the inputs X, values, index, bias (may be left
-out) and residual (may be left out). ``values`` and ``index`` are the packed weight, in the layouts of
+out), residual (may be left out), and scale and shift, if what a linear layer puts out is normalised.
+``values`` and ``index`` are the packed weight, in the layouts of
 :mod:`secateur.formats.layouts`; everything else is in the attributes. ``Attention`` is dense: queries,
 keys and values ``(batch, positions, heads * size)``, and a mask (may be left out) that is added to the
 scores, ``(batch or 1, heads or 1, positions, keys)``. The library that implements
@@ -19,7 +20,7 @@ import torch
 
 from secateur.core.errors import FormatError, MissingExtra, UnknownName, UsageError
 from secateur.runtime.library import ABI
-from secateur.runtime.native import ACTIVATIONS, FAMILIES, Spec, Variant, lanes
+from secateur.runtime.native import ACTIVATIONS, FAMILIES, Norm, Spec, Variant, lanes
 from secateur.runtime.stored import LAYOUTS, store
 
 DOMAIN = "secateur"
@@ -51,6 +52,7 @@ def sparse_node(  # noqa: PLR0913 - one call describes a whole layer
     dtype: str = "float32",
     isa_lanes: int | None = None,
     positions: int | None = None,
+    norm: Norm | None = None,
 ) -> tuple[Any, list[Any]]:
     """A sparse layer as an ONNX node and the initializers that it reads.
 
@@ -60,7 +62,7 @@ def sparse_node(  # noqa: PLR0913 - one call describes a whole layer
         spec: Shape of the layer.
         variant: The kernel to run it with.
         name: Of the node, and the beginning of the names of its initializers
-            (``name.values``, ``name.index``, ``name.bias``).
+            (``name.values``, ``name.index``, ``name.bias``, ``name.scale``, ``name.shift``).
         x: Name of the input.
         y: Name of the output.
         bias: Float32, ``(outputs,)``.
@@ -70,6 +72,7 @@ def sparse_node(  # noqa: PLR0913 - one call describes a whole layer
         isa_lanes: Floats in a vector of the machine that the variant was chosen for; None: this one.
         positions: Output positions of an image, or tokens, that the variant was chosen for. A
             machine with vectors of another width chooses again, for as many.
+        norm: How the output is normalised.
 
     Returns:
         ``(node, initializers)``
@@ -88,7 +91,7 @@ def sparse_node(  # noqa: PLR0913 - one call describes a whole layer
         (True, True)
     """
     helper = _onnx_helper()
-    _require_fit(name, weight, bias, spec)
+    _require_fit(name, weight, bias, norm, spec)
     if dtype not in VALUE_TYPES:
         raise UnknownName("type of stored weights", dtype, VALUE_TYPES)
     stored = store(torch.tensor(weight).to(getattr(torch, dtype)), layout)
@@ -118,6 +121,12 @@ def sparse_node(  # noqa: PLR0913 - one call describes a whole layer
     inputs = [x, *(t.name for t in tensors)]
     if residual is not None:
         inputs += [""] * (bias is None) + [residual]
+    if norm is not None:
+        inputs += [""] * (5 - len(inputs))
+        for part, held in (("scale", norm.scale), ("shift", norm.shift)):
+            tensors.append(tensor(part, VALUE_TYPES["float32"], torch.tensor(held)))
+            inputs.append(tensors[-1].name)
+        attributes["epsilon"] = float(norm.epsilon)
     node = helper.make_node(NAMES[spec.kind], inputs, [y], name=name, domain=DOMAIN)
     # Two attributes have the names of make_node's own arguments.
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -249,11 +258,16 @@ def _spec_attributes(spec: Spec) -> dict[str, Any]:
     return found
 
 
-def _require_fit(name: str, weight: np.ndarray, bias: np.ndarray | None, spec: Spec) -> None:
+def _require_fit(
+    name: str, weight: np.ndarray, bias: np.ndarray | None, norm: Norm | None, spec: Spec
+) -> None:
     shape: tuple[int, ...] = (spec.outputs, spec.inputs)
     if spec.kind == "conv":
         shape += tuple(spec.kernel)
-    for what, array, fits in (("weight", weight, shape), ("bias", bias, (spec.outputs,))):
+    each = (spec.outputs,)
+    scale, shift = (norm.scale, norm.shift) if norm is not None else (None, None)
+    parts = [("weight", weight, shape), ("bias", bias, each), ("scale", scale, each)]
+    for what, array, fits in (*parts, ("shift", shift, each)):
         if array is not None and (array.shape != fits or array.dtype != np.float32):
             raise UsageError(
                 f"the sparse layer {name!r}",

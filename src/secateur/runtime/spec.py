@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from secateur.core.errors import UnknownName
 from secateur.runtime.library import CSpec, CVariant
 
@@ -80,6 +82,21 @@ class Spec:
             alpha=self.alpha,
             beta=self.beta,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """Layer normalisation of what a linear layer puts out, over its outputs.
+
+    Args:
+        scale: Float32, ``(outputs,)``.
+        shift: Float32, ``(outputs,)``.
+        epsilon: Added to the variance.
+    """
+
+    scale: np.ndarray
+    shift: np.ndarray
+    epsilon: float
 
 
 @dataclass(frozen=True)

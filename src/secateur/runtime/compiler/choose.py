@@ -165,6 +165,7 @@ def _key(site: Site, shapes: Shapes) -> tuple[object, ...]:
         site.bias is None,
         site.residual is None,
         site.residual == site.x,
+        site.norm is None,
         round(site.sparsity, 2),
         round(fill(site.weight.reshape(len(site.weight), -1) != 0), 1),
         len(site.nodes),

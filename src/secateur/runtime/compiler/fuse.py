@@ -1,4 +1,4 @@
-"""What a sparse operator takes in beside its own node: normalisation, bias, residual, activation."""
+"""What a sparse operator takes in beside its own node: bias, residual, activation, normalisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from secateur.runtime.compiler.activations import follow
 from secateur.runtime.compiler.fold import Affine, per_output
 from secateur.runtime.compiler.graph import Graph, attribute, standard
-from secateur.runtime.compiler.site import Site, Start, start
+from secateur.runtime.compiler.site import LINEAR, Site, Start, start
+from secateur.runtime.spec import Norm
 
 #: Fewer zeros than this never paid, on any machine, so they are not even timed.
 FEWEST_ZEROS = 0.2
@@ -21,8 +22,8 @@ def sites(graph: Graph, *, fewest_zeros: float = FEWEST_ZEROS) -> tuple[Site, ..
 
     A layer needs constant float32 weights. It takes in what follows it as long as nobody else sees
     the value between: batch normalisation, factors and terms per output, one addition of a value of
-    the same shape, and an activation. Where two layers end in the same addition, the later one has
-    it: the other's output is then surely there.
+    the same shape, an activation, and after linear layers layer normalisation. Where two layers end
+    in the same addition, the later one has it: the other's output is then surely there.
 
     Args:
         graph: What to look at.
@@ -75,6 +76,9 @@ def _grown(graph: Graph, begun: Start, claimed: frozenset[int]) -> Site:
             break
         grown = taken
     activation, y, nodes = follow(graph, grown.y, claimed)
+    norm = _layer_norm(graph, begun, y, claimed)
+    if norm is not None:
+        y, nodes = graph.nodes[norm[0]].output[0], (*nodes, norm[0])
     bias = grown.affine.bias.astype(np.float32)
     return replace(
         begun.site,
@@ -84,6 +88,7 @@ def _grown(graph: Graph, begun: Start, claimed: frozenset[int]) -> Site:
         bias=bias if bias.any() else None,
         residual=grown.residual,
         activation=activation,
+        norm=norm[1] if norm is not None else None,
     )
 
 
@@ -127,6 +132,27 @@ def _normalised(
     epsilon = attribute(node, "epsilon", 1e-5)
     scale, shift, mean, variance = known
     return grown.past(index, node, grown.affine.normalised(scale, shift, mean, variance, epsilon))
+
+
+def _layer_norm(
+    graph: Graph, begun: Start, y: str, claimed: frozenset[int]
+) -> tuple[int, Norm] | None:
+    """The layer normalisation that alone uses a value, by its number, if it is over the outputs."""
+    index = graph.follower(y)
+    if begun.site.kind != LINEAR or index is None or index in claimed:
+        return None
+    node = graph.nodes[index]
+    axis = attribute(node, "axis", -1)
+    if not standard(node, "LayerNormalization") or axis not in (-1, begun.rank - 1):
+        return None
+    if any(node.output[1:]) or node.input[0] != y or attribute(node, "stash_type", 1) != 1:
+        return None
+    parts = [graph.constant(name) for name in node.input[1:]]
+    known = [part for part in parts if part is not None and part.dtype == np.float32]
+    if len(known) < len(parts) or any(part.shape != (begun.site.outputs,) for part in known):
+        return None
+    scale, shift = known if len(known) == 2 else (known[0], np.zeros_like(known[0]))
+    return index, Norm(scale, shift, attribute(node, "epsilon", 1e-5))
 
 
 def _added(graph: Graph, grown: _Growing, index: int, node: Any) -> _Growing | None:

@@ -138,8 +138,8 @@ def _ordinary(
     from onnx import helper, numpy_helper
 
     spec = spec_of(node)
-    parts = [*node.input, "", ""][:5]
-    x, bias, residual = parts[0], parts[3], parts[4]
+    parts = [*node.input, "", "", "", ""][:7]
+    x, bias, residual, scale, shift = parts[0], *parts[3:]
     steps: list[tuple[str, list[str], dict[str, Any]]] = []
     if spec.kind == "conv":
         weight = weight.reshape(spec.outputs, spec.inputs, *spec.kernel)
@@ -167,6 +167,10 @@ def _ordinary(
         last = out
     extra, constants = _activated(spec, last, f"{name}.act", version)
     nodes += extra
+    if scale:
+        inputs, epsilon = [nodes[-1].output[0], scale, shift], attribute(node, "epsilon")
+        kind = "LayerNormalization"
+        nodes.append(helper.make_node(kind, inputs, [f"{name}.norm"], epsilon=epsilon))
     nodes[-1].output[0] = node.output[0]
     return nodes, [*weights, *(numpy_helper.from_array(c, n) for n, c in constants.items())]
 

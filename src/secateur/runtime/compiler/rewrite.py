@@ -21,7 +21,15 @@ from secateur.runtime.operators import opset as sparse_opset
 HALF = "half"
 # What the initializers of a sparse node are called after it, and the values around it.
 _TALL = (".tall_x", ".tall_y", ".tall_residual")
-_PARTS = (".values", ".index", ".bias", *_TALL, *(f"{part}.axes" for part in _TALL))
+_PARTS = (
+    ".values",
+    ".index",
+    ".bias",
+    ".scale",
+    ".shift",
+    *_TALL,
+    *(f"{part}.axes" for part in _TALL),
+)
 
 
 def spec(site: Site) -> Spec:
@@ -74,6 +82,7 @@ def replacement(
         bias=site.bias,
         residual=residual,
         positions=positions,
+        norm=site.norm,
         dtype="float16" if variant.family == HALF else "float32",
     )
     return [*before, node, *after], [*held, *weights]

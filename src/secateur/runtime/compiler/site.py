@@ -12,6 +12,7 @@ import numpy as np
 from secateur.runtime.compiler.activations import NOTHING, Activation
 from secateur.runtime.compiler.fold import Affine, per_output
 from secateur.runtime.compiler.graph import Graph, attribute, standard
+from secateur.runtime.spec import Norm
 
 CONV, LINEAR = "conv", "linear"
 # Red, green, blue and alpha.
@@ -39,6 +40,7 @@ class Site:
         flat: A convolution over one axis: it runs as one of height 1.
         residual: Name of what is added before the activation.
         activation: What follows.
+        norm: Layer normalisation after that, of a linear layer.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Site:
     flat: bool = False
     residual: str | None = None
     activation: Activation = NOTHING
+    norm: Norm | None = None
 
     @property
     def outputs(self) -> int:
