@@ -78,7 +78,7 @@ def _grown(graph: Graph, begun: Start, claimed: frozenset[int]) -> Site:
     activation, y, nodes = follow(graph, grown.y, claimed)
     norm = _layer_norm(graph, begun, y, claimed)
     if norm is not None:
-        y, nodes = graph.nodes[norm[0]].output[0], (*nodes, norm[0])
+        y, nodes = graph.nodes[norm[0]].output[0], [*nodes, norm[0]]
     bias = grown.affine.bias.astype(np.float32)
     return replace(
         begun.site,
