@@ -8,9 +8,8 @@ namespace secateur {
 namespace SECATEUR_ISA {
 
 // e^v by 2^n * e^r with |r| <= ln 2 / 2; a polynomial of degree 6 for e^r. Within 2 ulp from -87 to
-// 88; what lies outside is taken for the nearer end.
-static inline Vec exponential(Vec v) {
-  v = at_most(at_least(v, all(-87.0f)), all(88.0f));
+// 88; outside it is anything.
+static inline Vec exponential_inside(Vec v) {
   const Vec round = all(12582912.0f);  // 1.5 * 2^23: adding it leaves a whole number in the mantissa
   const Vec shifted = v * 1.44269504f + round;
   const Vec n = shifted - round;
@@ -24,6 +23,11 @@ static inline Vec exponential(Vec v) {
   p = p * r + 1.0f;
   const IntVec exponent = (reinterpret_cast<IntVec>(shifted) - 0x4B400000 + 127) << 23;
   return p * reinterpret_cast<Vec>(exponent);
+}
+
+// What lies outside is taken for the nearer end.
+static inline Vec exponential(Vec v) {
+  return exponential_inside(at_most(at_least(v, all(-87.0f)), all(88.0f)));
 }
 
 // Exactly 0 far below 0: a large v is multiplied by it.

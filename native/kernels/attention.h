@@ -85,26 +85,35 @@ static inline __attribute__((always_inline)) void product(const float *left, int
   }
 }
 
-// Scores of one query become exp(score - largest); returns their sum. What is as good as 0 is 0, and
-// so are the places behind the last key.
-static inline float exponentials(const AttentionWork &work, const float *mask, float *scores) {
-  const int32_t width = whole_vectors(work.keys);
-  const float none = -__builtin_inff();
-  Vec most = all(none);
-  for (int32_t j = 0; j < width; j += kLanes) {
+// Scores of one query are scaled and masked; returns the largest. Places behind the last key see nothing.
+static inline Vec largest_of(const AttentionWork &work, const float *mask, float *scores) {
+  const Vec none = all(-__builtin_inff());
+  Vec most = none;
+  const auto more = [](Vec a, Vec b) { return a > b ? a : b; };
+  int32_t j = 0;
+  for (; j + kLanes <= work.keys; j += kLanes) {
     Vec v = load(scores + j) * work.scale;
-    if (mask) v += load_some(mask + j, work.keys - j);
-    if (work.keys - j < kLanes) {
-      for (int i = work.keys - j; i < kLanes; ++i) v[i] = none;
-    }
+    if (mask) v += load(mask + j);
     store(scores + j, v);
-    most = v > most ? v : most;
+    most = more(v, most);
   }
-  const Vec largest = over_lanes(most, [](Vec a, Vec b) { return a > b ? a : b; });
+  if (j < work.keys) {
+    const int rest = work.keys - j;
+    Vec v = load(scores + j) * work.scale;
+    if (mask) v += load_some(mask + j, rest);
+    store(scores + j, none);
+    store_some(scores + j, v, rest);
+    most = more(load(scores + j), most);
+  }
+  return over_lanes(most, more);
+}
+
+// They become exp(score - largest); returns their sum. What is as good as 0 is 0.
+static inline float exponentials(const AttentionWork &work, Vec largest, float *scores) {
   Vec sums = {};
-  for (int32_t j = 0; j < width; j += kLanes) {
+  for (int32_t j = 0; j < work.keys; j += kLanes) {
     const Vec v = load(scores + j) - largest;
-    const Vec e = v < -87.0f ? Vec{} : exponential(v);
+    const Vec e = v < -87.0f ? Vec{} : exponential_inside(v);  // no score is above the largest
     store(scores + j, e);
     sums += e;
   }
@@ -126,10 +135,15 @@ static void attend(const AttentionWork &work, int32_t row, const float *keys, co
   for (; at < width; at += kLanes) {
     product<R, 1>(q, work.q_stride, keys + at, width, work.size, keep);
   }
+  // Two loops: a query's exponentials wait for its largest score, and not those of all others.
+  Vec largest[R];
   float parts[R];
   for (int r = 0; r < R; ++r) {
     const float *const mask = work.mask ? work.mask + (row + r) * int64_t{work.keys} : nullptr;
-    parts[r] = 1.0f / exponentials(work, mask, scores + r * width);
+    largest[r] = largest_of(work, mask, scores + r * width);
+  }
+  for (int r = 0; r < R; ++r) {
+    parts[r] = 1.0f / exponentials(work, largest[r], scores + r * width);
   }
   float *const y = work.y + row * work.y_stride;
   const auto finish = [&](int r, int j, Vec v) __attribute__((always_inline)) {
