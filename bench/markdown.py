@@ -46,13 +46,26 @@ def goals(study: dict[str, Any]) -> str:
     rows = [
         [
             g["name"],
-            f"{g['found']:.3g}",
+            _told(g["found"], g["limit"]),
             f"{g['sense']} {g['limit']:g}",
             "yes" if g["met"] else "no",
         ]
         for g in study["goals"]
     ]
     return table(["goal", "found", "asked", "met"], rows) if rows else ""
+
+
+def _told(found: float, limit: float) -> str:
+    """Three digits, or as many as tell a number from the limit.
+
+    Example:
+        >>> _told(3.9959, 4.0), _told(4.9041, 5.0), _told(2.0, 2.0)
+        ('3.996', '4.9', '2')
+    """
+    digits = 3
+    while found != limit and digits < 6 and float(f"{found:.{digits}g}") == limit:
+        digits += 1
+    return f"{found:.{digits}g}"
 
 
 def where(study: dict[str, Any]) -> str:
