@@ -171,6 +171,7 @@ def numbers(prefix: str) -> dict[str, int]:
         ("secateur_spec", library.CSpec),
         ("secateur_weights", library.CWeights),
         ("secateur_variant", library.CVariant),
+        ("secateur_attention", library.CAttention),
     ],
 )
 def test_structures_are_those_of_the_header(name: str, structure: type) -> None:

@@ -59,6 +59,22 @@ class CVariant(ctypes.Structure):
     )
 
 
+class CAttention(ctypes.Structure):
+    """``secateur_attention``: sizes of queries, keys, values and mask."""
+
+    _fields_ = (
+        ("batch", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("heads", c_int32),
+        ("size", c_int32),
+        ("value_size", c_int32),
+        ("scale", c_float),
+        ("mask_batch", c_int64),
+        ("mask_heads", c_int32),
+    )
+
+
 # name -> (result, arguments). Task functions travel as addresses: Python never calls or writes one.
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "secateur_abi": (c_int, ()),
@@ -81,6 +97,14 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (
             *(c_void_p, c_void_p, POINTER(c_int64), c_void_p, c_void_p),
+            *(c_void_p, c_void_p, c_int),
+        ),
+    ),
+    "secateur_layer_normalise": (c_int, (c_void_p, c_void_p, c_void_p, c_float)),
+    "secateur_attention_run": (
+        c_int,
+        (
+            *(POINTER(CAttention), c_char_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
             *(c_void_p, c_void_p, c_int),
         ),
     ),
