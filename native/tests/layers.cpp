@@ -221,17 +221,16 @@ Result compare(const Case &c, const secateur_variant &variant, const secateur::K
   std::vector<float> y(total + 2 * kGuard, std::numeric_limits<float>::quiet_NaN());
   for (size_t i = 0; i < kGuard; ++i) y[i] = y[kGuard + total + i] = kMark;
   // Exactly as large as needed, so that the address sanitizer sees any step outside.
-  const auto tight = std::make_unique<float[]>(total);
-  std::fill(tight.get(), tight.get() + total, std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> tight(total, std::numeric_limits<float>::quiet_NaN());
   const float *r = c.residual ? residual.data() : nullptr;
   layer.run(x.data(), c.dims, r, y.data() + kGuard, {nullptr, nullptr, 2});
-  layer.run(x.data(), c.dims, r, tight.get(), {nullptr, nullptr, 1});
+  layer.run(x.data(), c.dims, r, tight.data(), {nullptr, nullptr, 1});
   Expected expected = reference(c, variant.family == SECATEUR_HALF, w, bias, x, residual, out);
   if (c.norm) {
     const std::vector<float> none(s.outputs);
     normalise(expected, s.outputs, scale, c.pattern ? shift : none, 0.01f);
   }
-  Result result = {outside(expected, y.data() + kGuard) + outside(expected, tight.get()), true};
+  Result result = {outside(expected, y.data() + kGuard) + outside(expected, tight.data()), true};
   for (size_t i = 0; i < kGuard; ++i) {
     result.guards &= y[i] == kMark && y[kGuard + total + i] == kMark;
   }
