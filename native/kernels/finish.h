@@ -56,25 +56,39 @@ static inline void finish_row(const Work &work, uint32_t row, const float *sums)
   }
 }
 
-// Whether the tile is one piece, and the activation but two bounds: then sums go from registers to y.
+// Whether sums can go from registers to y: every vector of the tile lies in one piece, and the
+// activation is but two bounds.
 static inline bool finishes_directly(const Work &work) {
-  return work.y && work.piece_count == 1 && is_bounds(work.activation);
+  return work.y && work.landings && is_bounds(work.activation);
 }
 
 template <int V>
 static inline void finish_directly(const Work &work, uint32_t row, Vec (&sum)[V]) {
-  const int64_t at = row * work.plane + work.pieces[0].to;
-  const int32_t length = work.pieces[0].length;
+  float *const y = work.y + row * work.plane;
+  const float *const residual = work.residual ? work.residual + row * work.plane : nullptr;
   const Vec low = all(lower_bound(work.activation)), high = all(upper_bound(work.activation));
+  const Piece first = work.pieces[0];
+  if (first.length == V * kLanes) {
+    float *const to = y + first.to;
+    if (residual) {
+      const float *const from = residual + first.to;
+#pragma GCC unroll 14
+      for (int j = 0; j < V; ++j) sum[j] += load(from + j * kLanes);
+    }
+#pragma GCC unroll 14
+    for (int j = 0; j < V; ++j) store(to + j * kLanes, at_most(at_least(sum[j], low), high));
+    return;
+  }
+  const Landing *const landings = work.landings;
 #pragma GCC unroll 14
   for (int j = 0; j < V; ++j) {
-    const int rest = length - j * kLanes;
-    if (rest >= kLanes) {
-      if (work.residual) sum[j] += load(work.residual + at + j * kLanes);
-      store(work.y + at + j * kLanes, at_most(at_least(sum[j], low), high));
-    } else if (rest > 0) {
-      if (work.residual) sum[j] += load_some(work.residual + at + j * kLanes, rest);
-      store_some(work.y + at + j * kLanes, at_most(at_least(sum[j], low), high), rest);
+    const Landing landing = landings[j];
+    if (landing.length == kLanes) {
+      if (residual) sum[j] += load(residual + landing.to);
+      store(y + landing.to, at_most(at_least(sum[j], low), high));
+    } else if (landing.length) {
+      if (residual) sum[j] += load_some(residual + landing.to, landing.length);
+      store_some(y + landing.to, at_most(at_least(sum[j], low), high), landing.length);
     }
   }
 }

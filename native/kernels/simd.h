@@ -129,8 +129,18 @@ class Four {
 };
 
 // Comparisons with NaN are false, so that NaN passes through both, as it does in ONNX Runtime.
+#if defined(__AVX512F__)
+// The compiler sees what the other form means for shorter vectors only.
+static inline Vec at_least(Vec v, Vec low) {
+  return (Vec)_mm512_maskz_max_ps(0xFFFF, (__m512)low, (__m512)v);
+}
+static inline Vec at_most(Vec v, Vec high) {
+  return (Vec)_mm512_maskz_min_ps(0xFFFF, (__m512)high, (__m512)v);
+}
+#else
 static inline Vec at_least(Vec v, Vec low) { return v < low ? low : v; }
 static inline Vec at_most(Vec v, Vec high) { return v > high ? high : v; }
+#endif
 
 #if SECATEUR_LANES == 16
 #define SECATEUR_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30

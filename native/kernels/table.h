@@ -35,6 +35,13 @@ struct Piece {
   int64_t to;      // position in the plane of an output channel
 };
 
+// Where a vector of a tile goes. As vectors go out in ascending order, one may spill over the end of
+// its piece: the next one overwrites that.
+struct Landing {
+  int64_t to;      // position in the plane of an output channel
+  int32_t length;  // floats
+};
+
 struct Activation {
   int32_t kind;
   float alpha, beta;
@@ -57,6 +64,7 @@ struct Work {
   int64_t plane;         // floats from one output channel to the next
   const Piece *pieces;
   int32_t piece_count;
+  const Landing *landings;  // of each vector; null where a piece begins within one
   Activation activation;
 };
 

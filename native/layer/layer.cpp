@@ -75,6 +75,22 @@ class Ranges {
 // A plan is small, and streams are as large as the weights.
 constexpr size_t kPlansKept = 1024, kStreamsKept = 64;
 
+// Where each vector of a tile goes; false if a piece begins within one.
+bool land(const Piece *pieces, int count, int lanes, int vectors, Landing *landings) {
+  std::fill_n(landings, vectors, Landing{0, 0});
+  const int64_t end = count ? pieces[count - 1].to + pieces[count - 1].length : 0;
+  for (int i = 0; i < count; ++i) {
+    const Piece &piece = pieces[i];
+    if (piece.from % lanes) return false;
+    for (int32_t j = 0; j < piece.length; j += lanes) {
+      const int64_t to = piece.to + j;
+      landings[(piece.from + j) / lanes] = {
+          to, static_cast<int32_t>(std::min<int64_t>(lanes, end - to))};
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 struct Layer::Task {
@@ -265,11 +281,14 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
                                (row0 + r) * tiling.out_width + col0};
     }
   }
+  Landing landings[kMostVectors];
+  const bool whole_vectors = land(pieces, piece_count, table_.lanes, tiling.vectors, landings);
   const Activation activation = {spec_.activation, spec_.alpha, spec_.beta};
-  Work work = {nullptr, nullptr, nullptr, nullptr, reinterpret_cast<const char *>(half ? halves : panel), sums,
+  Work work = {nullptr, nullptr, nullptr, nullptr,
+               reinterpret_cast<const char *>(half ? halves : panel), sums,
                static_cast<uint32_t>(part.first_row), weights_.bias.data(), tiling.vectors,
                variant_.rows, linear ? nullptr : task.y, task.residual, plane, pieces, piece_count,
-               activation};
+               whole_vectors ? landings : nullptr, activation};
   const auto kernel = half                                 ? table_.half_list
                       : variant_.family == SECATEUR_LIST   ? table_.list
                       : variant_.family == SECATEUR_PANELS ? table_.panels
