@@ -33,6 +33,11 @@ class Wheres {
     __asm__ volatile("" : "+r"(words_[kWordsAhead - 1]));
     return word;
   }
+  // Asks for those of count entries that come kAskedAhead later.
+  void ask(uint32_t count) const {
+    const uint16_t *const from = reinterpret_cast<const uint16_t *>(next_) + kAskedAhead;
+    for (uint32_t i = 0; i < count; i += kLine / sizeof *from) __builtin_prefetch(from + i);
+  }
 
  private:
   uint64_t read() {
@@ -51,6 +56,10 @@ class Wheres {
 template <typename Weights, typename Weight, typename Add>
 static inline __attribute__((always_inline)) void each_entry(Wheres &wheres, const Weight *&weight,
                                                              uint32_t count, Add add) {
+  wheres.ask(count);
+  for (uint32_t i = 0; i < count; i += kLine / sizeof *weight) {
+    __builtin_prefetch(weight + kAskedAhead + i);
+  }
   for (; count >= kWheres; count -= kWheres, weight += kWheres) {
     const uint64_t word = wheres.take();
     const Weights weights(weight);

@@ -21,6 +21,10 @@ struct Head {
 };
 constexpr int kWheres = 4;
 constexpr int kWordsAhead = 2;
+// Lists of large models come from memory. A kernel asks for what it takes so many entries ahead; for the
+// first ones it is asked before.
+constexpr uint32_t kAskedAhead = 512;
+constexpr uint32_t kLine = 64;  // bytes of a line of a cache
 // A packed block has so many values at most.
 constexpr int64_t kMostPanel = int64_t{1} << 16;
 // The first and the last record of a row (or of a group of rows) among all blocks of channels.

@@ -75,6 +75,13 @@ class Ranges {
 // A plan is small, and streams are as large as the weights.
 constexpr size_t kPlansKept = 1024, kStreamsKept = 64;
 
+// Asks for the first lines of what kernels read through: they come while the input is packed.
+void ask(const uint32_t *words, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char *>(words) + i);
+  }
+}
+
 // Where each vector of a tile goes; false if a piece begins within one.
 bool land(const Piece *pieces, int count, int lanes, int vectors, Landing *landings) {
   std::fill_n(landings, vectors, Landing{0, 0});
@@ -296,10 +303,16 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
   for (int64_t block = 0; block < streams.blocks; ++block) {
     const Streams::Block &records = part.blocks[block];
     if (records.begin == records.end) continue;
-    work.stream = part.words.data() + records.begin;
-    work.stream_end = part.words.data() + records.end;
-    work.wheres = part.words.data() + records.wheres;
-    work.weights = part.words.data() + records.weights;
+    const uint32_t *const words = part.words.data();
+    work.stream = words + records.begin;
+    work.stream_end = words + records.end;
+    work.wheres = words + records.wheres;
+    work.weights = words + records.weights;
+    ask(words + records.begin, kAskedAhead * sizeof(uint16_t));
+    if (records.weights) {  // of lists
+      ask(words + records.wheres, kAskedAhead * sizeof(uint16_t));
+      ask(words + records.weights, kAskedAhead * sizeof(float));
+    }
     const int32_t channel = static_cast<int32_t>(block * streams.channels_of_block);
     const int32_t count =
         static_cast<int32_t>(std::min(streams.channels_of_block, channels - channel));
