@@ -3,9 +3,9 @@
 //   y[i] = sum over j of p[i][j] * v[j],   p[i] = softmax over j of (scale * q[i] . k[j] + mask[i][j])
 //
 // It is dense, but between sparse layers it is a third of what is left of a Transformer. For every head
-// the keys are packed with positions side by side, the values with their sizes. kRows queries at a time
-// have all their scores in the second cache, so no softmax is put together from parts: both products
-// are of kRows rows and kWide vectors in registers.
+// the keys are packed with positions side by side, the values with their sizes. kQueries queries at a
+// time have all their scores in the second cache, so no softmax is put together from parts: both
+// products are of kQueries rows and kWide vectors in registers.
 #pragma once
 
 #include "finish.h"
@@ -21,25 +21,31 @@ constexpr int kQueries = 4, kWide = 2;
 
 static inline int32_t whole_vectors(int32_t floats) { return (floats + kLanes - 1) / kLanes * kLanes; }
 
-static int64_t attention_scratch(const AttentionWork &work) {
-  return int64_t{work.size} * whole_vectors(work.keys) +
-         int64_t{work.keys} * whole_vectors(work.value_size) +
-         int64_t{kQueries} * whole_vectors(work.keys);
-}
+// Where the parts of the scratch begin, and where it ends.
+struct Parts {
+  int64_t values, scores, end;  // keys come first
+
+  explicit Parts(const AttentionWork &work)
+      : values(int64_t{work.size} * whole_vectors(work.keys)),
+        scores(values + int64_t{work.keys} * whole_vectors(work.value_size)),
+        end(scores + int64_t{kQueries} * whole_vectors(work.keys)) {}
+};
+
+static int64_t attention_scratch(const AttentionWork &work) { return Parts(work).end; }
 
 // [keys][size] become [size][whole vectors of keys].
 static void pack_keys(const AttentionWork &work, float *keys) {
   const int32_t width = whole_vectors(work.keys);
   for (int32_t j = 0; j < width; j += kLanes) {
     const int32_t count = work.keys - j < kLanes ? work.keys - j : kLanes;
-    const float *const k = work.k + j * work.k_stride;
+    const float *const k = work.k + j * work.stride;
     for (int32_t d = 0; d < work.size; d += kLanes) {
       const int32_t found = work.size - d < kLanes ? work.size - d : kLanes;
       const Between lanes(0, found);
       Vec rows[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        rows[i] = i < count ? lanes.load(k + i * work.k_stride + d) : Vec{};
+        rows[i] = i < count ? lanes.load(k + i * work.stride + d) : Vec{};
       }
       transpose(rows);
 #pragma GCC unroll 16
@@ -56,7 +62,7 @@ static void pack_values(const AttentionWork &work, float *values) {
   for (int32_t j = 0; j < work.keys; ++j) {
     for (int32_t d = 0; d < width; d += kLanes) {
       const Between lanes(0, work.value_size - d);
-      store(values + j * width + d, lanes.load(work.v + j * work.v_stride + d));
+      store(values + j * width + d, lanes.load(work.v + j * work.value_stride + d));
     }
   }
 }
@@ -124,16 +130,16 @@ template <int R>
 static void attend(const AttentionWork &work, int32_t row, const float *keys, const float *values,
                    float *scores) {
   const int32_t width = whole_vectors(work.keys), value_width = whole_vectors(work.value_size);
-  const float *const q = work.q + row * work.q_stride;
+  const float *const q = work.q + row * work.stride;
   int32_t at = 0;
   const auto keep = [&](int r, int j, Vec v) __attribute__((always_inline)) {
     store(scores + r * width + at + j * kLanes, v);
   };
   for (; at + kWide * kLanes <= width; at += kWide * kLanes) {
-    product<R, kWide>(q, work.q_stride, keys + at, width, work.size, keep);
+    product<R, kWide>(q, work.stride, keys + at, width, work.size, keep);
   }
   for (; at < width; at += kLanes) {
-    product<R, 1>(q, work.q_stride, keys + at, width, work.size, keep);
+    product<R, 1>(q, work.stride, keys + at, width, work.size, keep);
   }
   // Two loops: a query's exponentials wait for its largest score, and not those of all others.
   Vec largest[R];
@@ -145,10 +151,10 @@ static void attend(const AttentionWork &work, int32_t row, const float *keys, co
   for (int r = 0; r < R; ++r) {
     parts[r] = 1.0f / exponentials(work, largest[r], scores + r * width);
   }
-  float *const y = work.y + row * work.y_stride;
+  float *const y = work.y + row * work.value_stride;
   const auto finish = [&](int r, int j, Vec v) __attribute__((always_inline)) {
     const int32_t d = at + j * kLanes;
-    store_some(y + r * work.y_stride + d, v * parts[r], work.value_size - d);
+    store_some(y + r * work.value_stride + d, v * parts[r], work.value_size - d);
   };
   for (at = 0; at + kWide * kLanes <= value_width; at += kWide * kLanes) {
     product<R, kWide>(scores, width, values + at, value_width, work.keys, finish);
@@ -162,9 +168,9 @@ static void attend(const AttentionWork &work, int32_t row, const float *keys, co
 }
 
 static void attention(const AttentionWork &work) {
-  float *const keys = work.scratch;
-  float *const values = keys + int64_t{work.size} * whole_vectors(work.keys);
-  float *const scores = values + int64_t{work.keys} * whole_vectors(work.value_size);
+  const Parts parts(work);
+  float *const keys = work.scratch, *const values = keys + parts.values;
+  float *const scores = keys + parts.scores;
   pack_keys(work, keys);
   pack_values(work, values);
   int32_t row = 0;

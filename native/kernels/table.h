@@ -120,14 +120,14 @@ struct DepthwiseWork {
   Activation activation;
 };
 
-// Queries of one head. A stride is floats from one position to the next; masks have one row of keys for
-// every query.
+// Queries of one head. A stride is floats from one position to the next, of queries and keys, or of values
+// and y; masks have one row of keys for every query.
 struct AttentionWork {
   const float *q, *k, *v;
   const float *mask;  // or null
   float *y;
   float *scratch;  // as many floats as attention_scratch says
-  int64_t q_stride, k_stride, v_stride, y_stride;
+  int64_t stride, value_stride;
   int32_t rows, keys;
   int32_t size, value_size;
   float scale;

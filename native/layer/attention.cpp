@@ -53,8 +53,6 @@ void attend(const secateur_attention &a, const AttentionArrays &arrays, const Ke
         arrays.y + query * value_width + head * a.value_size,
         nullptr,
         width,
-        width,
-        value_width,
         value_width,
         static_cast<int32_t>(rows),
         static_cast<int32_t>(a.keys),

@@ -4,16 +4,12 @@ namespace secateur::ops {
 
 std::unique_ptr<AttentionKernel> AttentionKernel::make(const Operator &op, const ort::Api &api,
                                                        const ort::KernelInfo *info) {
-  const Node node(api, info, op.name);
-  require_version(node);
-  auto kernel = std::make_unique<AttentionKernel>();
-  kernel->api = &api;
-  kernel->heads = node.integer("heads");
-  kernel->scale = node.real("scale");
-  kernel->threads = threads_of(node, op.has_config_entries);
-  kernel->who = node.who();
-  if (kernel->heads < 1) node.refuse("it has " + std::to_string(kernel->heads) + " heads.");
-  return kernel;
+  return std::make_unique<AttentionKernel>(api, op, Node(api, info, op.name));
+}
+
+AttentionKernel::AttentionKernel(const ort::Api &api, const Operator &op, const Node &node)
+    : KernelBase(api, op, node), heads(node.integer("heads")), scale(node.real("scale")) {
+  if (heads < 1) node.refuse("it has " + std::to_string(heads) + " heads.");
 }
 
 // No data if the input is left out.
@@ -60,22 +56,12 @@ void AttentionKernel::run(ort::KernelContext *context) const {
     }
     sizes.mask_batch = m[0], sizes.mask_heads = static_cast<int32_t>(m[1]);
   }
-  const std::vector<int64_t> shape = {batch, sizes.queries, value_width};
-  ort::Value *output = nullptr;
-  void *y = nullptr;
-  require(*api, api->KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output), who);
-  require(*api, api->GetTensorMutableData(output, &y), who);
+  float *const y = output(context, {batch, sizes.queries, value_width});
   if (batch == 0 || sizes.queries == 0 || value_width == 0) return;
-  const auto floats = [](const Tensor &tensor) { return static_cast<const float *>(tensor.data); };
-  Spread spread{*api, context};
-  const int code = secateur_attention_run(&sizes, nullptr, floats(q), floats(k), floats(v),
-                                          floats(mask), static_cast<float *>(y),
-                                          threads > 1 ? Spread::run : nullptr, &spread, threads);
-  require(*api, spread.status, who);
-  if (code != SECATEUR_OK) {
-    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_ARGUMENT,
-                  who + ": " + secateur_last_error() + "."};
-  }
+  on_threads(context, [&](auto parallel, void *state, int count) {
+    return secateur_attention_run(&sizes, nullptr, floats(q), floats(k), floats(v), floats(mask), y,
+                                  parallel, state, count);
+  });
 }
 
 }  // namespace secateur::ops

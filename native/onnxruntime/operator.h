@@ -71,6 +71,48 @@ struct Spread {
   }
 };
 
+// What every kernel has, and how it ends.
+struct KernelBase {
+  const ort::Api *api;
+  int threads;
+  std::string who;
+
+  KernelBase(const ort::Api &its_api, const Operator &op, const Node &node)
+      : api(&its_api), threads(threads_of(node, op.has_config_entries)), who(node.who()) {
+    require_version(node);
+  }
+
+  [[noreturn]] void refuse(const std::string &found) const {
+    throw Refusal{ort::INVALID_ARGUMENT, who + ": " + found};
+  }
+
+  float *output(ort::KernelContext *context, const std::vector<int64_t> &shape) const {
+    ort::Value *value = nullptr;
+    void *y = nullptr;
+    require(*api, api->KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &value), who);
+    require(*api, api->GetTensorMutableData(value, &y), who);
+    return static_cast<float *>(y);
+  }
+
+  // call(parallel, context, threads) of secateur.h on ONNX Runtime's threads.
+  template <typename Call>
+  void on_threads(ort::KernelContext *context, Call call) const {
+    Spread spread{*api, context};
+    const int code = call(threads > 1 ? Spread::run : nullptr, &spread, threads);
+    require(*api, spread.status, who);
+    require_ok(code, ort::INVALID_ARGUMENT);
+  }
+
+  // Tells the error of a call of secateur.h.
+  void require_ok(int code, ort::ErrorCode otherwise) const {
+    if (code == SECATEUR_OK) return;
+    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : otherwise,
+                  who + ": " + secateur_last_error() + "."};
+  }
+};
+
+inline const float *floats(const Tensor &tensor) { return static_cast<const float *>(tensor.data); }
+
 // An operator whose kernels are of a type with INPUTS, REQUIRED, input_type(), make() and run(). What is
 // stated here ONNX Runtime checks before it makes a kernel; UNDEFINED stands for any type, and then we
 // check.

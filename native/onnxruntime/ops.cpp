@@ -97,57 +97,40 @@ secateur_variant read_variant(const Node &node, const secateur_spec &spec,
   return secateur_candidates(&spec, positions, density, nullptr, &first, 1) > 0 ? first : variant;
 }
 
-struct Kernel {
+struct Kernel : KernelBase {
   static constexpr size_t INPUTS = ops::INPUTS, REQUIRED = BIAS;
   static ort::ElementType input_type(size_t index) {
     return index == VALUES ? ort::UNDEFINED : index == INDEX ? ort::UINT8 : ort::FLOAT;
   }
 
-  const ort::Api *api;
   secateur_spec spec;
-  int threads;
-  std::string who;
   std::unique_ptr<secateur_layer, void (*)(secateur_layer *)> layer{nullptr,
                                                                   secateur_layer_destroy};
 
-  void prepare(const Operator &op, const ort::KernelInfo *info, int32_t kind);
+  Kernel(const ort::Api &api, const Operator &op, const Node &node, int32_t kind);
   void run(ort::KernelContext *context) const;
-  [[noreturn]] void refuse(const std::string &found) const {
-    throw Refusal{ort::INVALID_ARGUMENT, who + ": " + found};
-  }
 };
 
 template <int32_t KIND>
 struct KernelOf : Kernel {
+  using Kernel::Kernel;
   static std::unique_ptr<KernelOf> make(const Operator &op, const ort::Api &api,
                                         const ort::KernelInfo *info) {
-    auto kernel = std::make_unique<KernelOf>();
-    kernel->api = &api;
-    kernel->prepare(op, info, KIND);
-    return kernel;
+    return std::make_unique<KernelOf>(api, op, Node(api, info, op.name), KIND);
   }
 };
 
-void Kernel::prepare(const Operator &op, const ort::KernelInfo *info, int32_t kind) {
-  const Node node(*api, info, op.name);
-  require_version(node);
-  spec = read_spec(node, kind);
-  threads = threads_of(node, op.has_config_entries);
-  who = node.who();
+Kernel::Kernel(const ort::Api &api, const Operator &op, const Node &node, int32_t kind)
+    : KernelBase(api, op, node), spec(read_spec(node, kind)) {
   const secateur_weights weights = read_weights(node, spec);
   const secateur_variant variant = read_variant(node, spec, weights);
-  const auto made = [&](int code) {
-    if (code == SECATEUR_OK) return;
-    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_GRAPH,
-                  who + ": " + secateur_last_error() + "."};
-  };
-  secateur_layer *found = nullptr;
-  made(secateur_layer_create(&spec, &weights, &variant, nullptr, &found));
-  layer.reset(found);
+  secateur_layer *made = nullptr;
+  require_ok(secateur_layer_create(&spec, &weights, &variant, nullptr, &made), ort::INVALID_GRAPH);
+  layer.reset(made);
   if (!node.has(SCALE)) return;
   const float *const scale = read_floats(node, SCALE, spec.outputs);
   const float *const shift = node.has(SHIFT) ? read_floats(node, SHIFT, spec.outputs) : nullptr;
-  made(secateur_layer_normalise(found, scale, shift, node.real("epsilon")));
+  require_ok(secateur_layer_normalise(made, scale, shift, node.real("epsilon")), ort::INVALID_GRAPH);
 }
 
 void Kernel::run(ort::KernelContext *context) const {
@@ -198,22 +181,12 @@ void Kernel::run(ort::KernelContext *context) const {
     }
   }
 
-  ort::Value *output = nullptr;
-  void *y = nullptr;
-  require(*api, api->KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output), who);
-  require(*api, api->GetTensorMutableData(output, &y), who);
+  float *const y = output(context, shape);
   if (dims[0] == 0) return;
-
-  Spread spread{*api, context};
-  const int code = secateur_layer_run(layer.get(), static_cast<const float *>(x.data), dims,
-                                      static_cast<const float *>(residual.data),
-                                      static_cast<float *>(y), threads > 1 ? Spread::run : nullptr,
-                                      &spread, threads);
-  require(*api, spread.status, who);
-  if (code != SECATEUR_OK) {
-    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : ort::INVALID_ARGUMENT,
-                  who + ": " + secateur_last_error() + "."};
-  }
+  on_threads(context, [&](auto parallel, void *state, int count) {
+    return secateur_layer_run(layer.get(), floats(x), dims, floats(residual), y, parallel, state,
+                              count);
+  });
 }
 
 // The operators as one copy of ONNX Runtime got them. All its sessions share them, and they are
