@@ -84,5 +84,22 @@ static inline Vec activate(Vec v, const Activation &how) {
   }
 }
 
+// Calls run with an activation's kind as a type, so that it is known in loops.
+template <int Value>
+struct Kind {
+  static constexpr int value = Value;
+};
+template <typename Run>
+static inline __attribute__((always_inline)) void with_kind(const Activation &how, Run run) {
+  switch (how.kind) {
+    case 1: return run(Kind<1>());
+    case 2: return run(Kind<2>());
+    case 3: return run(Kind<3>());
+    case 4: return run(Kind<4>());
+    case 5: return run(Kind<5>());
+    default: return run(Kind<0>());
+  }
+}
+
 }  // namespace SECATEUR_ISA
 }  // namespace secateur

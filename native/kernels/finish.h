@@ -46,14 +46,7 @@ static inline void finish_as(const Work &work, uint32_t row, const float *sums) 
 }
 
 static inline void finish_row(const Work &work, uint32_t row, const float *sums) {
-  switch (work.activation.kind) {
-    case 1: return finish_as<1>(work, row, sums);
-    case 2: return finish_as<2>(work, row, sums);
-    case 3: return finish_as<3>(work, row, sums);
-    case 4: return finish_as<4>(work, row, sums);
-    case 5: return finish_as<5>(work, row, sums);
-    default: return finish_as<0>(work, row, sums);
-  }
+  with_kind(work.activation, [&](auto kind) { finish_as<kind.value>(work, row, sums); });
 }
 
 // Whether sums can go from registers to y: every vector of the tile lies in one piece, and the

@@ -158,14 +158,7 @@ static void unpack_as(const TokensOut &t) {
 }
 
 static void unpack_tokens(const TokensOut &t) {
-  switch (t.activation.kind) {
-    case 1: return unpack_as<1>(t);
-    case 2: return unpack_as<2>(t);
-    case 3: return unpack_as<3>(t);
-    case 4: return unpack_as<4>(t);
-    case 5: return unpack_as<5>(t);
-    default: return unpack_as<0>(t);
-  }
+  with_kind(t.activation, [&](auto kind) { unpack_as<kind.value>(t); });
 }
 
 }  // namespace SECATEUR_ISA
