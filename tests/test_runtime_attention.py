@@ -9,67 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx_cases import model, native, onnx, run, sparse, write
+from onnx_attention_cases import HEADS, INPUTS, LINES, WIDTH, block, feeds, fused
+from onnx_cases import native, onnx, run, sparse, write
 from torch import Tensor, nn
 
 import secateur
 from secateur.core.errors import DataError
 from secateur.runtime.compiler import compile as compiling
 from secateur.runtime.compiler import whole
-from secateur.runtime.compiler.attention import OURS, THEIRS, Attention, attentions, is_block
+from secateur.runtime.compiler.attention import OURS, THEIRS, attentions, is_block
 from secateur.runtime.compiler.compile import compile_onnx, read_graph
 from secateur.runtime.compiler.graph import Graph
-from secateur.runtime.compiler.rebuild import dense_model
 from secateur.runtime.compiler.rewrite import sparse_model
 from secateur.runtime.compiler.verify import largest_error, require_same
-from secateur.runtime.race import Raced, open_session
+from secateur.runtime.race import Raced
 
 # Each block becomes an operator of one of these domains.
 DOMAINS = [pytest.param(THEIRS, id="theirs"), pytest.param(OURS, id="ours", marks=native)]
-HEADS, SIZE = 3, 4
-WIDTH = HEADS * SIZE
-INPUTS = (
-    f"(float[B,S,{WIDTH}] q, float[B,L,{WIDTH}] k, float[B,L,{WIDTH}] v, float[B,1,S,L] mask)"
-    f" => (float[B,S,{WIDTH}] y)"
-)
-# A block as exporters write it; tests put other lines in the place of these.
-LINES = {
-    "q": "qs = Reshape (q, split) qh = Transpose <perm = [0,2,1,3]> (qs)",
-    "k": "ks = Reshape (k, split) kh = Transpose <perm = [0,2,3,1]> (ks)",
-    "v": "vs = Reshape (v, split) vh = Transpose <perm = [0,2,1,3]> (vs)",
-    "product": "qk = MatMul (qh, kh)",
-    "scale": "scaled = Mul (qk, factor)",
-    "add": "scores = Add (scaled, mask)",
-    "softmax": "p = Softmax <axis = -1> (scores)",
-    "mean": "o = MatMul (p, vh) ot = Transpose <perm = [0,2,1,3]> (o)",
-    "join": "y = Reshape (ot, join)",
-}
-HELD = {
-    "split": np.array([0, 0, HEADS, SIZE]),
-    "join": np.array([0, 0, WIDTH]),
-    "factor": np.float32(0.5),
-    "zero": np.float32(0),
-    "low": np.float32(-1000),
-}
-
-
-def block(inputs: str = INPUTS, *, held: dict[str, Any] | None = None, **lines: str) -> Any:
-    parts = {**LINES, **lines}
-    return model(f"{inputs} {{ {' '.join(parts.values())} }}", {**HELD, **(held or {})})
-
-
-def feeds(batch: int = 2, queries: int = 5, keys: int = 7) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    shapes = {"q": (batch, queries, WIDTH), "k": (batch, keys, WIDTH), "v": (batch, keys, WIDTH)}
-    found = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
-    hidden = rng.random((batch, 1, queries, keys)) < 0.4
-    return {**found, "mask": np.where(hidden, np.float32(-1000), np.float32(0))}
-
-
-def fused(made: Any, domain: str = THEIRS) -> tuple[tuple[Attention, ...], Any]:
-    graph = Graph.of(made)
-    found = tuple(replace(block, domain=domain) for block in attentions(graph))
-    return found, sparse_model(graph, (), found)
 
 
 # --- which blocks are taken ---------------------------------------------------------------------
@@ -367,78 +323,3 @@ def test_the_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fa
     assert all(where[fastest] in note for note in said)
     assert done.error < 1e-5
     assert "SparseLinear" in kinds
-
-
-# --- our operator -------------------------------------------------------------------------------
-
-
-@native
-def test_it_becomes_theirs_in_the_dense_model() -> None:
-    made = block()
-    del made.opset_import[1:]
-    _, own = fused(made, OURS)
-    dense = dense_model(own)
-    onnx.checker.check_model(dense)
-    assert [(node.op_type, node.domain) for node in dense.graph.node] == [
-        ("MultiHeadAttention", THEIRS)
-    ]
-    assert [o.domain for o in dense.opset_import] == ["", THEIRS]
-    given = feeds()
-    assert largest_error(run(made, given), run(dense, given)) < 1e-5
-
-
-@native
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"k": (2, 7, WIDTH + 3)}, r"do not fit together, or cannot be split into 3 heads"),
-        ({"v": (2, 6, WIDTH)}, r"values \[2, 6, 12\] do not fit together"),
-        ({"k": (3, 7, WIDTH)}, r"keys \[3, 7, 12\]"),
-        ({"v": (2, 7, WIDTH + 1)}, r"cannot be split into 3 heads"),
-        ({"mask": (2, 1, 5, 6)}, r"the mask has the shape \[2, 1, 5, 6\], and must have"),
-        ({"mask": (2, 2, 5, 7)}, r"\[2 or 1, 3 or 1, 5, 7\]"),
-    ],
-)
-def test_inputs_that_do_not_fit_are_refused(wrong: dict[str, Any], said: str) -> None:
-    loose = (
-        "(float[A,S,W] q, float[B,L,X] k, float[C,M,Y] v, float[D,E,F,G] mask) => (float[N,S,Z] y)"
-    )
-    text = f"{loose} {{ y = secateur.Attention <abi = 1, heads = 3, scale = 0.5> (q, k, v, mask) }}"
-    made = model(text, {})
-    made.opset_import.append(onnx.helper.make_opsetid(OURS, 1))
-    given = {**feeds(), **{name: np.zeros(shape, np.float32) for name, shape in wrong.items()}}
-    with pytest.raises(Exception, match=said):
-        run(made, given)
-
-
-@native
-@pytest.mark.parametrize(
-    ("attributes", "said"),
-    [
-        ("abi = 1, heads = 0, scale = 0.5", "it has 0 heads"),
-        ("abi = 1, scale = 0.5", "no integer attribute 'heads'"),
-        ("abi = 1, heads = 3", "no float attribute 'scale'"),
-        ("abi = 7, heads = 3, scale = 0.5", "written for version 7 of the operators"),
-    ],
-)
-def test_attributes_that_mean_nothing_are_refused(attributes: str, said: str) -> None:
-    text = f"{INPUTS} {{ y = secateur.Attention <{attributes}> (q, k, v, mask) }}"
-    made = model(text, {})
-    made.opset_import.append(onnx.helper.make_opsetid(OURS, 1))
-    with pytest.raises(Exception, match=said):
-        run(made, feeds())
-
-
-@native
-def test_nothing_in_nothing_out() -> None:
-    _, own = fused(block(), OURS)
-    assert [y.shape for y in run(own, feeds(batch=0))] == [(0, 5, WIDTH)]
-    assert [y.shape for y in run(own, feeds(queries=0))] == [(2, 0, WIDTH)]
-
-
-@native
-def test_threads_change_nothing() -> None:
-    _, own = fused(block(), OURS)
-    given = feeds(batch=3, queries=300, keys=33)
-    one, two = (open_session(own, threads).run(None, given)[0] for threads in (1, 2))
-    assert np.array_equal(one, two)

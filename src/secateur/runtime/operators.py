@@ -2,11 +2,11 @@
 
 All have the domain ``secateur``. Sparse layers have the inputs X, values, index, bias (may be left
 out), residual (may be left out), and scale and shift, if what a linear layer puts out is normalised.
-``values`` and ``index`` are the packed weight, in the layouts of
-:mod:`secateur.formats.layouts`; everything else is in the attributes. ``Attention`` is dense: queries,
-keys and values ``(batch, positions, heads * size)``, and a mask (may be left out) that is added to the
-scores, ``(batch or 1, heads or 1, positions, keys)``. The library that implements
-them is registered by :func:`secateur.runtime.session.session`.
+``values`` and ``index`` are the packed weight, in the layouts of :mod:`secateur.formats.layouts`;
+everything else is in the attributes. ``Attention`` is dense: queries, keys and values ``(batch,
+positions, heads * size)``, and a mask (may be left out) that is added to the scores, ``(batch or 1,
+heads or 1, positions, keys)``. The library that implements them is registered by
+:func:`secateur.runtime.session.session`.
 """
 
 from __future__ import annotations
