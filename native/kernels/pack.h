@@ -34,8 +34,20 @@ static inline Span inside(int64_t at, int64_t stride, int64_t size, int count) {
           static_cast<int>(stop < count ? stop : count)};
 }
 
-// The rows of a phase that lie inside the image. Vectors may run over the end of a row, with zeros:
-// as columns go down and rows up, what they spill is written afterwards.
+// The part of a phase that lies inside the image, the same in all channels.
+struct Cut {
+  Span rows, columns;
+  int64_t from;  // where its first row and column would be, in the image
+};
+static inline Cut cut_of(const Window &w, int phase) {
+  const int64_t top = w.row0 * w.stride_y + w.phases[2 * phase] - w.pad_y;
+  const int64_t left = w.col0 * w.stride_x + w.phases[2 * phase + 1] - w.pad_x;
+  return {inside(top, w.stride_y, w.height, w.rows), inside(left, w.stride_x, w.width, w.cols),
+          top * w.width + left};
+}
+
+// The rows inside the image. Vectors may run over the end of a row, with zeros: as columns go down and
+// rows up, what they spill is written afterwards.
 static inline void pack_rows(const Window &w, const float *src, Span rows, Span columns,
                              float *dst) {
   const int64_t down = w.stride_y * w.width;
@@ -69,19 +81,18 @@ static inline void pack_rows(const Window &w, const float *src, Span rows, Span 
 }
 
 static void pack_window(const Window &w, float *panel) {
+  constexpr int kKept = 16;  // more phases have only kernels of 5 x 5 and more, far apart
+  Cut cuts[kKept];
+  for (int i = 0; i < w.phase_count && i < kKept; ++i) cuts[i] = cut_of(w, i);
   const int64_t image = w.height * w.width;
-  for (int c = 0; c < w.channels; ++c) {
+  const float *x = w.x + w.channel * image;
+  for (int c = 0; c < w.channels; ++c, x += image) {
     float *dst = panel + c * w.channel_floats;
-    for (int phase = 0; phase < w.phase_count; ++phase, dst += w.rows * w.cols) {
-      const int64_t top = w.row0 * w.stride_y + w.phases[2 * phase] - w.pad_y;
-      const int64_t left = w.col0 * w.stride_x + w.phases[2 * phase + 1] - w.pad_x;
-      const Span rows = inside(top, w.stride_y, w.height, w.rows);
-      const Span columns = inside(left, w.stride_x, w.width, w.cols);
-      for (int r = 0; r < w.rows; ++r) {
-        if (r < rows.begin || r >= rows.stop) zero_row(dst + r * w.cols, w.cols);
-      }
-      const float *const x = w.x + (w.channel + c) * image;
-      pack_rows(w, x + top * w.width + left, rows, columns, dst);
+    for (int i = 0; i < w.phase_count; ++i, dst += w.rows * w.cols) {
+      const Cut cut = i < kKept ? cuts[i] : cut_of(w, i);
+      zero_row(dst, cut.rows.begin * w.cols);
+      zero_row(dst + cut.rows.stop * w.cols, (w.rows - cut.rows.stop) * w.cols);
+      pack_rows(w, x + cut.from, cut.rows, cut.columns, dst);
     }
   }
 }

@@ -265,10 +265,11 @@ std::vector<Case> cases() {
   all.push_back({conv(16, 8, 1, 3, 1, 1, 1, 0), {1, 3, 300}, 0.3, false, true, 0});
   all.push_back({conv(16, 8, 1, 3, 2, 1, 1, 0), {1, 5, 611}, 0.3, false, true, 0});
   all.push_back({conv(16, 8, 1, 5, 1, 2, 4, 2), {1, 11, 9}, 0.2, true, true, 2});
-  // Taps far apart; in the last two no list could say where, so they read copies of the image.
+  // Taps far apart; in the last three no list could say where, so they read copies of the image.
   all.push_back({conv(16, 4, 1, 3, 1, 60, 60, 1), {1, 130, 140}, 0.4, true, true, 0});
   all.push_back({conv(16, 4, 1, 3, 1, 700, 700, 1), {1, 20, 23}, 0.4, true, true, 0});
   all.push_back({conv(16, 4, 1, 3, 2, 1001, 1001, 0), {1, 13, 12}, 0.4, false, false, 1});
+  all.push_back({conv(16, 4, 1, 5, 1, 700, 1400, 1), {1, 20, 23}, 0.4, true, true, 0});  // 25 copies
   all.push_back({conv(16, 8, 1, 3, 3, 2, 2, 0), {1, 17, 23}, 0.4, true, false, 0});
   all.push_back({conv(16, 4, 1, 1, 2, 1, 0, 1), {1, 14, 15}, 0.4, true, true, 0});
   all.push_back({conv(16, 4, 1, 2, 1, 1, 0, 0), {1, 2, 2}, 0.5, true, false, 0});
