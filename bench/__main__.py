@@ -72,7 +72,8 @@ def main(words: list[str] | None = None) -> int:
         filters.run_arm(given.arm, filters.plan_of(given.depth, given.epochs), seed=given.seed)
         return 0
     if given.arm in recovered.ARMS:
-        recovered.run_arm(given.arm, recovered.plan_of(given.depth, given.rate), seed=given.seed)
+        how = recovered.plan_of(given.depth, given.rate, held_out=given.held_out)
+        recovered.run_arm(given.arm, how, seed=given.seed)
         return 0
     if given.arm in dsp.ARMS:
         dsp.run_arm(given.arm, seed=given.seed)
@@ -144,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs", type=int, help="of each arm of 'sparse_training', 'filters' or 'gradual'"
     )
     parser.add_argument("--rate", type=float, help="highest learning rate of 'recovered'")
+    parser.add_argument(
+        "--held-out", action="store_true", help="'recovered' with a network trained here"
+    )
     return parser
 
 

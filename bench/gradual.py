@@ -151,10 +151,12 @@ def trained_trunk(
     *,
     seed: int = 0,
     place: Place = Place(),
+    depth: int = 20,
 ) -> training.Run:
     """The dense network that all arms start from, trained if it is not yet."""
-    path = record.ignored(place.runs) / f"gradual-trunk-seed{seed}.safetensors"
-    run = training.start(recipe, seed=seed)
+    other = "" if depth == 20 else f"-resnet{depth}"
+    path = record.ignored(place.runs) / f"gradual-trunk{other}-seed{seed}.safetensors"
+    run = training.start(recipe, seed=seed, depth=depth)
     if path.exists():
         training.load(run, path)
     batches = cifar.augmented(cifar.training_splits()[0][:images], batch=recipe.batch)
