@@ -16,7 +16,7 @@ from secateur.core.errors import UsageError
 from secateur.structure import couple
 from secateur.structure.kept_units import run_on_kept
 from secateur.structure.labels import along
-from secateur.structure.trace import Call, Tracer
+from secateur.structure.tracer import Call, Tracer
 
 WORDS = torch.tensor([[3, 0, 5, 5], [1, 2, 0, 0], [4, 4, 1, 2]])
 

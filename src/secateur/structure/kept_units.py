@@ -14,7 +14,7 @@ from secateur.structure.counted import rows_along
 from secateur.structure.labels import varying
 from secateur.structure.rules.norms import own_statistics
 from secateur.structure.rules.reductions import REDUCTIONS, reduced_axes
-from secateur.structure.trace import Call, Tracer
+from secateur.structure.tracer import Call, Tracer
 
 _WEIGHT_NORM = "aten._weight_norm_interface"
 #: Axis -> the positions along it that are kept.

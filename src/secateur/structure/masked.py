@@ -25,7 +25,8 @@ from secateur.structure.coupling import Structure
 from secateur.structure.kept_units import SameDraws, run_on_kept
 from secateur.structure.outputs import predictions
 from secateur.structure.running import positional
-from secateur.structure.trace import Call, Tracer, run_traced
+from secateur.structure.trace import run_traced
+from secateur.structure.tracer import Call, Tracer
 
 
 @torch.no_grad()

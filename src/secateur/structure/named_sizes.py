@@ -23,7 +23,7 @@ from secateur.structure.sizes import Site, SizeUse
 
 if TYPE_CHECKING:
     from secateur.structure.seen import Trace
-    from secateur.structure.trace import Tracer
+    from secateur.structure.tracer import Tracer
 
 
 NUMBER = "its code gives the size {} as a number"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from secateur.structure.trace import Rule
+from secateur.structure.tracer import Rule
 
 __all__ = ["Entry", "rule", "rule_for"]
 

@@ -9,7 +9,7 @@ from secateur.structure.labels import along
 from secateur.structure.named import Named
 from secateur.structure.rules import rule
 from secateur.structure.sizes import find_site
-from secateur.structure.trace import Call, Tracer
+from secateur.structure.tracer import Call, Tracer
 
 FIXED = "it meets a tensor whose size the code fixes"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.structure.labels import first_along, relaxed, varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
-from secateur.structure.trace import Call, Labels, Tracer
+from secateur.structure.tracer import Call, Labels, Tracer
 
 _LOOKED_UP = "they are looked up by index"
 _LAST = "its code picks them by their distance from the end"

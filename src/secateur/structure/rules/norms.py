@@ -9,7 +9,7 @@ from torch import Tensor
 from secateur.structure.labels import varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
-from secateur.structure.trace import Call, Labels, Tracer
+from secateur.structure.tracer import Call, Labels, Tracer
 
 
 def _scaled(

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.structure.labels import along, first_along, varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
-from secateur.structure.trace import Call, Labels, Tracer
+from secateur.structure.tracer import Call, Labels, Tracer
 
 READS = "it reads a tensor of fixed size, such as the input of the model"
 _TAPS = "positions of a kernel are not removed"

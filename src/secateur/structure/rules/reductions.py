@@ -6,7 +6,7 @@ from torch import Tensor
 
 from secateur.structure.labels import first_along, varying
 from secateur.structure.rules import rule
-from secateur.structure.trace import Call, Tracer
+from secateur.structure.tracer import Call, Tracer
 
 REDUCTIONS = ("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
               "aten.prod", "aten.any", "aten.all", "aten.logsumexp", "aten.linalg_vector_norm",

@@ -7,7 +7,7 @@ from torch import Tensor
 from secateur.structure.labels import fill, first_along, relaxed, varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
-from secateur.structure.trace import Call, Tracer
+from secateur.structure.tracer import Call, Tracer
 
 _WINDOW = (
     "a window slides over them, as in a LocalResponseNorm: after a cut others would be neighbours"

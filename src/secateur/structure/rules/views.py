@@ -15,7 +15,7 @@ from secateur.structure.named import Named
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.sizes import find_site
-from secateur.structure.trace import Call, Labels, Tracer
+from secateur.structure.tracer import Call, Labels, Tracer
 
 _PAIRS = "they are the two parts of a complex number"
 _SHAPED = "its code gives their number to a tensor of fixed size"
