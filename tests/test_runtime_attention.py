@@ -296,7 +296,7 @@ def linear() -> Any:
 @native
 @pytest.mark.parametrize("fastest", ["", "Attention", "MultiHeadAttention"])
 def test_the_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
-    def race(runners: Any, *, seconds: float, drop: bool = True) -> Raced:
+    def race(runners: Any, *, seconds: float, drop: bool = True, turn: float) -> Raced:
         """The last one wins; of attention, the one that shall: none, ours, or theirs."""
         count = len(runners)
         winner = count - 1

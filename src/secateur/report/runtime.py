@@ -1,7 +1,7 @@
 """What compiling and measuring found, as tables and as JSON.
 
 The document of ``bench`` has at its top level ``dense_ms``, ``sparse_ms`` (medians),
-``dense_range`` and ``sparse_range`` (80 % of the runs), ``speedup``, ``speedup_range`` (95 % of its
+``dense_range`` and ``sparse_range`` (80 % of the turns), ``speedup``, ``speedup_range`` (95 % of its
 median), ``rounds``, ``max_rel_error``, ``dense_bytes``, ``sparse_bytes``, ``threads``, ``isa``,
 ``peak_gflops``, ``inputs``, ``notes`` and ``layers``, a list of ``name``, ``kind``, ``shape``,
 ``groups``, ``sparsity``, ``kernel`` (``null``: dense), ``dense_ms``, ``sparse_ms``, ``gflops`` and
@@ -134,7 +134,7 @@ def bench_table(found: Bench) -> RenderableType:
     low, high = found.speedup_range
     shapes = ", ".join(f"{name} {'x'.join(map(str, s))}" for name, s in found.inputs.items())
     how = (
-        f"{found.rounds} pairs of runs; the ratio is {low:.2f} to {high:.2f} (95 % range). "
+        f"{found.rounds} pairs of turns; the ratio is {low:.2f} to {high:.2f} (95 % range). "
         f"{_threads(found.threads)}, {found.isa} kernels, {shapes}."
     )
     return Group(Columns(table), Text(how))

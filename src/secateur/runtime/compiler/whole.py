@@ -20,7 +20,7 @@ from secateur.runtime.compiler.attention import Attention, attentions
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.graph import Graph
 from secateur.runtime.compiler.rewrite import sparse_model
-from secateur.runtime.race import Raced, open_session, race, runner
+from secateur.runtime.race import TURN, Raced, open_session, race, runner
 
 #: What is not faster by more than this is a tie; ties go to dense.
 NEAR_TIE = 0.03
@@ -47,7 +47,7 @@ class Plan:
         model: The ONNX model.
         dense_ms: Median of the dense model; None if nothing was timed.
         sparse_ms: Median of this one.
-        speedup: Median ratio of paired runs.
+        speedup: Median ratio of paired turns.
         blocks: Attention that became one operator each.
     """
 
@@ -91,7 +91,7 @@ class Clock:
 
     def race(self, runners: Sequence[Callable[[], None]], share: float, drop: bool = True) -> Raced:
         """Time runners for a share of the seconds."""
-        return race(runners, seconds=share * self.seconds, drop=drop)
+        return race(runners, seconds=share * self.seconds, drop=drop, turn=TURN)
 
     def say(self, stage: str, done: float, total: float) -> None:
         """Report how far it is."""
