@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from secateur.runtime.compiler.verify import largest_error
 from secateur.runtime.compiler.whole import Progress
 from secateur.runtime.native import Variant, isa
 from secateur.runtime.operators import is_sparse
-from secateur.runtime.race import Raced, open_session, race, runner
+from secateur.runtime.race import TURN, Raced, open_session, race, runner
 
 _ONE = Sample()
 _SECONDS = 10.0
@@ -32,7 +32,7 @@ _SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Median:
-    """Milliseconds of one run: the median, and between which 80 % of the runs lie."""
+    """Milliseconds of one run: the median of turns, and between which 80 % of them lie."""
 
     median: float
     p10: float
@@ -76,9 +76,9 @@ class Bench:
     Args:
         dense: The dense model in ONNX Runtime.
         sparse: The compiled one.
-        speedup: Median ratio of paired runs, dense over sparse.
+        speedup: Median ratio of paired turns, dense over sparse.
         speedup_range: Its 95 % range.
-        rounds: How many pairs.
+        rounds: How many pairs of turns.
         max_rel_error: Largest difference of an output, relative to the largest output.
         dense_bytes: Size of the dense file.
         sparse_bytes: Size of the compiled file.
@@ -140,9 +140,10 @@ def bench(
             compiled_path = Path(place) / "model.onnx"
             compile_onnx(path, compiled_path, threads=threads, sample=sample, progress=progress)
         compiled = given if compiled_path == Path(path) else read_graph(compiled_path, sample)
-        size = Path(path).stat().st_size
+        size = _size(path, given)
         if against is not None:
-            dense, size = read_graph(against, sample), Path(against).stat().st_size
+            dense = read_graph(against, sample)
+            size = _size(against, dense)
             _require_dense(dense, against)
         elif compiled is given:
             dense = Graph.of(dense_model(compiled.model))
@@ -151,9 +152,10 @@ def bench(
     feeds = sample.feeds(dense)
     raced, error = _raced(dense.model, compiled.model, feeds, threads)
     about = metadata(compiled.model) or {}
-    held = about.get("layers", ())
-    if peak is not None:  # a busy moment may have held that product back, but not our layers
-        peak = max([peak, *filter(None, map(_gflops, held))])
+    try:
+        layers, peak = _layers(about.get("layers", ()), peak)
+    except (AttributeError, KeyError, TypeError, ValueError):  # somebody changed it
+        about, layers = {}, ()
     ratio = 1 / raced.ratio(1)
     low, high = raced.ratio_range(1)
     return Bench(
@@ -169,9 +171,14 @@ def bench(
         isa(),
         peak,
         {name: tuple(x.shape) for name, x in feeds.items()},
-        tuple(_layer(layer, peak) for layer in held),
+        layers,
         _notes(about, compiled, threads),
     )
+
+
+def _size(path: str | Path, graph: Graph) -> int:
+    """Bytes of a file, with weights that lie in others."""
+    return max(Path(path).stat().st_size, int(graph.model.ByteSize()))
 
 
 def _raced(
@@ -182,7 +189,8 @@ def _raced(
         expected, got = first.run(None, dict(feeds)), second.run(None, dict(feeds))
     except Exception as error:
         raise not_running(feeds, error) from error
-    raced = race([runner(first, feeds), runner(second, feeds)], seconds=_SECONDS, drop=False)
+    both = [runner(first, feeds), runner(second, feeds)]
+    raced = race(both, seconds=_SECONDS, drop=False, turn=TURN)
     return raced, largest_error(expected, got)
 
 
@@ -198,6 +206,15 @@ def _require_dense(graph: Graph, path: str | Path) -> None:
 
 def _median(raced: Raced, which: int) -> Median:
     return Median(raced.median(which), *raced.spread(which))
+
+
+def _layers(
+    held: Sequence[Mapping[str, Any]], peak: float | None
+) -> tuple[tuple[LayerSpeed, ...], float | None]:
+    """What the file says of its layers, and the peak, which is at least what the fastest does."""
+    if peak is not None:  # a busy moment may have held that product back, but not our layers
+        peak = max([peak, *filter(None, map(_gflops, held))])
+    return tuple(_layer(layer, peak) for layer in held), peak
 
 
 def _layer(held: Mapping[str, Any], peak: float | None) -> LayerSpeed:

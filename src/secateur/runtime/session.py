@@ -109,6 +109,8 @@ def _reason(said: str) -> tuple[str, str]:
             "the operator belongs to another library, which is not registered",
             "register it in the options of a session; only models without such operators compile",
         )
+    if "SECATEUR_ISA" in said:
+        return "the environment asks for other kernels", "unset SECATEUR_ISA, or name one of these"
     return (
         "the file is damaged, or this version does not know what it contains",
         "copy it again from where it came, or write it again: secateur compile",

@@ -182,7 +182,7 @@ def _time(
     seconds: float,
 ) -> tuple[Timing, ...]:
     positions, macs = _work(site, shapes)
-    if not variants:
+    if not variants or not macs:  # a layer may be given no rows on the sample
         return ()
     copies = max(1, min(_MOST_COPIES, math.ceil(_SHORT * _GUESS / macs)))
     inputs = {name: shapes[name] for name in (site.x, site.residual) if name is not None}

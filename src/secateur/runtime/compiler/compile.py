@@ -94,7 +94,7 @@ class Compiled:
             timed, or the name of the fastest plan; ``"tuned"`` if that could be improved.
         dense_ms: Median of the whole dense model in ONNX Runtime; None if nothing was timed.
         sparse_ms: The same of the compiled one.
-        speedup: The median ratio of paired runs.
+        speedup: The median ratio of paired turns.
         error: Largest difference of an output, relative to the largest output.
         agreement: Share of predictions that are the same, on random inputs; None in float32.
         precision: What was asked for: with float16, layers may have kernels of half precision.
@@ -256,7 +256,10 @@ def metadata(model: Any) -> dict[str, Any] | None:
     """What a compiled model says about how it was made; None if it says nothing."""
     for item in model.metadata_props:
         if item.key == METADATA:
-            held = json.loads(item.value)
+            try:
+                held = json.loads(item.value)
+            except ValueError:  # somebody changed it; the model does not depend on it
+                return None
             return held if isinstance(held, dict) else None
     return None
 

@@ -15,6 +15,8 @@ from secateur.runtime.spec import Norm
 
 #: Fewer zeros than this never paid, on any machine, so they are not even timed.
 FEWEST_ZEROS = 0.2
+# Whoever adds so many times what a layer puts out for inputs of size one wants it rounded.
+_ROUNDS = 2.0**12
 
 
 def sites(graph: Graph, *, fewest_zeros: float = FEWEST_ZEROS) -> tuple[Site, ...]:
@@ -109,12 +111,19 @@ def _folded(graph: Graph, begun: Start, grown: _Growing, index: int, node: Any) 
     if term is None or (standard(node, "Mul", "Div") and grown.residual is not None):
         return None
     if standard(node, "Add", "Sub"):
+        if np.abs(term).max(initial=0.0) > _ROUNDS * _reach(begun.site.weight):
+            return None
         return grown.past(
             index, node, grown.affine.shifted(term if node.op_type == "Add" else -term)
         )
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = term if node.op_type == "Mul" else 1.0 / term
         return grown.past(index, node, grown.affine.scaled(factor))
+
+
+def _reach(weight: np.ndarray) -> float:
+    """The most that an output has for inputs of size one."""
+    return float(np.abs(weight.reshape(len(weight), -1)).sum(1).max(initial=0.0))
 
 
 def _normalised(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,18 @@ class Graph:
         held = self._initializers.get(name)
         return tuple(held.dims) if held is not None else self.shapes.get(name)
 
+    @cached_property
+    def _computed(self) -> dict[str, tuple[Axis, ...]]:
+        return _shapes(self.model, written=False)
+
+    def computed_shape(self, name: str) -> tuple[Axis, ...] | None:
+        """Axes of a value as they follow from the inputs alone.
+
+        The shapes that a file writes beside them may be of other inputs: people open an axis of an
+        input, and leave the rest as it was.
+        """
+        return self._computed.get(name)
+
     def same_shape(self, a: str, b: str) -> bool:
         """Whether two values surely have one shape: every axis known, by number or by name."""
         first, second = self.shape(a), self.shape(b)
@@ -269,6 +282,16 @@ def ordered(graph: Any) -> tuple[Any, ...]:
             )
         left = later
     return tuple(out)
+
+
+def names_inside(node: Any) -> Iterator[str]:
+    """The names that its branches and bodies give to values of their own."""
+    for held in node.attribute:
+        for branch in (held.g, *held.graphs):
+            yield from (value.name for value in (*branch.input, *branch.initializer))
+            for inner in branch.node:
+                yield from inner.output
+                yield from names_inside(inner)
 
 
 def uses(node: Any) -> Iterator[str]:
@@ -339,11 +362,12 @@ _RULES: dict[str, Callable[[Any, list[np.ndarray]], np.ndarray | None]] = {
 }
 
 
-def _shapes(model: Any) -> dict[str, tuple[Axis, ...]]:
+def _shapes(model: Any, *, written: bool = True) -> dict[str, tuple[Axis, ...]]:
     import onnx
 
     try:
-        inferred = onnx.shape_inference.infer_shapes(_outline(model), data_prop=True)
+        outline = _outline(model, written=written)
+        inferred = onnx.shape_inference.infer_shapes(outline, data_prop=True)
     except Exception:  # what cannot be inferred stays unknown: fewer fusions, no error
         inferred = model
     graph = inferred.graph
@@ -355,7 +379,7 @@ def _shapes(model: Any) -> dict[str, tuple[Axis, ...]]:
     return found
 
 
-def _outline(model: Any) -> Any:
+def _outline(model: Any, *, written: bool) -> Any:
     """The model without the content of its large weights, which inference would copy twice."""
     import onnx
     from onnx import helper
@@ -373,7 +397,8 @@ def _outline(model: Any) -> Any:
         value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
         out.graph.input.append(value)
     out.graph.output.extend(graph.output)
-    out.graph.value_info.extend(graph.value_info)
+    if written:
+        out.graph.value_info.extend(graph.value_info)
     out.graph.initializer.extend(t for t in held if math.prod(t.dims) <= _LARGE)
     return out
 

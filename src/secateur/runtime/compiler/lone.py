@@ -53,7 +53,7 @@ class Lone:
         """Random inputs of every copy."""
         rng = np.random.default_rng(0)
         return {
-            f"{name}.{copy}": rng.standard_normal(shape).astype(np.float32)
+            _copied(name, copy): rng.standard_normal(shape).astype(np.float32)
             for copy in range(self.copies)
             for name, shape in self.inputs.items()
         }
@@ -71,12 +71,17 @@ class Lone:
                 new.CopyFrom(node)
                 new.name = f"{copy}.{i}"
                 for names in (new.input, new.output):
-                    names[:] = [f"{name}.{copy}" if name in own else name for name in names]
+                    names[:] = [_copied(name, copy) if name in own else name for name in names]
                 many.append(new)
             for name, shape in self.inputs.items():
-                inputs.append(helper.make_tensor_value_info(f"{name}.{copy}", floats, shape))
+                inputs.append(helper.make_tensor_value_info(_copied(name, copy), floats, shape))
             shape = self.site.output_shape(self.inputs[self.site.x])
-            outputs.append(helper.make_tensor_value_info(f"{self.site.y}.{copy}", floats, shape))
+            outputs.append(helper.make_tensor_value_info(_copied(self.site.y, copy), floats, shape))
         graph = helper.make_graph(many, "layer", inputs, outputs, list(weights))
         version = self.graph.model.ir_version
         return helper.make_model(graph, opset_imports=list(opsets), ir_version=version)
+
+
+def _copied(name: str, copy: int) -> str:
+    """A name that no weight has: exporters call them ``conv.0``, ``conv.1``."""
+    return f"{name} (copy {copy})"

@@ -11,7 +11,7 @@ import numpy as np
 
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
-from secateur.runtime.compiler.graph import Graph, replaceable, uses
+from secateur.runtime.compiler.graph import Graph, names_inside, replaceable, uses
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.native import Spec, Variant
 from secateur.runtime.operators import DOMAIN, sparse_node
@@ -107,11 +107,12 @@ def sparse_model(
     same: dict[str, str] = {}
     gone = {i for site, _, _ in chosen for i in site.nodes}
     names = {node.name for i, node in enumerate(graph.nodes) if i not in gone}
-    values = {name for node in graph.nodes for name in (*uses(node), *node.output)}
+    named = ((*uses(node), *node.output, *names_inside(node)) for node in graph.nodes)
+    values = {name for names_of in named for name in names_of}
     values |= {i.name for i in graph.model.graph.input}
     for site, variant, positions in chosen:
-        named = _renamed(site, names, values)
-        nodes, weights = replacement(named, variant, positions, graph.opset)
+        fresh = _renamed(site, names, values)
+        nodes, weights = replacement(fresh, variant, positions, graph.opset)
         at[max(site.nodes)] = _shared(nodes, weights, held, same)
     at |= {block.last: [block.node(graph.nodes[block.last].output[0])] for block in blocks}
     nodes = []
@@ -176,6 +177,7 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
     model.doc_string = source.doc_string
     model.metadata_props.extend(source.metadata_props)
     model.opset_import.extend(source.opset_import)
+    model.functions.extend(source.functions)
     used, known = {node.domain for node in nodes}, {o.domain for o in source.opset_import}
     if DOMAIN in used - known:
         model.opset_import.append(sparse_opset())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import UsageError
-from secateur.runtime.compiler.graph import Graph, replaceable, standard
+from secateur.runtime.compiler.graph import Graph, attribute, replaceable, standard
 
 _IMAGE, _SEQUENCE = 224, 128
 # An embedding that nobody can be seen to look up still has this many rows.
@@ -90,12 +90,38 @@ class Sample:
             return None
         return two
 
+    def wider(self, graph: Graph) -> Sample | None:
+        """One more along every open axis but the batch; None if there is none."""
+        if self.values:
+            return None
+        declared = {i.name: i.type.tensor_type.shape.dim for i in graph.model.graph.input}
+        shapes = {}
+        for name, array in self.feeds(graph).items():
+            dims = declared[name]
+            later = [axis > 0 or len(dims) == 1 for axis in range(len(dims))]
+            more = [int(ok and d.dim_value <= 0) for ok, d in zip(later, dims, strict=False)]
+            if any(more) and name not in self.shapes:
+                shapes[name] = tuple(n + one for n, one in zip(array.shape, more, strict=True))
+        if not shapes:
+            return None
+        return Sample(self.batch, {**self.shapes, **shapes}, seed=self.seed + 2)
+
     def _shape(self, name: str, value: Any, axes: Mapping[str, int]) -> tuple[int, ...]:
         declared = value.type.tensor_type.shape.dim
         if name in self.values:
             return tuple(self.values[name].shape)
+        declares = value.type.tensor_type.HasField("shape")
+        if not declares and name not in self.shapes and value.type.HasField("tensor_type"):
+            raise UsageError(
+                f"a shape for the input {name!r}",
+                "the model declares none, not even how many axes there are",
+                "the model is run on a sample",
+                f"give one: --shape {name}=1x128, or Sample(shapes={{{name!r}: (1, 128)}})",
+            )
         if name in self.shapes:
             given = tuple(self.shapes[name])
+            if not declares and min(given, default=0) >= 0:
+                return given
             fits = len(given) == len(declared) and all(
                 (d.dim_value <= 0 or d.dim_value == n) and n >= 0
                 for d, n in zip(declared, given, strict=True)
@@ -189,7 +215,7 @@ def _rows(graph: Graph, name: str) -> int:
         elif standard(node, "Gather") and node.input[1] == name:
             table = graph.constant(node.input[0])
             if table is not None and table.ndim > 1:
-                found.append(int(table.shape[0]))
+                found.append(int(table.shape[attribute(node, "axis", 0)]))
     return min(found, default=_FEW)
 
 
@@ -217,7 +243,7 @@ def concrete_shapes(
             onnx.helper.make_tensor_value_info(out, onnx.TensorProto.INT64, None)
         )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it refuses is said in our words
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         opened = onnxruntime.InferenceSession(

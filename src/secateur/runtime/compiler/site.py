@@ -236,7 +236,7 @@ def _pads(graph: Graph, node: Any, site: Site) -> tuple[int, int, int, int] | No
         return (0, held[0], 0, held[1]) if site.flat else (held[0], held[1], held[2], held[3])
     if how == "VALID":
         return (0, 0, 0, 0)
-    shape = graph.shape(node.input[0])
+    shape = graph.computed_shape(node.input[0])
     sizes = [1, *shape[2:]] if shape and site.flat else list(shape or ())[2:]
     before, after = [], []
     for i in (0, 1):

@@ -1,0 +1,215 @@
+"""ONNX files that people have: edited shapes, odd names, functions, weights elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+from odd_onnx_cases import W, both, close, compiled, model, node, numbers, weight  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - only where it is installed
+
+from secateur.core.errors import UsageError  # noqa: E402
+from secateur.runtime import available, bench, compile_onnx  # noqa: E402
+from secateur.runtime.compiler import compile as compiling  # noqa: E402
+from secateur.runtime.compiler.compile import METADATA  # noqa: E402
+from secateur.runtime.compiler.sample import Sample  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
+
+value = helper.make_tensor_value_info
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timings are made, and mean nothing."""
+    monkeypatch.setattr(compiling, "_LAYERS", 0.1)
+    monkeypatch.setattr(compiling, "_WHOLE", 0.1)
+    # The package has a function of that name.
+    monkeypatch.setattr(sys.modules["secateur.runtime.bench"], "_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize("how", ["SAME_UPPER", "SAME_LOWER"])
+def test_shapes_that_are_left_from_other_inputs_are_not_believed(tmp_path: Path, how: str) -> None:
+    options = {"auto_pad": how, "strides": [2, 2], "kernel_shape": [3, 3]}
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], **options),
+        node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "v"], ["y"], **options),
+    ]
+    made = model(
+        nodes,
+        {"w": weight(8, 3, 3, 3), "v": weight(16, 8, 3, 3)},
+        [("x", [1, 3, 32, 32])],
+        (value("y", TensorProto.FLOAT, [1, 16, 8, 8]),),
+    )
+    fixed = onnx.shape_inference.infer_shapes(made)
+    # All sizes are known: this one is compiled as it stands.
+    feeds = {"x": numbers(1, 3, 32, 32)}
+    assert len(close(tmp_path, fixed, feeds).layers) == 2
+    for io, names in ((fixed.graph.input[0], "nhw"), (fixed.graph.output[0], "nij")):
+        for axis, name in zip((0, 2, 3), names, strict=True):
+            io.type.tensor_type.shape.dim[axis].dim_param = name
+    assert fixed.graph.value_info, "these still say 32, 16 and 8"
+    sample = Sample(shapes={"x": (1, 3, 32, 32)})
+    _, dense, sparse = compiled(tmp_path, fixed, sample=sample)
+    for size in (32, 34, 31, 33, 17):
+        feeds = {"x": numbers(1, 3, size, size)}
+        (a,), (b,) = both(dense, sparse, feeds)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_other_heights_and_widths_are_tried(tmp_path: Path) -> None:
+    made = model(
+        [node("Conv", ["x", "w"], ["y"])], {"w": weight(8, 3, 3, 3)}, [("x", ["n", 3, "h", "w"])]
+    )
+    (tmp_path / "a.onnx").write_bytes(made.SerializeToString())
+    graph = compiling.read_graph(tmp_path / "a.onnx", Sample())
+    sample = Sample(shapes={"x": (2, 3, 9, 8)})
+    assert sample.wider(graph) is None, "it was given whole"
+    (x,) = Sample(batch=3).wider(graph).feeds(graph).values()  # type: ignore[union-attr]
+    assert x.shape == (3, 3, 225, 225)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_layer_that_gets_no_rows_stays_dense(tmp_path: Path) -> None:
+    nodes = [
+        node("Greater", ["score", "t"], ["c"]),
+        node("NonZero", ["c"], ["i"]),
+        node("Squeeze", ["i", "axis"], ["j"]),
+        node("Gather", ["x", "j"], ["g"]),
+        node("MatMul", ["g", "w"], ["y"]),
+    ]
+    held = {"w": W, "t": np.float32(9), "axis": np.array([0])}
+    made = model(nodes, held, [("score", [10]), ("x", [10, 16])])
+    feeds = {"score": np.arange(5, 15, dtype=np.float32), "x": numbers(10, 16)}
+    assert close(tmp_path, made, feeds, choose="measure").plan == "dense"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("names", [("conv", "conv.0"), ("x", "x.0"), ("y", "y.1")])
+def test_weights_called_like_copies_of_a_value(tmp_path: Path, names: tuple[str, str]) -> None:
+    shown, held = names
+    x, y = ("in", shown) if shown != "x" else (shown, "out")
+    nodes = [node("MatMul", [x, held], [y])]
+    made = model(nodes, {held: W}, [(x, ["N", 16])], (y,))
+    assert close(tmp_path, made, {x: numbers(4, 16)}, choose="measure").layers
+
+
+@pytest.mark.usefixtures("quick")
+def test_weights_in_another_file_count_for_the_size(tmp_path: Path) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": weight(256, 64)}, [("x", ["N", 256])])
+    path = tmp_path / "dense.onnx"
+    onnx.save(made, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert path.stat().st_size < 1_000
+    done = compile_onnx(path, tmp_path / "sparse.onnx", threads=1, choose="first")
+    found = bench(done.path, against=path, threads=1)
+    assert found.dense_bytes > 256 * 64 * 4
+    assert bench(path, threads=1).dense_bytes == found.dense_bytes
+
+
+def test_functions_of_another_version_stay(tmp_path: Path) -> None:
+    body = [node("MatMul", ["x", "w"], ["t"]), node("Relu", ["t"], ["y"])]
+    own = helper.make_function("my", "Lin", ["x", "w"], ["y"], body, [helper.make_opsetid("", 18)])
+    made = model(
+        [node("Lin", ["x", "w"], ["a"], domain="my"), node("MatMul", ["a", "v"], ["y"])],
+        {"w": W, "v": weight(8, 12)},
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("my", 1)],
+        functions=[own],
+    )
+    assert len(close(tmp_path, made, {"x": numbers(4, 16)}).layers) == 1
+
+
+def test_an_input_without_a_shape_needs_one_and_takes_any(tmp_path: Path) -> None:
+    made = model([node("Gemm", ["x", "w"], ["y"])], {"w": W}, [("x", None)])
+    with pytest.raises(UsageError, match="declares none, not even how many axes") as caught:
+        compiled(tmp_path, made)
+    assert "--shape x=1x128" in caught.value.do
+    sample = Sample(shapes={"x": (4, 16)})
+    assert close(tmp_path, made, {"x": numbers(4, 16)}, sample=sample).layers
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "said", ['{"layers": [', "[]", '{"layers": [{"name": "x"}]}', '{"layers": "abc"}', ""]
+)
+def test_what_a_file_says_of_itself_may_have_been_changed(tmp_path: Path, said: str) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": W})
+    _, _, sparse = compiled(tmp_path, made)
+    changed = onnx.load(sparse)
+    (item,) = (m for m in changed.metadata_props if m.key == METADATA)
+    assert json.loads(item.value)["layers"]
+    item.value = said
+    onnx.save(changed, sparse)
+    found = bench(sparse, threads=1)
+    assert found.layers == ()
+    assert "the file does not say how its layers were timed" in found.notes
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_indices_are_made_up_for_the_axis_that_is_looked_up(tmp_path: Path, axis: int) -> None:
+    table = numbers(40, 16) if axis == 0 else numbers(16, 5)
+    after = [] if axis == 0 else [node("Transpose", ["g"], ["x"], perm=[1, 0])]
+    nodes = [node("Gather", ["e", "ids"], ["x" if axis == 0 else "g"], axis=axis), *after]
+    made = model(
+        [*nodes, node("MatMul", ["x", "w"], ["y"])],
+        {"e": table, "w": W},
+        [("ids", ["t"], TensorProto.INT64)],
+    )
+    assert close(tmp_path, made, {"ids": np.arange(5)}).layers
+
+
+def test_kernels_that_are_not_there_are_no_damage(tmp_path: Path) -> None:
+    _, _, sparse = compiled(tmp_path, model([node("MatMul", ["x", "w"], ["y"])], {"w": W}))
+    # Which kernels run is decided once in a process.
+    code = "import sys; from secateur.runtime import session; session(sys.argv[1], 1)"
+    env = {**os.environ, "SECATEUR_ISA": "foo"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(sparse)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode
+    assert "The environment asks for other kernels. Unset SECATEUR_ISA" in done.stderr
+
+
+@pytest.mark.parametrize(("constant", "folded"), [(1.5 * 2**23, False), (3.0, True)])
+def test_rounding_by_a_large_constant_is_kept(
+    tmp_path: Path, constant: float, folded: bool
+) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Add", ["a", "k"], ["b"]),
+        node("Sub", ["b", "k"], ["y"]),
+    ]
+    done = close(tmp_path, model(nodes, {"w": W, "k": np.float32(constant)}), {"x": numbers(4, 16)})
+    assert ("Add" in done.layers[0].fused) == folded
+
+
+def test_names_inside_branches_are_taken(tmp_path: Path) -> None:
+    def branch(kind: str, out: str) -> Any:
+        result = [value(out, TensorProto.FLOAT, None)]
+        return helper.make_graph([node(kind, ["a"], [out])], kind, [], result)
+
+    first = node("MatMul", ["x", "w"], ["a"], name="fc")
+    then, other = branch("Relu", "fc.values"), branch("Tanh", "t")
+    choice = node("If", ["c"], ["y"], then_branch=then, else_branch=other)
+    inputs = [("x", ["N", 16]), ("c", [], TensorProto.BOOL)]
+    made = model([first, choice], {"w": W}, inputs)
+    _, _, sparse = compiled(tmp_path, made)
+    named = {t.name for t in onnx.load(sparse).graph.initializer}
+    assert "fc+.values" in named
+    for flag in (True, False):
+        close(tmp_path, made, {"x": numbers(4, 16), "c": np.array(flag)})
+    assert numpy_helper.to_array(made.graph.initializer[0]).shape == W.shape
