@@ -21,17 +21,17 @@ constexpr int kQueries = 4, kWide = 2;
 
 static inline int32_t whole_vectors(int32_t floats) { return (floats + kLanes - 1) / kLanes * kLanes; }
 
-// Where the parts of the scratch begin, and where it ends.
-struct Parts {
+// Where the regions of the scratch begin, and where it ends.
+struct Regions {
   int64_t values, scores, end;  // keys come first
 
-  explicit Parts(const AttentionWork &work)
+  explicit Regions(const AttentionWork &work)
       : values(int64_t{work.size} * whole_vectors(work.keys)),
         scores(values + int64_t{work.keys} * whole_vectors(work.value_size)),
         end(scores + int64_t{kQueries} * whole_vectors(work.keys)) {}
 };
 
-static int64_t attention_scratch(const AttentionWork &work) { return Parts(work).end; }
+static int64_t attention_scratch(const AttentionWork &work) { return Regions(work).end; }
 
 // [keys][size] become [size][whole vectors of keys].
 static void pack_keys(const AttentionWork &work, float *keys) {
@@ -168,9 +168,9 @@ static void attend(const AttentionWork &work, int32_t row, const float *keys, co
 }
 
 static void attention(const AttentionWork &work) {
-  const Parts parts(work);
-  float *const keys = work.scratch, *const values = keys + parts.values;
-  float *const scores = keys + parts.scores;
+  const Regions regions(work);
+  float *const keys = work.scratch, *const values = keys + regions.values;
+  float *const scores = keys + regions.scores;
   pack_keys(work, keys);
   pack_values(work, values);
   int32_t row = 0;
