@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -381,3 +382,14 @@ def test_a_network_that_was_timed_can_still_be_trained() -> None:
     compare(net, Net(), example=torch.zeros(1, 4))
     net(torch.ones(1, 4)).sum().backward()
     assert net.layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool])
+def test_a_mask_of_the_network_itself_is_stored_and_counted(
+    kind: torch.dtype, tmp_path: Path
+) -> None:
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    net[0].register_buffer("weight_mask", torch.ones(32, 16, dtype=kind))
+    pruned = secateur.prune(net)
+    file = pruned.save(tmp_path / "b") / "model.safetensors"
+    assert measure(pruned, latency=False).cost.bytes == file.stat().st_size

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from secateur.core.batches import Batch
 from secateur.core.budget import Budget, Cost, Probe, Target
 from secateur.core.errors import BudgetError
+from secateur.core.masks import Masks
 from secateur.core.slots import Slot
 from secateur.core.weight import Weight
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.held import SUFFIX, masks_of
-from secateur.formats import smallest
-from secateur.stats import Positions, collect, projection_uses
-
-# What a tensor's entry in the file's header takes, beside its name: type, shape, offsets, layout.
-_ENTRY = 110
+from secateur.formats.sharing import find_aliases
+from secateur.formats.size import bare_bytes, plain_bytes, sparse_bytes
+from secateur.stats import Positions, collect, product_uses, projection_uses
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class Money:
             return f"{100 * whole / (self.fixed + self.dense):.4g} % of the {target.unit}"
         return f"{whole:,.0f} {target.unit}"
 
+    def missed(self, target: Target, spent: float) -> str:
+        """What is to be told if more than the target was spent in the end; empty if not."""
+        if spent <= 1.02 * self.limit:
+            return ""
+        return (
+            f"asked for {self.told(target, self.limit)}, reached {self.told(target, spent)}: levels "
+            "were given, or at least one group stays in every pool of the pattern"
+        )
+
 
 def uses(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> dict[str, float]:
     """Multiply-adds per weight and sample, for every weight of the model that ``batch`` reaches."""
@@ -56,7 +65,11 @@ def uses(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> dict[str, flo
     reached = set(stats.names())
     found = [slot.weight(model) for slot in seen if slot.name in reached]
     counted = {weight.name: float(stats(Positions(), weight)) for weight in found}
-    return counted | projection_uses(model, batch)
+    counted |= projection_uses(model, batch)
+    hidden = {n for n, x in model.named_parameters() if x.ndim > 1 and n not in counted}
+    # An embedding that nobody multiplies is looked up.
+    hidden -= {slot.name for slot in slots if slot.kind == "Embedding" and not slot.aliases}
+    return counted | product_uses(model, batch, hidden)
 
 
 def money(
@@ -71,8 +84,8 @@ def money(
         used: From :func:`uses`, for a target in multiply-adds.
 
     Raises:
-        BudgetError: What is not pruned costs more than the target (the floor is named), or the
-            target is in latency.
+        BudgetError: What is not pruned costs more than the target (the floor is named), the dense
+            network costs less than it, or the target is in latency.
     """
     target = recipe.target
     assert target is not None
@@ -86,6 +99,7 @@ def money(
             "bench",
         )
     sizes = {w.name: w.value.numel() for w in weights}
+    unmasked = 0.0
     if target.unit == "sparsity":
         total = float(sum(sizes.values()))
         return Money(dict.fromkeys(sizes, float), 0.0, total, (1 - target.value) * total)
@@ -97,10 +111,21 @@ def money(
         fixed = sum(n * model.get_parameter(name).numel() for name, n in others.items())
         costs = {name: _times(used.get(name, 0.0)) for name in sizes}
     else:
-        fixed = float(_other_bytes(model, sizes))
-        costs = {w.name: _stored(w) for w in weights}
+        total = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+        fixed = float(_other_bytes(model, sizes, total))
+        costs = {w.name: _stored(w, total) for w in weights}
+        unmasked = fixed + sum(plain_bytes(w.name, w.value, total=total) for w in weights)
     dense = sum(costs[name](size) for name, size in sizes.items())
-    limit = target.value if target.value >= 1 else target.value * (dense + fixed)
+    # A mask that keeps everything costs some bytes that the dense file does not have.
+    whole = unmasked or dense + fixed
+    limit = target.value if target.value >= 1 else target.value * whole
+    if limit > whole:
+        raise BudgetError(
+            f"{target.unit}={target.value:g}",
+            f"the dense network has {whole:,.0f}",
+            "nothing would be removed",
+            f"ask for less than {whole:,.0f}",
+        )
     if limit < fixed:
         raise BudgetError(
             f"{target.unit}={target.value:g}",
@@ -115,21 +140,16 @@ def _times(factor: float) -> Cost:
     return lambda kept: kept * factor
 
 
-def _stored(weight: Weight) -> Cost:
+def _stored(weight: Weight, total: int) -> Cost:
     shape, dtype = tuple(weight.value.shape), weight.value.dtype
-    entry = 2 * (_ENTRY + len(weight.name))
-    return lambda kept: float(smallest(shape, dtype, kept).nbytes(shape, dtype, kept) + entry)
+    return lambda kept: float(sparse_bytes(weight.name, shape, dtype, kept, total=total))
 
 
-def _other_bytes(model: nn.Module, sizes: Mapping[str, int]) -> int:
-    # Masks are stored with their weights; a tensor under two names is stored once.
-    skip = {*sizes, *(name + SUFFIX for name in masks_of(model))}
-    tensors = model.state_dict()
-    seen = {tensors[name].data_ptr() for name in sizes}
-    total = 0
-    for name, tensor in tensors.items():
-        if name in skip or (tensor.numel() and tensor.data_ptr() in seen):
-            continue
-        seen.add(tensor.data_ptr())
-        total += tensor.numel() * tensor.element_size() + _ENTRY + len(name)
-    return total
+def _other_bytes(model: nn.Module, sizes: Mapping[str, int], total: int) -> int:
+    carried = {name + SUFFIX for name in masks_of(model)}  # stored with their weights
+    tensors = {name: x for name, x in model.state_dict().items() if name not in carried}
+    # A tensor under two names is stored once, as the one that is pruned.
+    masks = {n: torch.ones_like(tensors[n], dtype=torch.bool) for n in sizes}
+    aliases = find_aliases(tensors, Masks(masks))
+    plain = {n: x for n, x in tensors.items() if n not in aliases and n not in sizes}
+    return bare_bytes(aliases) + sum(plain_bytes(n, x, total=total) for n, x in plain.items())

@@ -146,15 +146,9 @@ class Rounds:
         choice = items(found, slots, recipe, groups, purse.costs)
         choice = [self._without_dead(i, w) for i, w in zip(choice, found, strict=True)]
         levels = allocate(choice, recipe, budget)
-        spent = budget.spent(choice, levels)
-        if last and spent > 1.02 * budget.limit:
-            self.facts.note(
-                "target",
-                "",
-                f"asked for {purse.told(recipe.target, budget.limit)}, reached "
-                f"{purse.told(recipe.target, spent)}: levels were given, or at least one group stays "
-                "in every pool of the pattern",
-            )
+        missed = purse.missed(recipe.target, budget.spent(choice, levels))
+        if last and missed:
+            self.facts.note("target", "", missed)
         return levels
 
     def _without_dead(self, item: Item, weight: Weight) -> Item:

@@ -13,7 +13,7 @@ from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot
 from secateur.drive.money import uses
-from secateur.drive.training.held import SUFFIX
+from secateur.drive.training.held import SUFFIX, masks_of
 from secateur.formats import write_bundle
 from secateur.frontends import discover
 
@@ -92,7 +92,7 @@ def file_bytes(model: nn.Module, masks: Masks | None = None) -> int:
         True
     """
     masks = masks or Masks({})
-    carried = {name + SUFFIX for name in masks}
+    carried = {name + SUFFIX for name in masks_of(model)}  # a mask of the network's own is stored
     state = {n: t for n, t in model.state_dict().items() if n not in carried}
     with tempfile.TemporaryDirectory(prefix="secateur-") as place:
         folder = Path(place) / "bundle"
@@ -114,6 +114,7 @@ def _macs(model: nn.Module, example: Batch) -> tuple[float, float, tuple[str, ..
 
 
 def _multiplies(slot: Slot) -> bool:
-    """Whether it is a weight that multiplies something, out of sight."""
+    """Whether it may be a weight that multiplies something, out of sight."""
     looked_up = slot.kind == "Embedding" and not slot.aliases
-    return slot.rows is None and len(slot.shape) > 1 and 0 not in slot.shape and not looked_up
+    matrix = sum(size > 1 for size in slot.shape) > 1 and 0 not in slot.shape
+    return slot.rows is None and matrix and not looked_up

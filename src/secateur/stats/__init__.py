@@ -11,6 +11,7 @@ from secateur.stats.groups import GroupProbe, collect_groups, wants_data
 from secateur.stats.neighbours import Neighbours
 from secateur.stats.order import calls_in_order, following_norms, in_order
 from secateur.stats.probes import GradientFlow, SynapticFlow
+from secateur.stats.products import product_uses
 from secateur.stats.replay import Replay
 from secateur.stats.size import InputSize
 from secateur.stats.stat import Probe, Stat, State
@@ -43,6 +44,7 @@ __all__ = [
     "collect_groups",
     "following_norms",
     "in_order",
+    "product_uses",
     "projection_uses",
     "stream_gradients",
     "wants_data",

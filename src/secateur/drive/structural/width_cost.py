@@ -126,6 +126,21 @@ def removable_share(model: nn.Module, structure: Structure) -> float:
     return 1 - cost(dict.fromkeys(cost.groups, 1)) / cost.dense if cost.dense else 0.0
 
 
+def require_cost(target: Target, dense: float) -> None:
+    """Refuse a target in a unit in which the network costs nothing.
+
+    Example:
+        >>> require_cost(Target("macs", 0.5), 1000.0)
+    """
+    if not dense:
+        raise BudgetError(
+            f"{target.unit}={target.value:g}",
+            f"the network costs no {target.unit}",
+            "no product of a weight was seen on the example",
+            "ask in another unit, e.g. params=50%",
+        )
+
+
 def limit_of(target: Target, dense: float) -> float:
     """The most that may be spent: the target's count, or its share of the dense cost.
 
