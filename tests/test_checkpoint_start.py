@@ -12,7 +12,7 @@ from restless import X, Y, net
 from torch import nn
 
 from secateur import Data, FineTune, Recipe, Target, finetune, prune, recipes
-from secateur.core.errors import UsageError
+from secateur.core.errors import FileError, UsageError
 from secateur.drive.structural.pace import Pace
 from secateur.drive.structural.shrinking import train_and_shrink
 from secateur.drive.training.learn_masks import learn_masks
@@ -106,3 +106,23 @@ def test_masks_are_those_of_the_weights_when_other_data_chose_others(tmp_path: P
     assert kept == {name: int(mask.sum()) for name, mask in second.masks.items()}
     assert [n.topic for n in second.facts.notes].count("checkpoint") == 1
     assert "checkpoint" not in [n.topic for n in first.facts.notes]
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_place_that_cannot_be_written_is_found_before_the_training(
+    kind: str, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    net = plain(0)
+    steps = 0
+
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += torch.is_grad_enabled()
+
+    net.register_forward_hook(count)
+    with pytest.raises(FileError, match="nothing can be written"):
+        RUNS[kind](net, taken)
+    assert steps == 0
+    assert taken.read_text() == "a file"

@@ -97,6 +97,21 @@ def require_new(path: str | Path, entries: set[str] | None, *, overwrite: bool =
     _require_parent(path)
 
 
+def require_writable(path: str | Path) -> None:
+    """Fail early where files are to be written into a folder later; it is made if it is not there.
+
+    Raises:
+        FileError: The path is a file, or nothing can be written there.
+
+    Example:
+        >>> require_writable(__file__)
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.FileError: writing to ...: nothing can be written into ...
+    """
+    _require_parent(Path(path) / "file")
+
+
 def _require_replaceable(path: Path, overwrite: bool, entries: set[str] | None) -> None:
     if not path.exists():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -133,11 +134,11 @@ class Target:
                 "sparsity is the fraction of zeros",
                 hint or "write a number from 0 up to, but not including, 1",
             )
-        if self.unit != "sparsity" and not self.value > 0:
+        if self.unit != "sparsity" and not 0 < self.value < math.inf:
             raise BudgetError(
                 f"{self.unit}={self.value:g}",
-                f"{self.value:g} is not positive",
-                "something has to stay",
+                f"{self.value:g} is {'not positive' if self.value <= 0 else 'no finite number'}",
+                "something has to stay, and something has to go",
                 "give a count, or a fraction of the dense one",
             )
 

@@ -174,6 +174,8 @@ class _Run:
 
     def _check(self) -> None:
         recipe = self.recipe
+        if self.checkpoint is not None:
+            self.checkpoint.require_writable()
         require_something(self.plan, recipe)
         require_finite(self.model)
         if recipe.finetune is not None or len(events(recipe.schedule)) > 1:
@@ -267,7 +269,11 @@ class _Run:
         trained = self.recipe.schedule.unit != "rounds"
         for step in self.recipe.recovery:
             if isinstance(step, BatchNorm):
-                self._note_drifts(BatchNorm().reestimate_(self.model, self.sample.batches))
+                drifts = BatchNorm().reestimate_(self.model, self.sample.batches)
+                self._note_drifts(drifts)
+                if not drifts:
+                    text = "nothing was measured: no BatchNorm got several values a channel at once"
+                    self.facts.note("batchnorm", "", text)
             elif isinstance(step, FineTune) and not trained:
                 attach_(self.model, masks)
                 self.facts.history += self._train(step, None)
@@ -282,9 +288,10 @@ class _Run:
         ]
         old = Masks({name: before[name] for name in names if name in before})
         if old and old == Masks({name: masks[name] for name in names}):
-            text = (
-                f"nothing was added: {100 * old.sparsity:.4g} % were pruned before, more than asked"
-            )
+            text = f"nothing was added: {100 * old.sparsity:.4g} % were pruned before"
+            target = self.recipe.target
+            if target is not None and target.unit == "sparsity" and old.sparsity > target.value:
+                text += ", more than asked"
             self.facts.note("target", "", text)
 
     def _trained(self, chosen: Masks, masks: Masks) -> Masks:

@@ -46,6 +46,7 @@ class Decision:
         groups: Name of a weight -> scores of its groups.
         levels: Name of a weight -> its sparsity.
         idle: Name of a weight -> what is to be told of experts that got no token.
+        missed: What is to be told if these are the last masks; empty if the target is met.
     """
 
     masks: Masks
@@ -53,6 +54,7 @@ class Decision:
     groups: Mapping[str, Tensor]
     levels: Mapping[str, float]
     idle: Mapping[str, str]
+    missed: str = ""
 
 
 class Deciding:
@@ -143,10 +145,13 @@ class Deciding:
             probe = probe_for(self._model, found, recipe, groups, loss)
         slots = [slot for slot in self.slots if slot.name in groups]
         choice = items(found, slots, recipe, groups, purse.costs)
-        levels = allocate(choice, recipe, purse.at(share, probe))
+        budget = purse.at(share, probe)
+        levels = allocate(choice, recipe, budget)
+        assert recipe.target is not None
+        missed = purse.missed(recipe.target, budget.spent(choice, levels))
         masks = {w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found}
         idle = {w.name: text for w in found if (text := idle_experts(w, recipe, stats))}
-        return Decision(Masks(masks), share, groups, levels, idle)
+        return Decision(Masks(masks), share, groups, levels, idle, missed)
 
     def scorable(self, found: Sequence[Weight], stats: Stats) -> list[Weight]:
         """Those whose inputs were seen, if the criterion reads inputs; an expert may have had none."""

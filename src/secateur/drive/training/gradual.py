@@ -122,7 +122,7 @@ class Gradual:
         require_finite(model)
         self._slots: list[Slot] = found.chosen
         self.steps = 0
-        self._share = 0.0
+        self._share, self._missed = 0.0, ""
         self._finalized = False
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
@@ -316,6 +316,7 @@ class Gradual:
             self._superset.widen_(found, decided.groups, decided.levels, self.recipe, masks)
         self._adopt(masks, self.steps)
         self._share = decided.share
+        self._missed = decided.missed if decided.share >= 1 else ""
 
     def _note_unseen(self, names: Sequence[str]) -> None:
         for name in names:
@@ -341,6 +342,8 @@ class Gradual:
         self._take_hooks_off()
         masks = detach_(self.model, self._names)
         self._finalized = True
+        if self._missed:
+            self.facts.note("target", "", self._missed)
         self.facts.layers = [
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
             for name, mask in masks.items()
@@ -372,6 +375,7 @@ class Gradual:
         state = {
             "steps": self.steps,
             "share": self._share,
+            "missed": self._missed,
             "fingerprint": self.recipe.fingerprint(),
             "stats": self._deciding.state_dict(),
             "history": list(self.facts.history),
@@ -405,6 +409,7 @@ class Gradual:
         """
         self.require_fit(state)
         self.steps, self._share = int(state["steps"]), float(state["share"])
+        self._missed = str(state.get("missed", ""))
         self.facts.history = [dict(event) for event in state.get("history", ())]
         self._deciding.load_state_dict(state["stats"])
         if self._regrowing is not None:

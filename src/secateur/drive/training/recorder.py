@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from secateur.core.arguments import require_place
+from secateur.core.atomic import require_writable
 from secateur.core.errors import DataError, UsageError
 from secateur.drive.training import ranks
 from secateur.drive.training.resume import (
@@ -56,6 +57,15 @@ class Checkpoints:
             found = f"every={self.every}, keep={self.keep}"
             why = "both are counts of at least 1"
             raise UsageError("Checkpoints(...)", found, why, "correct the value")
+
+    def require_writable(self) -> None:
+        """Fail before any work if nothing can be saved there.
+
+        Raises:
+            FileError: The folder is a file, or cannot be written.
+        """
+        place = Path(self.folder)
+        require_writable(place.parent if place.suffix == ".safetensors" else place)
 
     def stage(self, number: int) -> Checkpoints:
         """The folder of a later stage of training of one run (0 is the folder itself)."""
@@ -161,6 +171,7 @@ class Recorder:
     def start_(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
         if self._checkpoint is not None:
+            self._checkpoint.require_writable()
             self._saved = resume_(self._checkpoint.folder, self._training) or -1
         if not self._rollback:
             return
