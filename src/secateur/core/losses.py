@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward
+from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward, size_of
 from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.
@@ -234,3 +236,43 @@ def unusable(model: nn.Module, batch: Batch, loss: Loss | None = None) -> DataEr
                     "check the shapes, the types and the labels that the data gives",
                 )
     return None
+
+
+@contextmanager
+def explaining(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Iterator[None]:
+    """Where training fails on a batch that the network alone does not survive, say so.
+
+    Args:
+        model: In training.
+        batch: On its device.
+        loss: By default :func:`default_loss`.
+
+    Raises:
+        DataError: In place of what was raised.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        >>> with explaining(net, torch.zeros(1, 4)):
+        ...     net(torch.zeros(1, 4))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.DataError: training Sequential on a batch of one sample: its BatchNorm ...
+    """
+    try:
+        yield
+    except (SecateurError, torch.OutOfMemoryError):
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = unusable(model, batch, loss)  # e.g. a label beyond the classes
+        norms = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+        if reason is None and norms and size_of(batch) == 1:
+            reason = DataError(
+                f"training {type(model).__name__} on a batch of one sample",
+                f"its BatchNorm layers fail on it ({str(error).partition(chr(10))[0][:300]})",
+                "one value a channel has no variance",
+                "leave an incomplete last batch out, as DataLoader(drop_last=True) does, or choose a "
+                "batch size that leaves more than one sample for it",
+            )
+        if reason is not None:
+            raise reason from error
+        raise

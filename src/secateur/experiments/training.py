@@ -17,7 +17,7 @@ from torch import nn
 
 from secateur.core.batches import Batch, Data, count, size_of, to_device
 from secateur.core.errors import DataError, NeedsData
-from secateur.core.losses import default_loss, differentiable
+from secateur.core.losses import default_loss, differentiable, explaining
 from secateur.core.randomness import devices_of, own_random, start_
 from secateur.core.slots import device_of
 from secateur.drive.training.chance import generators_of, parts_of
@@ -146,7 +146,7 @@ def _one_step_(
     kind = device_of(model).type
     narrow = torch.autocast(kind, dtype=torch.bfloat16) if how.bfloat16 else None
     optimizer.zero_grad(set_to_none=True)
-    with narrow or contextlib.nullcontext():
+    with narrow or contextlib.nullcontext(), explaining(model, batch, loss_of):
         loss = differentiable(loss_of(model, batch))
     value = float(loss.detach())
     if not math.isfinite(value):

@@ -26,7 +26,7 @@ class BatchNorm:
     **formula** mean over batches of the batch mean and unbiased batch variance
     **Shapes** one number per channel
     **Units** those of the activations
-    **Needs** a forward pass; batches of 2 or more
+    **Needs** a forward pass; several values a channel in each batch
     **Source** e.g. CrAM (arXiv 2207.14200), "BNT" in AdaPrune (arXiv 2006.10518)
 
     Example:
@@ -47,10 +47,10 @@ class BatchNorm:
             skip: Paths of layers that keep their statistics.
 
         Returns:
-            For each layer the largest move of a mean, in old standard deviations.
+            For each layer that the data reached the largest move of a mean, in old standard
+            deviations. A batch of one sample counts if each layer has several positions of it.
         """
         layers = {n: m for n, m in model.named_modules() if _tracks(m) and n not in skip}
-        batches = [batch for batch in batches if size_of(batch) > 1]  # one sample has no variance
         if not layers or not batches:
             return {}
         old = {n: _statistics(m) for n, m in layers.items()}
@@ -58,10 +58,13 @@ class BatchNorm:
         with evaluating(model), torch.no_grad():
             try:
                 for module in layers.values():
+                    module.momentum = 0.0
+                    module.train()
+                usable = [b for b in batches if size_of(b) > 1 or _survives(model, b)]
+                for module in layers.values():
                     module.reset_running_stats()
                     module.momentum = None  # torch's word for a cumulative average
-                    module.train()
-                for batch in batches:
+                for batch in usable:
                     forward(model, to_device(batch, device_of(model)))
             except BaseException:
                 for name, module in layers.items():
@@ -70,12 +73,12 @@ class BatchNorm:
             finally:
                 for name, module in layers.items():
                     module.momentum = momenta[name]
-            for name, module in layers.items():
-                if not int(module.num_batches_tracked):  # the data never reached it
-                    _restore_(module, old[name])
+            reached = {n: m for n, m in layers.items() if int(m.num_batches_tracked)}
+            for name in layers.keys() - reached.keys():
+                _restore_(layers[name], old[name])
         return {
             n: float(((m.running_mean - old[n][0]).abs() / (old[n][1] + m.eps).sqrt()).max())
-            for n, m in layers.items()
+            for n, m in reached.items()
         }
 
     def drift(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
@@ -93,6 +96,15 @@ class BatchNorm:
         finally:
             for module, statistics in old.items():
                 _restore_(module, statistics)
+
+
+def _survives(model: nn.Module, batch: Batch) -> bool:
+    """Whether every channel has more than one value: PyTorch refuses others in training mode."""
+    try:
+        forward(model, to_device(batch, device_of(model)))
+    except ValueError:
+        return False
+    return True
 
 
 def _statistics(module: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,8 +23,8 @@ from secateur.core.batches import (
     size_of,
     to_device,
 )
-from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError
-from secateur.core.losses import default_loss, differentiable, logits_of, loss_of, unusable
+from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.losses import default_loss, differentiable, explaining, logits_of, loss_of
 from secateur.core.slots import device_of
 from secateur.drive.training import ranks
 from secateur.drive.training.held import Held, masks_of
@@ -93,7 +93,9 @@ class FineTune:
         elif not 0 <= self.distill <= 1:
             wrong = f"distill is a share from 0 to 1, not {self.distill:g}"
         if wrong:
-            raise UsageError("FineTune(...)", wrong, "", "correct the value")
+            raise UsageError(
+                "FineTune(...)", wrong, "no training can be done with it", "correct the value"
+            )
 
 
 class Stepper(Protocol):
@@ -244,15 +246,8 @@ class Loop:
         return tally.history
 
     def _loss(self, batch: Batch) -> Tensor:
-        try:
+        with explaining(self.model, batch, self.data.loss):
             return _objective(self.model, batch, self.how, self.teacher, self.data)
-        except (SecateurError, torch.OutOfMemoryError):
-            raise
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            reason = unusable(self.model, batch, self.data.loss)
-            if reason is not None:  # e.g. a label beyond the classes
-                raise reason from error
-            raise
 
     def _began(self) -> str:
         if self.checkpoint is None:
