@@ -36,6 +36,7 @@ from secateur.frontends.transformers_config import (
     shapes_of,
     stated_by,
 )
+from secateur.frontends.transformers_example import example_for
 from secateur.structure.masked import call, compare
 from secateur.structure.outputs import predictions
 from secateur.structure.stated import undeleted_
@@ -48,6 +49,8 @@ WEIGHTS, CONFIG, SURGERY, ORIGINAL = (
 )
 # The same operators on the same weights: only their order may differ.
 _NEAR = {torch.float64: 1e-10, torch.float32: 1e-5}
+# What models raise for inputs, or sizes, that do not go together.
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def save_transformers(
 
     Raises:
         MissingExtra: Transformers is not installed.
-        UsageError: It is no Transformers model, or an example is needed.
+        UsageError: It is no Transformers model, or an example is needed, or the model does not run
+            on the one given.
 
     Example:
         >>> import tempfile, transformers
@@ -237,10 +241,10 @@ def _plain(model: Any, surgery: Surgery, example: Any) -> tuple[Any, dict[str, i
     """What a plain configuration builds, with the weights, and the keys that changed in it."""
     original = _original_config(model, surgery)
     shorter, renamed = _without_removed(model, original, surgery)
-    search = Search(type(model), shorter)
+    search, expected = Search(type(model), shorter), _outputs(model, example)
     for values in search.find(_wanted(model, surgery, renamed)):
         built = _rebuilt(search, values, model, renamed)
-        if built is not None and _agree(built, model, example):
+        if built is not None and _agree(built, expected, example):
             changed = {_text(key): value for key, value in values.items()}
             if shorter is not original:
                 changed["num_hidden_layers"] = shorter.num_hidden_layers
@@ -266,47 +270,27 @@ def _rebuilt(
 
 
 @torch.no_grad()
-def _agree(built: nn.Module, model: nn.Module, example: Any) -> bool:
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     try:
         with evaluating(model):
-            pair = [predictions(call(net, example)) for net in (built.eval(), model)]
-    except (RuntimeError, ValueError, TypeError, IndexError):
+            return predictions(call(model, example))
+    except _FAILURES as error:
+        raise UsageError(
+            f"saving a {type(model).__name__} for Transformers",
+            f"it does not run on the example ({type(error).__name__}: {str(error)[:200]})",
+            "what its configuration builds has to compute the same",
+            "pass example=: inputs on which it runs",
+        ) from error
+
+
+@torch.no_grad()
+def _agree(built: nn.Module, expected: list[Tensor], example: Any) -> bool:
+    try:
+        found = predictions(call(built, example))
+    except _FAILURES:
         return False
-    dtype = next(model.parameters()).dtype
-    return compare(*pair).error <= _NEAR.get(dtype, 1e-2)
-
-
-def example_for(model: Any, example: Any = None) -> Any:
-    """Inputs for a Transformers model: the caller's, or made-up texts or images.
-
-    Raises:
-        UsageError: The model takes something else.
-
-    Example:
-        >>> import transformers
-        >>> config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9,
-        ...                                  num_attention_heads=2, intermediate_size=4)
-        >>> example_for(transformers.BertModel(config))["input_ids"].shape
-        torch.Size([2, 7])
-    """
-    if example is not None:
-        return example
-    generator = torch.Generator().manual_seed(0)
-    config, name = model.config, model.main_input_name
-    if name == "input_ids" and hasattr(config, "vocab_size"):
-        made: Tensor = torch.randint(config.vocab_size, (2, 7), generator=generator)
-        return {name: made.to(model.device)}
-    size = getattr(config, "image_size", None)
-    if name == "pixel_values" and size is not None:
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (2, getattr(config, "num_channels", 3), height, width)
-        return {name: torch.randn(shape, generator=generator).to(model.device, model.dtype)}
-    raise UsageError(
-        f"example inputs for a {type(model).__name__}",
-        f"none can be made up for {name!r}",
-        "the model has to run once",
-        "pass example=: a tensor, a tuple, or a mapping of named inputs",
-    )
+    dtype = next(built.parameters()).dtype
+    return compare(found, expected).error <= _NEAR.get(dtype, 1e-2)
 
 
 # -- blocks that are gone ---------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def uniform_keep(
 ) -> dict[str, Tensor]:
     """Change a choice of groups so that like widths of all layers keep equally many.
 
-    Widths are alike if their names differ in numbers only and they have equally many groups. Each
+    Widths are alike if they have equally many groups and their names differ only in numbers, or in
+    ``encoder`` and ``decoder`` (T5 states one width for both). Each
     keeps the mean of what they kept, rounded to a multiple of their step; groups come back, or go,
     by their scores.
 
@@ -166,10 +167,12 @@ def _stated(
 
 
 def _alike(structure: Structure) -> list[list[Width]]:
-    """Widths whose names differ in numbers only and that have equally many groups, together."""
+    """Widths of equally many groups whose names differ in numbers, encoder and decoder only."""
     alike: dict[tuple[str, int], list[Width]] = {}
     for width in structure.widths:
-        alike.setdefault((re.sub(r"\d+", "*", width.name), width.groups), []).append(width)
+        alike.setdefault(
+            (re.sub(r"\d+|encoder|decoder", "*", width.name), width.groups), []
+        ).append(width)
     return list(alike.values())
 
 
