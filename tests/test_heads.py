@@ -367,3 +367,16 @@ def test_uniform_keep() -> None:
     both = uniform_keep(structure, {one: torch.arange(48) < 24})
     assert [int(flags.sum()) for flags in both.values()] == [36, 36]
     assert uniform_keep(structure, evened, scores).keys() == evened.keys()
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe"])
+def test_heads_of_a_mixture_of_experts(kind: str) -> None:
+    more = {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4}
+    config = getattr(transformers, f"{kind}Config")(
+        **{**TEXT, "num_hidden_layers": 1}, num_key_value_heads=5, intermediate_size=48, **more
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    silent = silenced(model, "model.layers.{}.self_attn.o_proj", {0: [1]})
+    prune_heads(model, {0: [1]})
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (32, 40)
+    assert error(model, silent, IDS) < 1e-5

@@ -114,6 +114,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {
         IMAGE[:, :, None].expand(2, 3, 8, 8, 8),
         {"0": 12},
     ),
+    "transposed convolution of each channel to two": (
+        lambda: convolved(nn.ConvTranspose2d(12, 24, 2, stride=2, groups=12), after=24),
+        IMAGE,
+        {"0": 12},
+    ),
     "circular convolution": (
         lambda: convolved(nn.Conv2d(12, 12, 3, padding=1, padding_mode="circular")),
         IMAGE,

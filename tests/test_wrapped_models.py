@@ -71,3 +71,22 @@ def test_a_wrapped_network_is_shrunk_like_the_plain_one(
 
 def test_the_plan_names_weights_plainly() -> None:
     assert [s.name for s in secateur.plan(compiled(mlp())).chosen] == ["0.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_network_with_a_compiled_part_is_pruned_like_the_plain_one(name: str, warm: bool) -> None:
+    def part() -> nn.Sequential:
+        net = mlp()
+        net[2] = compiled(nn.Sequential(net[2], net[3]))
+        del net[3]
+        return net
+
+    recipe = recipes.ALIASES[name](0.5)
+    net = part()
+    if warm:
+        with torch.no_grad():
+            net(BATCHES[0][0])
+    found, plain = prune(net, recipe, BATCHES), prune(mlp(), recipe, BATCHES)
+    assert list(found.masks) == ["0.weight", "2._orig_mod.0.weight"]
+    assert [m.tolist() for m in found.masks.values()] == [m.tolist() for m in plain.masks.values()]

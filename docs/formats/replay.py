@@ -93,8 +93,8 @@ def set_size(module, name, value):
     name, _, entry = name.partition("[")
     if entry:
         old, at = getattr(holder, name), int(entry[:-1])
-        value = old[:at] + type(old)([value]) + old[at + 1 :]
-    setattr(holder, name, value)
+        value = getattr(old, "_make", type(old))([*old[:at], value, *old[at + 1 :]])
+    vars(holder)[name] = value  # a configuration may be frozen
 
 
 @torch.no_grad()

@@ -173,7 +173,9 @@ def collect(
     gradients = [s for s in wanted if getattr(s, "source", "") == "gradients"]
     probes = [s for s in wanted if not hasattr(s, "source")]
     device = device_of(model)
-    with evaluating(model), open_attention(model):
+    # A part of the network may be compiled by itself; hooks inside it are seen in eager mode only.
+    eager = torch.compiler.set_stance("force_eager")
+    with evaluating(model), open_attention(model), eager:
         if inputs:
             _Watch(model, slots, inputs, stats).run(batches, replay)
         for samples in {s.samples for s in gradients}:
@@ -200,9 +202,12 @@ class _Watch:
     ) -> None:
         self._model, self._needs, self._stats = model, needs, stats
         self._slots: dict[str, list[Slot]] = {}
+        # Now: code that calls a module with other weights has put them in their place by then.
+        self._weights: dict[str, Weight] = {}
         for slot in slots:
             if slot.rows is not None:
                 self._slots.setdefault(slot.module, []).append(slot)
+                self._weights[slot.name] = slot.weight(model)
         self._calls: Counter[str] = Counter()
         self._expected: Counter[str] | None = None
         self._samples = 0
@@ -251,7 +256,7 @@ class _Watch:
                 "statistics are read from a tensor input",
                 "leave this module out with ignore=",
             )
-        weight = slot.weight(self._model)
+        weight = self._weights[slot.name]
         # Unfolding a convolution's input multiplies it by the taps: go through it in slices.
         total = max(1, len(x))
         step = total

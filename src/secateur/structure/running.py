@@ -80,10 +80,12 @@ def require_python(model: nn.Module) -> None:
             "the network is cut, not its wrapper",
             "pass its .module, and wrap the result anew",
         )
-    if isinstance(model, torch.jit.ScriptModule):
+    scripts = (name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule))
+    script = next(scripts, None)
+    if script is not None:
         raise UsageError(
             f"tracing {type(model).__name__}",
-            "it was compiled to TorchScript",
+            f"{repr(script) if script else 'it'} was compiled to TorchScript",
             "compiled code does not show which modules and attributes it uses",
             "pass the network as it was before torch.jit",
         )

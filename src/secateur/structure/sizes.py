@@ -124,9 +124,13 @@ def set_attribute_(module: nn.Module, name: str, value: int) -> None:
         module.config = copy.copy(module.config)
         holder, name = module.config, name.removeprefix("config.")
     name, _, entry = name.partition("[")
-    if not entry:
-        setattr(holder, name, value)
-        return
-    values = list(getattr(holder, name))
-    values[int(entry.rstrip("]"))] = value
-    setattr(holder, name, type(getattr(holder, name))(values))
+    written: Any = value
+    if entry:
+        old = getattr(holder, name)
+        values = list(old)
+        values[int(entry.rstrip("]"))] = value
+        written = getattr(old, "_make", type(old))(values)  # named tuples take no list
+    if holder is module:
+        setattr(holder, name, written)
+    else:
+        vars(holder)[name] = written  # a configuration may be frozen

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from secateur.core.errors import SecateurError
 from secateur.structure.counted import Counted, Sizes, Source, follow, rows_along
 from secateur.structure.counted import plain as plain_number
 from secateur.structure.labels import along, fill, narrowed, own_shape, varying
@@ -284,10 +285,21 @@ class Tracer(TorchDispatchMode):
             self.pay(x)
         rule = rule_for(func)
         if rule is not None and (rule.always or any(self.labels(x) for x in tensors)):
-            rule.apply(self, call)
+            self._apply(rule, call)
         elif any(self.labels(x) for x in tensors):
             self.refuse(call, f"no rule for the operator {call.name}")
         return out
+
+    def _apply(self, rule: Any, call: Call) -> None:
+        try:
+            rule.apply(self, call)
+        except SecateurError:
+            raise
+        except Exception as error:  # a case that the rule does not know is as good as no rule
+            told = str(error).partition("\n")[0][:120]
+            self.refuse(call, f"the rule for {call.name} fails ({type(error).__name__}: {told})")
+            for x in call.outputs:
+                self.put(x, [])
 
     def refuse(self, call: Call, reason: str) -> None:
         """Pin everything that an operator touches."""

@@ -19,7 +19,7 @@ from secateur.drive.pruned import Pruned
 from secateur.frontends.remembered import remember_
 from secateur.frontends.surgery import surgery_for
 from secateur.frontends.transformers_config import layers_of
-from secateur.frontends.transformers_save import example_for
+from secateur.frontends.transformers_example import example_for
 from secateur.structure import Cuts, Structure, apply_, couple, cuts_for
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
@@ -146,7 +146,7 @@ def attention_width(model: nn.Module, structure: Structure, layer: str) -> Width
         width
         for width in structure.widths
         if all(s.parameter.startswith(f"{layer}.") for s in width.slices)
-        and min(s.index.shape[1] for s in width.slices if _matrix(model, s.parameter)) > 1
+        and _rows_of_a_group(model, width) > 1
     ]
     if len(inside) == 1:
         return inside[0]
@@ -253,6 +253,12 @@ def _numbered(model: nn.Module, layers: str | None) -> tuple[str, int]:
         why = f"the lists of this model are {', '.join(lists[:6]) or 'none'}"
         raise _refused(model, f"{layers!r} is no list of layers", why, "name one of them")
     return layers, len(named)
+
+
+def _rows_of_a_group(model: nn.Module, width: Width) -> int:
+    """Of the weight where they are fewest; none if the width has no matrix, as that of experts."""
+    matrices = (s for s in width.slices if _matrix(model, s.parameter))
+    return min((s.index.shape[1] for s in matrices), default=0)
 
 
 def _matrix(model: nn.Module, name: str) -> bool:

@@ -116,10 +116,10 @@ def _failure(
     *,
     training: bool,
 ) -> str | None:
-    """What a forward pass of the cut network raises, in a line; ``None`` if it runs."""
+    """What the cut or a forward pass after it raises, in a line; ``None`` if it runs."""
     small = copy.deepcopy(model)
-    apply_(small, cuts_for(small, structure, keep))
     try:
+        apply_(small, cuts_for(small, structure, keep))
         _run(small, example, training=training)
     except SecateurError:
         raise

@@ -230,11 +230,16 @@ def _grouped(
             if ids is not None and len(ids) >= groups:
                 _tie(tracer, inputs, ids.reshape(groups, -1))
         out = next(
-            (ids for ids in (rows, columns) if ids is not None and len(ids) == outputs), rows
+            (ids for ids in (rows, columns) if ids is not None and len(ids) == outputs), None
         )
         if out is not None:
             box = out.reshape(groups, -1)
             ledger.join(box, box[:, :1])
+        elif columns is not None and len(columns) == groups:
+            # Transposed, several outputs a channel: a group's outputs come and go with its channel.
+            out = columns.repeat_interleave(outputs // groups)
+        if rows is not None and len(rows) < groups:
+            ledger.pin(rows, "every group has the same number of outputs")
         return out
     per_group = columns if columns is not None and len(columns) == channels // groups else None
     if inputs is not None:

@@ -155,7 +155,9 @@ def interleaved(tracer: Tracer, call: Call) -> None:
 @rule("aten.roll", "aten.flip")
 def turned(tracer: Tracer, call: Call) -> None:
     """Turning along tokens or pixels is fine; along units it is not the same after a cut."""
-    dims = call.args[2] if "roll" in call.name and len(call.args) > 2 else call.args[1]
+    dims = call.argument(2 if "roll" in call.name else 1, "dims", [])
+    if not dims:  # the whole tensor in a row is rolled
+        dims = list(range(call.out.ndim))
     labels = list(tracer.labels(call.args[0]))
     for axis in _axes(dims, call.out.ndim):
         labels = tracer.fixed(labels, axis, "they are turned around by a fixed step")
