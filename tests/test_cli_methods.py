@@ -115,3 +115,8 @@ def test_a_method_is_told_the_pattern_that_its_other_parts_depend_on(name: str) 
     made = recipe_from(Flags(method=name, pattern="2:4"))
     assert made == recipes.ALIASES[name](pattern=NM(2, 4))
     assert from_plain({"method": name, "pattern": "2:4"}) == made
+
+
+@pytest.mark.parametrize("text", ["sparsegpt:pattern=2:4", 'sparsegpt:pattern="2:4"'])
+def test_a_pattern_in_a_method_is_no_number_to_base_60(text: str) -> None:
+    assert recipe_from(Flags(method=text)).pattern == NM(2, 4)

@@ -26,3 +26,9 @@ def test_an_error_can_be_copied(error: errors.SecateurError) -> None:
         assert str(again) == str(error)
         assert again.parts() == error.parts()
         assert again.exit_code == error.exit_code
+
+
+@pytest.mark.parametrize("known", [["blocks", "rows"], []])
+def test_a_name_without_a_near_match_has_all_parts(known: list[str]) -> None:
+    error = errors.UnknownName("pattern", "xyzzy", known)
+    assert all(error.parts().values())

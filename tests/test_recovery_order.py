@@ -9,8 +9,15 @@ from oneshot_cases import IMAGES, convnet
 from secateur import FineTune, Recipe, ShrinkRecipe, prune
 from secateur.cli.flags import Flags, recipe_from, with_training
 from secateur.core.errors import UsageError
-from secateur.recover import BatchNorm, BiasCorrection, Compensation, LeastSquares, NoRecovery
-from secateur.schedule import Exponential, Polynomial
+from secateur.recover import (
+    BatchNorm,
+    BiasCorrection,
+    Compensation,
+    Integer,
+    LeastSquares,
+    NoRecovery,
+)
+from secateur.schedule import Exponential, OneShot, Polynomial
 
 EPOCHS = Polynomial(0, 1, 0.5, unit="epochs")
 
@@ -102,3 +109,9 @@ def test_flags_of_training_keep_the_order() -> None:
     assert own.recovery == (FineTune(3.0, lr=0.5), BatchNorm())
     cut = with_training(ShrinkRecipe(), asked)
     assert names(cut) == ["Compensation", "BatchNorm", "FineTune"]
+
+
+@pytest.mark.parametrize("schedule", [OneShot(), Exponential(end=2), EPOCHS], ids=repr)
+def test_training_that_would_undo_a_rounding_is_refused(schedule: Any) -> None:
+    with pytest.raises(UsageError, match="would undo the rounding"):
+        Recipe(schedule=schedule, rounding=Integer(8), recovery=(LeastSquares(), FineTune(1)))

@@ -71,7 +71,9 @@ def part(kind: str, text: str) -> str | dict[str, Any]:
                 f"see secateur inspect --{_plural(kind)}",
             )
         try:
-            arguments[key.strip()] = yaml.safe_load(value)
+            # YAML 1.1 reads 2:4 as a number to base 60.
+            short = _SHORT_PATTERN.fullmatch(value.strip())
+            arguments[key.strip()] = value.strip() if short else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(
                 f"--{kind} {text!r}",

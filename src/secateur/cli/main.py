@@ -94,7 +94,10 @@ def run() -> None:
             raise
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         wrong = UsageError(
-            "the command line", error.format_message(), "", f"see secateur {command} --help"
+            "the command line",
+            error.format_message(),
+            "each command takes its own arguments and options",
+            f"see secateur {command} --help",
         )
         sys.stdout.write(error_document(version(), command, wrong, UsageError.exit_code) + "\n")
         sys.exit(UsageError.exit_code)

@@ -54,7 +54,12 @@ def plot(
     """
     with screen("plot", json=json) as out:
         if kind not in FORMATS:
-            raise UsageError(f"--format {kind}", "it is svg or png", "", "write one of the two")
+            raise UsageError(
+                f"--format {kind}",
+                "it is svg or png",
+                "no others are written",
+                "write one of the two",
+            )
         with style():
             pass  # a missing matplotlib is told before anything is read
         source = read_source(run)

@@ -152,7 +152,10 @@ def _checkpoints(recipe: Recipe, folder: Path | None, every: int | None) -> Chec
         return None
     if folder is None:
         raise UsageError(
-            f"--checkpoint-every {every}", "there is no --checkpoint", "", "say where: --checkpoint"
+            f"--checkpoint-every {every}",
+            "there is no --checkpoint",
+            "a run saves itself into a folder",
+            "say where: --checkpoint",
         )
     if recipe.finetune is None:
         raise UsageError(

@@ -186,6 +186,8 @@ def screen(command: str, *, json: bool, threads: int | None = None) -> Iterator[
         sys.stderr.write("Interrupted. Nothing half-written was left.\n")
         raise typer.Exit(INTERRUPTED) from None
     except SystemExit as error:  # of the user's own code: a command ends with typer.Exit
+        if isinstance(error.__context__, BrokenPipeError):  # rich's, when nobody reads any more
+            raise
         raise typer.Exit(_failed(found, _left(error, command))) from None
     except BrokenPipeError:
         raise

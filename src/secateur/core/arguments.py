@@ -46,7 +46,12 @@ def require_numbers(part: object, names: Sequence[str]) -> None:
     """
     odd = odd_number(part, names)
     if odd:
-        raise UsageError(f"{type(part).__name__}(...)", odd, "", "correct the value")
+        raise UsageError(
+            f"{type(part).__name__}(...)",
+            odd,
+            "nothing can be computed with it",
+            "correct the value",
+        )
 
 
 def require_place(asked: str, value: object) -> None:

@@ -76,6 +76,7 @@ class UnknownName(UsageError):
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+        hint = hint or ("write one of these" if names else "leave it out")
         super().__init__(
             f"{kind} {name!r}",
             f"there is no {kind} of that name",

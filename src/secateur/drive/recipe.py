@@ -135,6 +135,13 @@ class Recipe:
                 "give the schedule in steps or epochs",
             )
         _require_order(self.recovery, trains=self.schedule.unit != "rounds")
+        if self.rounding is not None and self.finetune is not None:
+            raise UsageError(
+                f"rounding={type(self.rounding).__name__}(...) with FineTune(...)",
+                "the recipe rounds weights, and then trains them",
+                "training would undo the rounding at its first step",
+                "leave one of them out; to have both, train first and round with a second recipe",
+            )
         fixed = self.pattern.sparsity if isinstance(self.pattern, NM) else None
         if self.target is None and fixed is None:
             object.__setattr__(self, "target", Target("sparsity", 0.5))

@@ -94,7 +94,12 @@ def connectivity(
     require_network("connectivity(model, ...)", model)
     require_count("points", points, what="how many networks are measured", write="points=11")
     if points < 2:
-        raise UsageError(f"points={points}", "a line has two ends", "", "ask for 2 points or more")
+        raise UsageError(
+            f"points={points}",
+            "fewer than two points",
+            "a line has two ends",
+            "ask for 2 points or more",
+        )
     found = as_data(data)
     if found is None:
         raise NeedsData("connectivity", "no data was given", "errors are counted", "pass data=")

@@ -59,7 +59,9 @@ class Damage:
         elif self.restore_after is not None and self.restore_after < 1:
             wrong = f"restore_after is 1 step or more, not {self.restore_after}"
         if wrong:
-            raise UsageError("Damage(...)", wrong, "", "correct the value")
+            raise UsageError(
+                "Damage(...)", wrong, "nothing can be measured with it", "correct the value"
+            )
         targeting(self.target)
 
 

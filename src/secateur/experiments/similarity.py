@@ -100,7 +100,12 @@ def mask_jaccard(a: Masks, b: Masks, *, per_layer: bool = True, of: str = "kept"
         (0.333, 0.333)
     """
     if of not in ("kept", "pruned"):
-        raise UsageError(f"of={of!r}", "it is 'kept' or 'pruned'", "", "write one of the two")
+        raise UsageError(
+            f"of={of!r}",
+            "it is 'kept' or 'pruned'",
+            "masks have no other side",
+            "write one of the two",
+        )
     counts = {n: _counts(x, y, of) for n, x, y in _pairs(a, b)}
     layers = {n: _jaccard(*c) for n, c in counts.items()}
     one, two, both, size = (sum(c[i] for c in counts.values()) for i in range(4))

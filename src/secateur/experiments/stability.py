@@ -301,6 +301,8 @@ def targeting(target: str, criterion: Criterion | None = None, *, seed: int = 0)
     """
     if target not in TARGETS:
         found = f"it is one of {', '.join(TARGETS)}"
-        raise UsageError(f"target {target!r}", found, "", "write one of the three")
+        raise UsageError(
+            f"target {target!r}", found, "no others are defined", "write one of the three"
+        )
     size = criterion or Magnitude()
     return {"smallest": size, "random": Random(seed), "largest": Opposite(size)}[target]

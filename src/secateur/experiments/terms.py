@@ -73,7 +73,9 @@ class Training:
         elif not self.weight_decay >= 0:
             wrong = f"weight_decay is 0 or more, not {self.weight_decay:g}"
         if wrong:
-            raise UsageError("Training(...)", wrong, "", "correct the value")
+            raise UsageError(
+                "Training(...)", wrong, "no training can be done with it", "correct the value"
+            )
 
     def rate_at(self, step: int, total: int) -> float:
         """Learning rate of a step of a training of ``total`` steps."""
@@ -135,7 +137,9 @@ class TicketPlan:
         elif self.unit == "steps" and self.rewind_to != int(self.rewind_to):
             wrong = f"steps are whole numbers, not {self.rewind_to:g}"
         if wrong:
-            raise UsageError("TicketPlan(...)", wrong, "", "correct the value")
+            raise UsageError(
+                "TicketPlan(...)", wrong, "no ticket can be found with it", "correct the value"
+            )
         _require_rising(self.levels)
 
     def step_of_rewind(self, per_epoch: int, total: int) -> int:

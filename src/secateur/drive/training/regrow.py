@@ -76,7 +76,9 @@ class Regrow:
         elif self.unit not in ("steps", "epochs") or self.frequency <= 0:
             wrong = f"frequency is a positive number of steps or epochs, not {self.frequency:g} {self.unit}"
         if wrong:
-            raise UsageError("Regrow(...)", wrong, "", "correct the value")
+            raise UsageError(
+                "Regrow(...)", wrong, "no exchange could be made with it", "correct the value"
+            )
 
     @property
     def skips(self) -> bool:
@@ -135,7 +137,9 @@ class TopKast:
         elif self.unit not in ("steps", "epochs") or self.frequency <= 0:
             wrong = f"frequency is a positive number of steps or epochs, not {self.frequency:g} {self.unit}"
         if wrong:
-            raise UsageError("TopKast(...)", wrong, "", "correct the value")
+            raise UsageError(
+                "TopKast(...)", wrong, "no superset could be made with it", "correct the value"
+            )
 
 
 @dataclass(frozen=True)
