@@ -44,7 +44,7 @@ static inline __attribute__((always_inline)) void depthwise_rows(const Depthwise
                                                                  const Inside<K> &inside) {
   Vec sum[R];
 #pragma GCC unroll 4
-  for (int i = 0; i < R; ++i) sum[i] = all(work.bias);
+  for (int i = 0; i < R; ++i) sum[i] = all(*work.bias);
 #pragma GCC unroll 11
   for (int r = 0; r < (R - 1) * S + K; ++r) {
     const int64_t iy = oy * S + r - work.pad_y;
@@ -111,20 +111,21 @@ static __attribute__((noinline)) void depthwise_end(const DepthwiseWork &work,
   depthwise_band<K, S, R, Bounds, false>(work, weight, bounds, oy, edges);
 }
 
+// The plane of one channel; spill: how far its last vector runs over the end of a row.
 template <int K, int S, bool Bounds>
-static void depthwise_of(const DepthwiseWork &work) {
+static inline __attribute__((always_inline)) void depthwise_plane(const DepthwiseWork &work,
+                                                                  const Vec (&bounds)[2],
+                                                                  const Inside<K> (&edges)[2],
+                                                                  int64_t spill) {
   Vec weight[K * K];
+#pragma GCC unroll 25
   for (int i = 0; i < K * K; ++i) weight[i] = all(work.weights[i]);
-  const Vec bounds[2] = {all(lower_bound(work.activation)), all(upper_bound(work.activation))};
-  // Most vectors lie inside the image, and of the others most are the first or the last of a row.
-  const int64_t last = (work.out_width - 1) / kLanes * kLanes;
-  Inside<K> edges[2] = {inside_of<K, S>(work, 0), {}};
-  edges[1] = last ? inside_of<K, S>(work, last) : edges[0];
-  const int64_t spill = last + kLanes - work.out_width;
+  // Of a copy that nobody else sees, the compiler knows that a store of results does not change it.
+  const DepthwiseWork own = work;
   int64_t oy = 0;
-  for (; oy + 4 <= work.out_height; oy += 4) {
-    if ((work.out_height - oy - 4) * work.out_width < spill) break;
-    depthwise_band<K, S, 4, Bounds, true>(work, weight, bounds, oy, edges);
+  for (; oy + 4 <= own.out_height; oy += 4) {
+    if ((own.out_height - oy - 4) * own.out_width < spill) break;
+    depthwise_band<K, S, 4, Bounds, true>(own, weight, bounds, oy, edges);
   }
   for (; oy + 4 <= work.out_height; oy += 4) {
     depthwise_end<K, S, 4, Bounds>(work, weight, bounds, oy, edges);
@@ -134,6 +135,24 @@ static void depthwise_of(const DepthwiseWork &work) {
     case 2: return depthwise_end<K, S, 2, Bounds>(work, weight, bounds, oy, edges);
     case 1: return depthwise_end<K, S, 1, Bounds>(work, weight, bounds, oy, edges);
     default: return;
+  }
+}
+
+template <int K, int S, bool Bounds>
+static void depthwise_of(const DepthwiseWork &given) {
+  DepthwiseWork work = given;
+  const Vec bounds[2] = {all(lower_bound(work.activation)), all(upper_bound(work.activation))};
+  // Most vectors lie inside the image, and of the others most are the first or the last of a row.
+  const int64_t last = (work.out_width - 1) / kLanes * kLanes;
+  Inside<K> edges[2] = {inside_of<K, S>(work, 0), {}};
+  edges[1] = last ? inside_of<K, S>(work, last) : edges[0];
+  for (int64_t i = 0; i < given.channels; ++i) {
+    depthwise_plane<K, S, Bounds>(work, bounds, edges, last + kLanes - work.out_width);
+    work.x += work.height * work.width;
+    work.y += work.out_height * work.out_width;
+    if (work.residual) work.residual += work.out_height * work.out_width;
+    work.weights += K * K;
+    ++work.bias;
   }
 }
 

@@ -108,12 +108,14 @@ struct TokensOut {
 };
 
 // One channel of a depthwise convolution. Some floats before and behind x may be read.
+// Some channels: planes of x, y and the residual, and weights, lie one after the other.
 struct DepthwiseWork {
   const float *x;
   float *y;
   const float *residual;
-  const float *weights;  // kernel * kernel
-  float bias;
+  const float *weights;  // kernel * kernel of each channel
+  const float *bias;
+  int64_t channels;
   int64_t height, width, out_height, out_width;
   int32_t pad_y, pad_x;
   int32_t kernel, stride;

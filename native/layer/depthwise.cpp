@@ -42,18 +42,23 @@ void Depthwise::run(const float *x, const int64_t dims[3], const int64_t out[3],
   parallel(static_cast<size_t>((planes + chunk - 1) / chunk), [&](size_t task) {
     std::vector<float> copy;
     const int64_t first = static_cast<int64_t>(task) * chunk;
-    for (int64_t i = first; i < std::min(planes, first + chunk); ++i) {
+    const int64_t stop = std::min(planes, first + chunk);
+    for (int64_t i = first, count = 1; i < stop; i += count) {
       const int64_t row = i % outputs;
       const float *plane = x + (i / outputs * spec_.groups + row / of_group) * in_plane;
+      count = 1;
       if (plane - x < before || x_end - plane < in_plane + behind) {  // the first and the last
         copy.assign(static_cast<size_t>(before + in_plane + behind), 0.0f);
         std::memcpy(copy.data() + before, plane, sizeof(float) * static_cast<size_t>(in_plane));
         plane = copy.data() + before;
+      } else if (of_group == 1) {  // as many as lie one after the other, like their weights
+        const int64_t inside = (x_end - plane - behind) / in_plane;
+        count = std::min({stop - i, outputs - row, inside});
       }
       table.depthwise({plane, y + i * out_plane, residual ? residual + i * out_plane : nullptr,
-                       weights_.data() + row * taps, bias_[row], dims[1], dims[2], out[1], out[2],
-                       spec_.pads[0], spec_.pads[1], spec_.kernel[0], spec_.stride[0],
-                       {spec_.activation, spec_.alpha, spec_.beta}});
+                       weights_.data() + row * taps, bias_.data() + row, count, dims[1], dims[2],
+                       out[1], out[2], spec_.pads[0], spec_.pads[1], spec_.kernel[0],
+                       spec_.stride[0], {spec_.activation, spec_.alpha, spec_.beta}});
     }
   });
 }
