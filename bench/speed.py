@@ -1,6 +1,7 @@
 """Compiled sparse models against ONNX Runtime's dense float32, and OpenVINO where it is installed.
 
-Both forms of a case run in turn in one process, on the same inputs, and OpenVINO after them. A case
+Both forms of a case run in turn in one process, on the same inputs, and OpenVINO after them. In a turn
+a model runs up to eight times, as it does in use, after once that does not count. A case
 is a network, a uniform sparsity by magnitude of every convolution and linear layer but the first
 (depthwise ones stay dense), a number of threads, a batch and an instruction set. Every case runs in
 a process of its own, and is kept when it is done, so that the study can be cut off and taken up.
@@ -168,7 +169,7 @@ def measure(case: Case, runs: Path) -> dict[str, Any]:
     from secateur.runtime.compiler.graph import Graph, read_model
     from secateur.runtime.compiler.masked import prune_onnx
     from secateur.runtime.compiler.sample import Sample
-    from secateur.runtime.race import open_session, race, runner
+    from secateur.runtime.race import TURN, open_session, race, runner
 
     network = next(n for n in (*networks.NETWORKS, *networks.QUICK) if n.name == case.network)
     pruned, compiled = runs / f"{case.name}.onnx", runs / f"{case.name}.sparse.onnx"
@@ -184,7 +185,7 @@ def measure(case: Case, runs: Path) -> dict[str, Any]:
     races = []
     for number in range(RACES):
         time.sleep(PAUSE if number else 0)
-        races.append(race(list(rivals.values()), seconds=SECONDS, drop=False))
+        races.append(race(list(rivals.values()), seconds=SECONDS, drop=False, turn=TURN))
     raced = min(races, key=lambda each: each.median(0))
     milliseconds = _times(raced, list(rivals))
     # Only then: OpenVINO's threads go on for some milliseconds after a run, and would take them
@@ -192,7 +193,7 @@ def measure(case: Case, runs: Path) -> dict[str, Any]:
     others = _openvino(pruned, feeds, case.threads)
     if others:
         milliseconds |= _times(
-            race(list(others.values()), seconds=SECONDS, drop=False), list(others)
+            race(list(others.values()), seconds=SECONDS, drop=False, turn=TURN), list(others)
         )
     row = {
         "case": asdict(case),

@@ -53,9 +53,10 @@ def _speed(folder: Path) -> str:
     text = (
         "## Compiled sparse models\n\nUniform sparsity by magnitude of every convolution and linear "
         "layer but the first; depthwise ones stay\ndense. Dense and sparse ran in turn in one process "
-        "on the same inputs, OpenVINO (dense) after them. Dense\nis ONNX Runtime "
-        f"{ort}, float32. The speed-up is the median over pairs of runs; the files have the\nspreads. "
-        "Most networks have random weights: these figures are about speed alone.\n"
+        "on the same inputs, up to eight runs in\na row after one that does not count, OpenVINO (dense) "
+        f"after them. Dense is ONNX Runtime {ort}, float32.\nThe speed-up is the median over pairs of "
+        "turns; the files have the spreads. Most networks have random\nweights: these figures are about "
+        "speed alone.\n"
     )
     return "\n".join([text, where(study), table(head, rows), goals(study)])
 
