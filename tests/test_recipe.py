@@ -240,3 +240,15 @@ def test_parts_of_the_users_own_are_recorded_by_path() -> None:
     assert plain["criterion"].endswith("Mine")
     with pytest.raises(UnknownName):
         from_plain(plain)
+
+
+def test_files_take_shares_and_single_names_as_people_write_them() -> None:
+    plain = {
+        "allocation": {"given": {"levels": {"0.weight": "40%", "2.*": 0.5}}},
+        "scope": {"ignore": "4.weight"},
+    }
+    recipe = from_plain(plain)
+    assert recipe.allocation == Given({"0.weight": 0.4, "2.*": 0.5})
+    assert recipe.scope == Scope(ignore=("4.weight",))
+    with pytest.raises(UsageError, match="'many' was given"):
+        from_plain({"allocation": {"given": {"levels": {"0.weight": "many"}}}})

@@ -112,3 +112,21 @@ def test_a_part_in_torchscript_is_named() -> None:
     net = nn.Sequential(nn.Linear(4, 8), torch.jit.script(nn.Linear(8, 4)))
     with pytest.raises(UsageError, match="'1' was compiled to TorchScript"):
         require_python(net)
+
+
+class Gated(nn.Module):
+    """One number a token, copied to every unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 12
+        self.up, self.gate, self.down = nn.Linear(6, 12), nn.Linear(6, 1), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        gate = self.gate(x).sigmoid().expand(x.shape[0], x.shape[1], self.dim)
+        return self.down(self.up(x) * gate)
+
+
+def test_copies_of_a_gate_follow_the_attribute_that_counts_them() -> None:
+    structure = require_exact(Gated, TOKENS)
+    assert {w.name: w.groups for w in structure.widths} == {"up": 12}

@@ -90,10 +90,24 @@ class Masks(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
-        """Set every pruned weight of ``model`` (also an EMA copy) to zero, in place."""
+        """Set every pruned weight of ``model`` (also an EMA copy) to zero, in place.
+
+        Raises:
+            UsageError: The model has no such parameter, or one of another shape; nothing was changed.
+        """
+        named = dict(model.named_parameters(remove_duplicate=False))
         for name, mask in self.items():
-            parameter = model.get_parameter(name)
-            parameter.masked_fill_(~mask.to(parameter.device), 0)
+            shape = tuple(named[name].shape) if name in named else None
+            if shape != tuple(mask.shape):
+                found = f"its shape there is {shape}" if shape else "the model has no such parameter"
+                raise UsageError(
+                    f"applying a mask of shape {tuple(mask.shape)} to {name!r}",
+                    found,
+                    "masks belong to the network that they were made for",
+                    "apply them to that network, or to a copy of it",
+                )
+        for name, mask in self.items():
+            named[name].masked_fill_(~mask.to(named[name].device), 0)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import yaml
 
 from secateur.allocate import ALLOCATIONS
 from secateur.allocate.widths import WIDTH_ALLOCATIONS
+from secateur.core.budget import number
 from secateur.core.errors import FormatError, UnknownName, UsageError
 from secateur.drive.training.finetune import FineTune
 from secateur.drive.training.regrow import REGROWTHS
@@ -179,7 +180,7 @@ def typed(what: str, hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is None:
         return None
     try:
-        return pydantic.TypeAdapter(hint).validate_python(value)
+        return pydantic.TypeAdapter(hint).validate_python(_as_written(hint, value))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UsageError(
@@ -188,6 +189,18 @@ def typed(what: str, hint: Any, value: Any) -> Any:
             first["msg"],
             f"give a value of type {getattr(hint, '__name__', hint)}",
         ) from None
+
+
+def _as_written(hint: Any, value: Any) -> Any:
+    """What people write in a file: 40% for a share, and one name for a list of names."""
+    inner = typing.get_args(hint)
+    if isinstance(value, str) and hint is float and value.strip().endswith("%"):
+        return number(value)
+    if isinstance(value, str) and typing.get_origin(hint) is tuple and inner[0] is str:
+        return [value]
+    if isinstance(value, Mapping) and float in inner:
+        return {key: _as_written(float, held) for key, held in value.items()}
+    return value
 
 
 def plain_part(kind: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Data, evaluating, lack, take, to_device
+from secateur.core.batches import Batch, Data, evaluating, lack, size_of, take, to_device
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
@@ -218,9 +218,11 @@ def mean_loss(model: nn.Module, data: Data, batches: list[Batch] | None = None) 
     sample = batches if batches is not None else take(data.sample(), 64)
     moved = [to_device(b, device_of(model)) for b in sample]
     loss = data.loss or default_loss
+    sizes = [size_of(b) for b in moved]  # the last batch may be a smaller one
+    total = max(1, sum(sizes))
 
     def measure() -> float:
         with evaluating(model), torch.no_grad():
-            return sum(float(loss(model, b)) for b in moved) / len(moved)
+            return sum(float(loss(model, b)) * n for b, n in zip(moved, sizes, strict=True)) / total
 
     return measure

@@ -16,7 +16,7 @@ from secateur.runtime.spec import Norm
 #: Fewer zeros than this never paid, on any machine, so they are not even timed.
 FEWEST_ZEROS = 0.2
 # Whoever adds so many times what a layer puts out for inputs of size one wants it rounded.
-_ROUNDS = 2.0**12
+_ROUNDS = 2.0**14
 
 
 def sites(graph: Graph, *, fewest_zeros: float = FEWEST_ZEROS) -> tuple[Site, ...]:
