@@ -44,7 +44,10 @@ def odd(count: int = 9, batch: int = 4) -> list[tuple[Tensor, Tensor]]:
 TRAININGS: dict[str, Callable[[Path], Any]] = {
     "finetune": lambda _: prune(flat(), Recipe(recovery=FineTune(1)), odd()),
     "ticket": lambda place: find_ticket(
-        flat, odd(), plan=TicketPlan(levels=(0.5,)), training=Training(epochs=1), folder=place
+        flat,
+        data=odd(),
+        plan=TicketPlan(levels=(0.5,), training=Training(epochs=1)),
+        folder=place,
     ),
 }
 

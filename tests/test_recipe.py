@@ -250,5 +250,5 @@ def test_files_take_shares_and_single_names_as_people_write_them() -> None:
     recipe = from_plain(plain)
     assert recipe.allocation == Given({"0.weight": 0.4, "2.*": 0.5})
     assert recipe.scope == Scope(ignore=("4.weight",))
-    with pytest.raises(UsageError, match="'many' was given"):
+    with pytest.raises(UsageError, match="unable to parse string as a number"):
         from_plain({"allocation": {"given": {"levels": {"0.weight": "many"}}}})

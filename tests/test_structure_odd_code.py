@@ -114,19 +114,24 @@ def test_a_part_in_torchscript_is_named() -> None:
         require_python(net)
 
 
-class Gated(nn.Module):
-    """One number a token, copied to every unit."""
+class Mapped(nn.Module):
+    """Layers are called for each sample by itself."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.dim = 12
-        self.up, self.gate, self.down = nn.Linear(6, 12), nn.Linear(6, 1), nn.Linear(12, 4)
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 4)
 
     def forward(self, x: Tensor) -> Any:
-        gate = self.gate(x).sigmoid().expand(x.shape[0], x.shape[1], self.dim)
-        return self.down(self.up(x) * gate)
+        return torch.vmap(lambda sample: self.b(self.a(sample).relu()))(x)
 
 
-def test_copies_of_a_gate_follow_the_attribute_that_counts_them() -> None:
-    structure = require_exact(Gated, TOKENS)
-    assert {w.name: w.groups for w in structure.widths} == {"up": 12}
+@pytest.mark.parametrize(
+    ("target", "data"),
+    [("macs=50%", None), ("params=60%", [(torch.randn(8, 16), torch.zeros(8).long())])],
+)
+def test_layers_inside_vmap_cannot_be_read_and_can_be_cut(target: str, data: Any) -> None:
+    recipe = secateur.ShrinkRecipe(target=secateur.Target.parse(target))
+    with pytest.raises(UsageError, match=r"calls them inside torch\.vmap"):
+        secateur.shrink(Mapped(), recipe, torch.randn(4, 16), data=data)
+    plain = secateur.ShrinkRecipe(target=secateur.Target.parse("params=60%"), recovery=())
+    assert secateur.shrink(Mapped(), plain, torch.randn(4, 16)).facts.measures["proof"] < 1e-5

@@ -303,6 +303,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def looking_inside(model: nn.Module) -> Iterator[None]:
+    """Where the inputs of layers are read: says so if the code of the network hides them.
+
+    Raises:
+        UsageError: The layers are called inside ``torch.vmap``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise UsageError(
+            f"reading the inputs of the layers of a {type(model).__name__}",
+            "it calls them inside torch.vmap",
+            "what is inside stands for many values at once, and cannot be read",
+            "write that part for batches, or ask for what reads no inputs: a target in params, "
+            "magnitude, recovery=()",
+        ) from error
+
+
 def take(batches: Iterable[Batch], count: int) -> list[Batch]:
     """The first ``count`` batches."""
     return list(islice(batches, count))

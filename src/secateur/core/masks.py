@@ -99,7 +99,11 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             shape = tuple(named[name].shape) if name in named else None
             if shape != tuple(mask.shape):
-                found = f"its shape there is {shape}" if shape else "the model has no such parameter"
+                found = (
+                    f"its shape there is {shape}"
+                    if shape is not None
+                    else "the model has no such parameter"
+                )
                 raise UsageError(
                     f"applying a mask of shape {tuple(mask.shape)} to {name!r}",
                     found,

@@ -21,6 +21,7 @@ from secateur.core.batches import (
     Loss,
     evaluating,
     forward,
+    looking_inside,
     micro_batches,
     size_of,
     to_device,
@@ -223,7 +224,7 @@ class _Watch:
                     self._calls.clear()
                     self._samples = size_of(batch)
                     known = replay.serving(batch) if replay is not None else nullcontext()
-                    with suppress(_Enough), known:
+                    with suppress(_Enough), looking_inside(self._model), known:
                         forward(self._model, to_device(batch, device))
                     # A shared module may be called several times a pass; the first pass counts.
                     if replay is not None and self._expected is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.attention import open_attention
-from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
+from secateur.core.batches import Batch, evaluating, forward, looking_inside, size_of, to_device
 from secateur.core.slots import Slot, device_of
 from secateur.recover import Moments
 from secateur.stats import Replay
@@ -105,7 +105,14 @@ def _rows(model: nn.Module, slot: Slot, batch: Batch, replay: Replay, draw: _Dra
     module = model.get_submodule(slot.module)
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
-        with evaluating(model), open_attention(model), replay.serving(batch), suppress(_Seen):
+        reading = looking_inside(model)
+        with (
+            evaluating(model),
+            open_attention(model),
+            replay.serving(batch),
+            suppress(_Seen),
+            reading,
+        ):
             forward(model, to_device(batch, device_of(model)))
     finally:
         handle.remove()

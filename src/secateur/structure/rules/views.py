@@ -95,7 +95,7 @@ def expanded(tracer: Tracer, call: Call) -> None:
     lead = out.ndim - x.ndim
     for axis, size in enumerate(given):
         grown = out.shape[axis] > 1 and (axis < lead or x.shape[axis - lead] == 1)
-        if grown and (size is None or isinstance(size, (Counted, Named))):
+        if grown and (size is None or isinstance(size, Counted)):
             ids = tracer.ledger.new(out.shape[axis])
             labels.append(tracer.sized(along(ids, axis, tuple(out.shape)), axis, size))
     tracer.put(out, labels)
