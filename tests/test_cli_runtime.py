@@ -219,7 +219,7 @@ def test_tables_of_layers_fit_into_80_columns() -> None:
             compiled_layers(Compiled(*whole, (made,), ())),
             "90.0 % Add Relu panels 4x11/128 12.3 3.40",
         ),
-        (bench_table(found), "80 % of runs 94.2 to 1234 ms 94.2 to 1234 ms"),
+        (bench_table(found), "80 % of turns 94.2 to 1234 ms 94.2 to 1234 ms"),
         (notes_lines(found.notes), "note: long"),
     ):
         console = Console(width=80, record=True, file=io.StringIO())

@@ -123,7 +123,7 @@ def bench_table(found: Bench) -> RenderableType:
         milliseconds(found.sparse.median),
         times(found.speedup, "faster", "slower"),
     )
-    table.add_row("80 % of runs", _range(found.dense), _range(found.sparse), "")
+    table.add_row("80 % of turns", _range(found.dense), _range(found.sparse), "")
     table.add_row(
         "file",
         size(found.dense_bytes),
