@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,16 @@ def test_what_is_indented_is_not_filled_up_with_spaces(
     lines = found.stdout.splitlines()
     assert not any(line.endswith(" ") for line in lines)
     assert max(map(len, lines)) < 400
+
+
+def test_a_reader_that_goes_away_is_no_mistake_of_the_user(place: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "secateur", "inspect", "net.py:build"]
+    with os.fdopen(write, "w") as stdout:
+        done = subprocess.run(
+            words, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=place, check=False
+        )
+    assert done.returncode == 1
+    assert "sys.exit" not in done.stderr
+    assert "UsageError" not in done.stderr
