@@ -72,6 +72,20 @@ def test_with_tied_weights(asked: int, tmp_path: Path) -> None:
     assert 0.98 * asked < found <= asked
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_of_a_cut_network(share: float, tmp_path: Path) -> None:
+    net = chain(24, 32)
+    dense = secateur.measure(net, latency=False).cost.bytes
+    target = Target("bytes", share)
+    recipe = secateur.ShrinkRecipe(target=target, recovery=(), align=1)
+    pruned = secateur.shrink(net, recipe, torch.zeros(1, 32))
+    found = (pruned.save(tmp_path / "a") / "model.safetensors").stat().st_size
+    assert 0.97 * share * dense < found <= share * dense
+    told = pruned.facts.measures["target"]
+    assert told["dense"] == pytest.approx(dense, rel=0.01)
+    assert told["reached"] == pytest.approx(found, rel=0.02)
+
+
 @pytest.mark.parametrize("kept", [0, 3, 400, 2_048, 4_095, 4_096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_file(kept: int, dtype: torch.dtype, tmp_path: Path) -> None:

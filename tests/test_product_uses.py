@@ -126,5 +126,5 @@ def test_a_network_without_products_has_no_budget_in_them(rounds: int) -> None:
             return self.table(x).relu().sum(-1)
 
     recipe = secateur.ShrinkRecipe(recovery=(), rounds=rounds)
-    with pytest.raises(BudgetError, match="the network costs no macs"):
+    with pytest.raises(BudgetError, match="the dense network costs 0"):
         secateur.shrink(Scaled(), recipe, torch.randint(9, (2, 3)))

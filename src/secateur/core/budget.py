@@ -142,6 +142,26 @@ class Target:
                 "give a count, or a fraction of the dense one",
             )
 
+    def limit(self, dense: float) -> float:
+        """The most that may be spent of what the dense network costs: the count, or its share.
+
+        Raises:
+            BudgetError: The dense network costs nothing in this unit, or less than the count.
+
+        Example:
+            >>> Target("macs", 0.5).limit(1000.0), Target("params", 300.0).limit(1000.0)
+            (500.0, 300.0)
+        """
+        limit = self.value if self.value >= 1 else self.value * dense
+        if dense and limit <= dense:
+            return limit
+        raise BudgetError(
+            f"{self.unit}={self.value:g}",
+            f"the dense network costs {dense:,.4g}",
+            "nothing would be removed",
+            "ask for less" if dense else "ask in another unit, e.g. params=50%",
+        )
+
     @staticmethod
     def parse(text: Any) -> Target:
         """Read ``0.9``, ``"90%"``, ``"params=20000"`` or ``{"macs": "50%"}``."""

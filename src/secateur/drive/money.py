@@ -117,15 +117,7 @@ def money(
         unmasked = fixed + sum(plain_bytes(w.name, w.value, total=total) for w in weights)
     dense = sum(costs[name](size) for name, size in sizes.items())
     # A mask that keeps everything costs some bytes that the dense file does not have.
-    whole = unmasked or dense + fixed
-    limit = target.value if target.value >= 1 else target.value * whole
-    if limit > whole:
-        raise BudgetError(
-            f"{target.unit}={target.value:g}",
-            f"the dense network has {whole:,.0f}",
-            "nothing would be removed",
-            f"ask for less than {whole:,.0f}",
-        )
+    limit = target.limit(unmasked or dense + fixed)
     if limit < fixed:
         raise BudgetError(
             f"{target.unit}={target.value:g}",

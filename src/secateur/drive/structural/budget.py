@@ -20,7 +20,7 @@ from secateur.drive.structural.latency_budget import TOLERANCE, LatencySearch
 from secateur.drive.structural.latency_clock import clock_for
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.uniform import best_groups
-from secateur.drive.structural.width_cost import WidthCost, limit_of, require_cost, width_cost
+from secateur.drive.structural.width_cost import WidthCost, width_cost
 from secateur.drive.structural.width_latency import LayerTiming, latency_cost, steps
 from secateur.drive.structural.width_steps import Stepped, WidthSteps
 from secateur.drive.training.finetune import Progress
@@ -75,8 +75,7 @@ class ShrinkBudget:
         if rounds == 1:
             return [target]
         dense = self._cost(as_batch(example)).dense
-        require_cost(target, dense)
-        ratio = limit_of(target, dense) / dense
+        ratio = target.limit(dense) / dense
         return [Target(target.unit, dense * ratio ** ((r + 1) / rounds)) for r in range(rounds)]
 
     def _groups(
@@ -97,11 +96,10 @@ class ShrinkBudget:
         self, widths: Sequence[Width], scores: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, int]:
         cost = self._cost(batch)
-        require_cost(self.recipe.target, cost.dense)
         target, last = self.recipe.target, self.last or self.recipe.target
         # Coarse steps may have taken a round beyond the next one's target already.
         ahead = self.last is not None and cost.dense <= target.value
-        limit = cost.dense if ahead else limit_of(target, cost.dense)
+        limit = cost.dense if ahead else target.limit(cost.dense)
         goal = limit if last == target else last.value
         whole = {width.name: width.groups for width in self.facts.widths}
 
@@ -148,7 +146,7 @@ class ShrinkBudget:
         self.progress("timing layers", 0, 1)
         clock = clock_for(self.model, batch, recipe.engine, self.facts)
         dense = clock.dense()
-        limit_of(recipe.target, dense)  # raises before the long part
+        recipe.target.limit(dense)  # raises before the long part
         how = LayerTiming(
             LayerTimes(clock.layers),
             recipe.align,

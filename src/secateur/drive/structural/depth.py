@@ -20,7 +20,6 @@ from secateur.core.slots import device_of
 from secateur.drive.money import uses
 from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
-from secateur.drive.structural.width_cost import limit_of
 from secateur.formats import BlockEdit
 from secateur.frontends import discover
 from secateur.frontends.remembered import remember_
@@ -203,7 +202,7 @@ class _Run:
         if not isinstance(drop, int):
             target = Target.parse(drop)
             costs, dense = self._costs(target, blocks, example)
-            spare = dense - limit_of(target, dense)
+            spare = dense - target.limit(dense)
             most = sum(costs[b.path] for b in free)
             if spare > most:
                 raise BudgetError(

@@ -13,7 +13,6 @@ from secateur.core.budget import Target
 from secateur.core.errors import BudgetError
 from secateur.core.facts import Facts
 from secateur.drive.structural.latency_clock import Clock, Paired
-from secateur.drive.structural.width_cost import limit_of
 from secateur.drive.structural.width_latency import LatencyCost, widened
 
 #: A target is met within this share of it.
@@ -91,7 +90,7 @@ class LatencySearch:
         Raises:
             BudgetError: Even the narrowest network takes longer; its time is named.
         """
-        limit = limit_of(self.target, cost.dense)
+        limit = self.target.limit(cost.dense)
         low, high = 0.0, math.inf  # predictions that met the target, and that missed it
         for _ in range(_TRIES):
             kept, narrowest = self._chosen(items, cost, limit)

@@ -27,7 +27,6 @@ from secateur.drive.structural.pace import Pace, fingerprint_of, require_fit
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.removal import Removal, require_slots_alike, width_facts
-from secateur.drive.structural.width_cost import limit_of
 from secateur.drive.structural.width_steps import BLOCK, counted
 from secateur.drive.training import ranks
 from secateur.drive.training.finetune import FineTune, Loop
@@ -125,7 +124,7 @@ class Shrinking:
         origin = {w.name: w.groups for w in widths}
         self._removal = Removal(recipe, example, used, origin, found, pace.prove_each)
         cost = self._removal.cost(self.model, self._structure)
-        self._dense, self._limit = cost.dense, limit_of(recipe.target, cost.dense)
+        self._dense, self._limit = cost.dense, recipe.target.limit(cost.dense)
         flat = {w.name: torch.ones(w.groups) for w in self._removal.taking(self._structure)}
         if not flat:
             found_text = f"none of {len(self._structure.widths)} widths takes part"

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from secateur.core.budget import Target
-from secateur.core.errors import BudgetError, UsageError
+from secateur.core.errors import UsageError
+from secateur.core.masks import Masks
+from secateur.formats.sharing import find_aliases
+from secateur.formats.size import bare_bytes, plain_bytes
 from secateur.structure import Structure
-
-# What a tensor's entry in the file's header takes, beside its name.
-_ENTRY = 110
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ def width_cost(
             losses.setdefault(part.parameter, []).append(
                 (part.axis, width.name, part.index.shape[1])
             )
+    fixed = 0.0
     if unit == "params":
         factors = dict.fromkeys(tensors, 1.0)
     elif unit == "macs":
@@ -95,6 +95,10 @@ def width_cost(
         saved = model.state_dict()
         tensors |= {name: x for name, x in model.named_buffers() if name in saved}
         factors = {name: float(x.element_size()) for name, x in tensors.items()}
+        content = sum(x.numel() * x.element_size() for x in tensors.values())
+        header = bare_bytes(find_aliases(saved, Masks({})))
+        header += sum(plain_bytes(name, x, total=content) for name, x in tensors.items())
+        fixed = float(header - content)
     else:
         raise UsageError(
             f"a target in {unit}",
@@ -102,7 +106,6 @@ def width_cost(
             "its units are params, macs, bytes and latency",
             "write e.g. macs=50%",
         )
-    fixed = float(sum(_ENTRY + len(name) for name in tensors)) if unit == "bytes" else 0.0
     return WidthCost(
         shapes={name: tuple(x.shape) for name, x in tensors.items()},
         factors=factors,
@@ -124,36 +127,3 @@ def removable_share(model: nn.Module, structure: Structure) -> float:
     """
     cost = width_cost(model, structure, "params")
     return 1 - cost(dict.fromkeys(cost.groups, 1)) / cost.dense if cost.dense else 0.0
-
-
-def require_cost(target: Target, dense: float) -> None:
-    """Refuse a target in a unit in which the network costs nothing.
-
-    Example:
-        >>> require_cost(Target("macs", 0.5), 1000.0)
-    """
-    if not dense:
-        raise BudgetError(
-            f"{target.unit}={target.value:g}",
-            f"the network costs no {target.unit}",
-            "no product of a weight was seen on the example",
-            "ask in another unit, e.g. params=50%",
-        )
-
-
-def limit_of(target: Target, dense: float) -> float:
-    """The most that may be spent: the target's count, or its share of the dense cost.
-
-    Example:
-        >>> limit_of(Target("macs", 0.5), 1000.0), limit_of(Target("params", 300.0), 1000.0)
-        (500.0, 300.0)
-    """
-    limit = target.value if target.value >= 1 else target.value * dense
-    if limit > dense:
-        raise BudgetError(
-            f"{target.unit}={target.value:g}",
-            f"the uncut model costs {dense:,.4g}",
-            "it fits already",
-            "ask for less",
-        )
-    return limit
