@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -284,14 +284,16 @@ def ordered(graph: Any) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def names_inside(node: Any) -> Iterator[str]:
-    """The names that its branches and bodies give to values of their own."""
-    for held in node.attribute:
-        for branch in (held.g, *held.graphs):
-            yield from (value.name for value in (*branch.input, *branch.initializer))
-            for inner in branch.node:
-                yield from inner.output
-                yield from names_inside(inner)
+def names_in(nodes: Iterable[Any]) -> set[str]:
+    """Every name of a value that nodes use or make, also inside their branches and bodies."""
+    found: set[str] = set()
+    for node in nodes:
+        found.update(node.input, node.output)
+        for held in node.attribute:
+            for branch in (held.g, *held.graphs):
+                found.update(value.name for value in (*branch.input, *branch.initializer))
+                found |= names_in(branch.node)
+    return found
 
 
 def uses(node: Any) -> Iterator[str]:

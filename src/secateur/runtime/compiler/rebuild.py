@@ -10,7 +10,7 @@ import numpy as np
 from secateur.core.errors import FormatError
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
-from secateur.runtime.compiler.graph import attribute, names_inside, opset, uses
+from secateur.runtime.compiler.graph import attribute, names_in, opset
 from secateur.runtime.native import Spec
 from secateur.runtime.operators import DOMAIN, is_attention, is_sparse, spec_of
 from secateur.runtime.stored import LAYOUTS
@@ -36,9 +36,7 @@ def dense_model(model: Any) -> Any:
     out.CopyFrom(model)
     held = {tensor.name: tensor for tensor in model.graph.initializer}
     version = opset(model)
-    named = ((*uses(node), *node.output, *names_inside(node)) for node in model.graph.node)
-    taken = {name for names_of in named for name in names_of}
-    taken |= {i.name for i in model.graph.input} | set(held)
+    taken = names_in(model.graph.node) | {i.name for i in model.graph.input} | set(held)
     del out.graph.node[:]
     for node in model.graph.node:
         if is_attention(node):

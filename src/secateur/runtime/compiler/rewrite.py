@@ -11,7 +11,7 @@ import numpy as np
 
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
-from secateur.runtime.compiler.graph import Graph, names_inside, replaceable, uses
+from secateur.runtime.compiler.graph import Graph, names_in, replaceable, uses
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.native import Spec, Variant
 from secateur.runtime.operators import DOMAIN, sparse_node
@@ -107,12 +107,10 @@ def sparse_model(
     same: dict[str, str] = {}
     gone = {i for site, _, _ in chosen for i in site.nodes}
     names = {node.name for i, node in enumerate(graph.nodes) if i not in gone}
-    named = ((*uses(node), *node.output, *names_inside(node)) for node in graph.nodes)
-    values = {name for names_of in named for name in names_of}
-    values |= {i.name for i in graph.model.graph.input}
+    values = names_in(graph.nodes) | {i.name for i in graph.model.graph.input}
     for site, variant, positions in chosen:
-        fresh = _renamed(site, names, values)
-        nodes, weights = replacement(fresh, variant, positions, graph.opset)
+        named = _renamed(site, names, values)
+        nodes, weights = replacement(named, variant, positions, graph.opset)
         at[max(site.nodes)] = _shared(nodes, weights, held, same)
     at |= {block.last: [block.node(graph.nodes[block.last].output[0])] for block in blocks}
     nodes = []
