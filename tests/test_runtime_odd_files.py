@@ -18,7 +18,7 @@ ort = pytest.importorskip("onnxruntime")
 from odd_onnx_cases import W, both, close, compiled, model, node, numbers, weight  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - only where it is installed
 
-from secateur.core.errors import UsageError  # noqa: E402
+from secateur.core.errors import FileError, UsageError  # noqa: E402
 from secateur.runtime import available, bench, compile_onnx  # noqa: E402
 from secateur.runtime.compiler import compile as compiling  # noqa: E402
 from secateur.runtime.compiler.compile import METADATA  # noqa: E402
@@ -213,3 +213,61 @@ def test_names_inside_branches_are_taken(tmp_path: Path) -> None:
     for flag in (True, False):
         close(tmp_path, made, {"x": numbers(4, 16), "c": np.array(flag)})
     assert numpy_helper.to_array(made.graph.initializer[0]).shape == W.shape
+
+
+def refusal(tmp_path: Path, made: Any) -> str:
+    with pytest.raises(FileError) as caught:
+        compiled(tmp_path, made)
+    assert all(caught.value.parts().values())
+    return str(caught.value)
+
+
+def test_what_is_not_known_is_not_called_damaged(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["y"])]
+    newer = model(nodes, {"w": W}, opset_imports=[helper.make_opsetid("", 99)])
+    assert "newer" in refusal(tmp_path, newer)
+    assert "newer" in refusal(tmp_path, model(nodes, {"w": W}, ir_version=99))
+    foreign = model(
+        [*nodes, node("Foo", ["y"], ["z"], domain="acme")],
+        {"w": W},
+        outputs=("z",),
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("acme", 1)],
+    )
+    said = refusal(tmp_path, foreign)
+    assert "acme:Foo" in said
+    assert "library" in said
+    assert "damaged" not in said
+
+
+@pytest.mark.parametrize("content", [None, b"abc"])
+def test_weights_in_another_file_are_missed_by_name(tmp_path: Path, content: bytes | None) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": weight(64, 64)}, [("x", ["N", 64])])
+    onnx.save(
+        made,
+        str(tmp_path / "m.onnx"),
+        save_as_external_data=True,
+        location="m.bin",
+        size_threshold=0,
+    )
+    assert compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx", choose="first").error < 1e-5
+    (tmp_path / "m.bin").unlink()
+    if content is not None:
+        (tmp_path / "m.bin").write_bytes(content)
+    with pytest.raises(FileError, match=r"other files.*Copy") as caught:
+        compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx", choose="first")
+    assert all(caught.value.parts().values())
+
+
+def test_weights_too_large_for_one_file_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {}, [("x", ["N", 8])])
+    columns = 70_000_000
+    tensor = made.graph.initializer.add(name="w", data_type=TensorProto.FLOAT)
+    tensor.dims.extend([8, columns])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "w.bin", "length": str(32 * columns)}.items():
+        tensor.external_data.add(key=key, value=value)
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    (tmp_path / "w.bin").touch()
+    with pytest.raises(UsageError, match=r"2,240,000,\d+ bytes.*parts") as caught:
+        compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx")
+    assert all(caught.value.parts().values())

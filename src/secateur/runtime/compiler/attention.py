@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from secateur.runtime.compiler.graph import Axis, Graph, attribute, standard
+from secateur.runtime.compiler.graph import Graph, attribute, standard
+from secateur.runtime.compiler.shapes import Axis
 from secateur.runtime.operators import DOMAIN, attention_node, is_attention
 
 #: Domains of an operator for attention: ours, and where ONNX Runtime keeps those of its own.

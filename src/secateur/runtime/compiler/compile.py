@@ -15,9 +15,10 @@ from secateur.core.facts import environment
 from secateur.runtime.compiler import choose as choosing
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.fuse import sites
-from secateur.runtime.compiler.graph import Graph, packages, read_model, replaceable, standard
+from secateur.runtime.compiler.graph import Graph, packages, read_model, standard
 from secateur.runtime.compiler.notes import notes
 from secateur.runtime.compiler.sample import Sample, concrete_shapes
+from secateur.runtime.compiler.shapes import replaceable
 from secateur.runtime.compiler.verify import (
     HALF_TOLERANCE,
     TOLERANCE,

@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError
+from secateur.runtime.compiler.shapes import Axis, replaceable, shapes_of
 
 OLDEST_OPSET = 7
-#: One axis: a number, a name that stands for a number, or nothing known.
-Axis = int | str | None
 _DOMAINS = ("", "ai.onnx")
 # A protobuf message holds at most 2 GB.
 _LARGEST = 2**31 - 2**20
-# Entries of a weight that cannot say anything about shapes.
-_LARGE = 4096
 
 
 def packages(purpose: str) -> tuple[Any, Any]:
@@ -126,12 +123,6 @@ def _require_small(asked: str, model: Any, path: Path) -> None:
         )
 
 
-def replaceable(model: Any) -> frozenset[str]:
-    """Inputs that have a value already, which a caller may replace."""
-    held = {tensor.name for tensor in model.graph.initializer}
-    return frozenset(i.name for i in model.graph.input) & held
-
-
 def _first(error: Exception) -> str:
     return (str(error).splitlines() or ["no message"])[0][:200]
 
@@ -201,7 +192,7 @@ class Graph:
             producer,
             users,
             frozenset(o.name for o in model.graph.output),
-            _shapes(model),
+            shapes_of(model),
             opset(model),
             {t.name: t for t in model.graph.initializer if t.name not in inputs},
         )
@@ -226,7 +217,7 @@ class Graph:
 
     @cached_property
     def _computed(self) -> dict[str, tuple[Axis, ...]]:
-        return _shapes(self.model, written=False)
+        return shapes_of(self.model, written=False)
 
     def computed_shape(self, name: str) -> tuple[Axis, ...] | None:
         """Axes of a value as they follow from the inputs alone.
@@ -362,51 +353,3 @@ _RULES: dict[str, Callable[[Any, list[np.ndarray]], np.ndarray | None]] = {
     "Cast": _cast,
     "Flatten": _flatten,
 }
-
-
-def _shapes(model: Any, *, written: bool = True) -> dict[str, tuple[Axis, ...]]:
-    import onnx
-
-    try:
-        outline = _outline(model, written=written)
-        inferred = onnx.shape_inference.infer_shapes(outline, data_prop=True)
-    except Exception:  # what cannot be inferred stays unknown: fewer fusions, no error
-        inferred = model
-    graph = inferred.graph
-    found: dict[str, tuple[Axis, ...]] = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        kind = value.type.tensor_type
-        if value.type.HasField("tensor_type") and kind.HasField("shape"):
-            found[value.name] = tuple(_axis(axis) for axis in kind.shape.dim)
-    return found
-
-
-def _outline(model: Any, *, written: bool) -> Any:
-    """The model without the content of its large weights, which inference would copy twice."""
-    import onnx
-    from onnx import helper
-
-    out, graph = onnx.ModelProto(), model.graph
-    out.ir_version = model.ir_version
-    out.opset_import.extend(model.opset_import)
-    inputs = replaceable(model)
-    held = [t for t in graph.initializer if t.name not in inputs]
-    large = [t for t in held if math.prod(t.dims) > _LARGE]
-    out.graph.name = "outline"
-    out.graph.node.extend(graph.node)
-    out.graph.input.extend(graph.input)
-    for tensor in large:
-        value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        out.graph.input.append(value)
-    out.graph.output.extend(graph.output)
-    if written:
-        out.graph.value_info.extend(graph.value_info)
-    out.graph.initializer.extend(t for t in held if math.prod(t.dims) <= _LARGE)
-    return out
-
-
-def _axis(axis: Any) -> Axis:
-    # Some exporters write an open axis as -1 or 0.
-    if axis.HasField("dim_value"):
-        return int(axis.dim_value) if axis.dim_value > 0 else None
-    return axis.dim_param or None

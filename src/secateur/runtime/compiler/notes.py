@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.runtime.compiler import attention
-from secateur.runtime.compiler.graph import Graph, replaceable, standard
+from secateur.runtime.compiler.graph import Graph, standard
+from secateur.runtime.compiler.shapes import replaceable
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.compiler.whole import DENSE, Plan
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
-from secateur.runtime.compiler.graph import Graph, names_in, replaceable, uses
+from secateur.runtime.compiler.graph import Graph, names_in, uses
+from secateur.runtime.compiler.shapes import replaceable
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.native import Spec, Variant
 from secateur.runtime.operators import DOMAIN, sparse_node

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import UsageError
-from secateur.runtime.compiler.graph import Graph, attribute, replaceable, standard
+from secateur.runtime.compiler.graph import Graph, attribute, standard
+from secateur.runtime.compiler.shapes import replaceable
 
 _IMAGE, _SEQUENCE = 224, 128
 # An embedding that nobody can be seen to look up still has this many rows.
