@@ -155,6 +155,18 @@ def test_what_a_file_says_of_itself_may_have_been_changed(tmp_path: Path, said: 
     assert "the file does not say how its layers were timed" in found.notes
 
 
+def test_what_its_author_wrote_into_a_file_stays(tmp_path: Path) -> None:
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": W})
+    made.doc_string, made.graph.doc_string = "of the model", "of the graph"
+    for holder in (made, made.graph):
+        holder.metadata_props.add(key="licence", value="Apache-2.0")
+    _, _, sparse = compiled(tmp_path, made)
+    kept = onnx.load(sparse)
+    assert (kept.doc_string, kept.graph.doc_string) == ("of the model", "of the graph")
+    for holder in (kept, kept.graph):
+        assert ("licence", "Apache-2.0") in [(m.key, m.value) for m in holder.metadata_props]
+
+
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_indices_are_made_up_for_the_axis_that_is_looked_up(tmp_path: Path, axis: int) -> None:
     table = numbers(40, 16) if axis == 0 else numbers(16, 5)

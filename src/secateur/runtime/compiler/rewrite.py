@@ -184,6 +184,8 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
         model.opset_import.append(onnx.helper.make_opsetid(attention.THEIRS, 1))
     inner = model.graph
     inner.name = source.graph.name or "graph"
+    inner.doc_string = source.graph.doc_string
+    inner.metadata_props.extend(source.graph.metadata_props)
     inner.node.extend(nodes)
     inner.input.extend(source.graph.input)
     inner.output.extend(source.graph.output)
