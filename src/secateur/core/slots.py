@@ -86,6 +86,24 @@ class Slot:
         parameter = model.get_parameter(self.name)
         return parameter
 
+    def owners(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that multiply by it, by path; several if layers are tied.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            >>> net[1].weight = net[0].weight
+            >>> list(Slot("0.weight", "Linear", (4, 4), aliases=("1.weight",)).owners(net))
+            ['0', '1']
+        """
+        found: dict[str, nn.Module] = {}
+        for name in (self.name, *self.aliases):
+            path = name.rpartition(".")[0]
+            module = model.get_submodule(path)
+            # One module may have several names, too.
+            if all(module is not other for other in found.values()):
+                found[path] = module
+        return found
+
     def weight(self, model: nn.Module) -> Weight:
         """The live value as a :class:`Weight` (detached, sharing memory)."""
         assert self.axes is not None, f"{self.name} has no axes"

@@ -184,8 +184,13 @@ def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:
 
 def _shift_bias_(model: nn.Module, slot: Slot, shift: Tensor, facts: Facts) -> None:
     # The "bias" of a recurrent layer is a flag.
-    bias = getattr(model.get_submodule(slot.module), slot.bias_name, None)
+    biases = [getattr(owner, slot.bias_name, None) for owner in slot.owners(model).values()]
+    bias = biases[0]
     if not isinstance(bias, Tensor):
         facts.note("bias", slot.name, "has no bias, so its means could not be corrected")
+        return
+    if any(other is not bias for other in biases):
+        text = "tied layers have a bias each, so their means were not corrected"
+        facts.note("bias", slot.name, text)
         return
     bias.add_(shift.reshape(bias.shape).to(bias.dtype))

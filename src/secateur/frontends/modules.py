@@ -101,6 +101,9 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
         reason = _ROUTER if routes else _unknown_reason(module, kind, attribute)
         return Slot(name, kind, shape, aliases=aliases, reason=reason)
     axes, see = found
+    others = (a.rpartition(".") for a in aliases)
+    if any(_kind(model.get_submodule(path), attr) != found for path, _, attr in others):
+        see = None  # layers of several kinds share it: no one way leads to what it multiplies
     reason = _ROUTER if routes else _adapter_reason(model, path)
     transposed = see is rows.transposed_convolution
     return Slot(name, kind, shape, axes, see, aliases, reason, bool(reason), transposed)

@@ -206,12 +206,15 @@ class _Watch:
         # Now: code that calls a module with other weights has put them in their place by then.
         self._weights: dict[str, Weight] = {}
         for slot in slots:
-            if slot.rows is not None:
-                self._slots.setdefault(slot.module, []).append(slot)
-                self._weights[slot.name] = slot.weight(model)
+            if slot.rows is None:
+                continue
+            self._weights[slot.name] = slot.weight(model)
+            for path in slot.owners(model):
+                self._slots.setdefault(path, []).append(slot)
         self._calls: Counter[str] = Counter()
         self._expected: Counter[str] | None = None
         self._samples = 0
+        self._reached: set[str] = set()
 
     def run(self, batches: Sequence[Batch], replay: Replay | None) -> None:
         device = device_of(self._model)
@@ -222,6 +225,7 @@ class _Watch:
             with torch.no_grad():
                 for batch in batches:
                     self._calls.clear()
+                    self._reached.clear()
                     self._samples = size_of(batch)
                     known = replay.serving(batch) if replay is not None else nullcontext()
                     with suppress(_Enough), looking_inside(self._model), known:
@@ -269,9 +273,9 @@ class _Watch:
             if found is None:
                 return
             rows = finite(found, slot.name, "an input")
-            # Each sample once: not with every slice, nor with every call of a shared module.
-            first = start == 0 and self._calls[slot.module] == 1
-            samples = self._samples if first else 0
+            # Each sample once: not with every slice, nor with every call that shares the weight.
+            samples = 0 if slot.name in self._reached else self._samples
+            self._reached.add(slot.name)
             if slot.transposed:
                 real = len(part[0]) * math.prod(part[0].shape[2:])
                 weight = replace(weight, density=real / rows.shape[1])

@@ -45,7 +45,8 @@ def in_order(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> list[Slot
         ['0.weight', '1.weight']
     """
     rank = {path: place for place, path in enumerate(calls_in_order(model, batch))}
-    return sorted((s for s in slots if s.module in rank), key=lambda s: rank[s.module])
+    reached = [(s, [rank[path] for path in s.owners(model) if path in rank]) for s in slots]
+    return [s for s, places in sorted(reached, key=lambda r: min(r[1], default=0)) if places]
 
 
 def following_norms(model: nn.Module, batch: Batch, has: str) -> dict[str, str]:

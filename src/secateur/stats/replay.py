@@ -91,7 +91,7 @@ class Replay:
         self._model = model
         self._batches = list({id(batch): batch for batch in batches}.values())
         self._most = _quarter(device_of(model)) if most is None else most
-        self._open = Counter(path for slot in slots for path in _around(slot.module))
+        self._open = Counter(path for slot in slots for path in _around(slot))
         self._memory: dict[str, _Answers] = {}
         self._sample: Batch | None = None
         self._calls: Counter[str] = Counter()
@@ -152,7 +152,7 @@ class Replay:
 
     def finish(self, slot: Slot) -> None:
         """A weight has its last value."""
-        around = _around(slot.module)
+        around = _around(slot)
         self._open.subtract(around)
         for path in around:  # the largest first
             settled = self._open[path] == 0 and self._calls[path] == 1
@@ -229,10 +229,10 @@ class Replay:
             return forward(self._model, to_device(batch, device_of(self._model)))
 
 
-def _around(path: str) -> list[str]:
-    """The path and those of all modules around it, the largest first, without the whole network."""
-    parts = path.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts)) if path]
+def _around(slot: Slot) -> list[str]:
+    """Paths of the modules with a weight in them, the largest first, without the whole network."""
+    paths = [name.split(".")[:-1] for name in (slot.name, *slot.aliases)]
+    return list(dict.fromkeys(".".join(p[: i + 1]) for p in paths for i in range(len(p))))
 
 
 def _answering(output: Any, hollow: bool) -> Callable[..., Any]:

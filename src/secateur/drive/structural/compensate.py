@@ -121,6 +121,8 @@ def _consumers(model: nn.Module, structure: Structure, alive: Tensor, facts: Fac
         if slot.axes.stacked:
             text = "experts get other tokens in a cut network, so it was only cut"
             facts.note("uncompensated", slot.name, text)
+        elif len(slot.owners(model)) > 1:
+            facts.note("uncompensated", slot.name, "several layers share it, so it was only cut")
         elif slot.rows is None or slot.transposed:
             facts.note("uncompensated", slot.name, "its inputs cannot be seen, so it was only cut")
         else:
