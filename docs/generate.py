@@ -135,6 +135,8 @@ def methods() -> str:
         text += [f"## {title}\n", table([head, *(part_row(k, p) for k, p in parts.items())])]
     text[0] += "\n## Published methods\n\n" + made_of(ALIASES, Recipe)
     text[0] += "\n## Published methods of shrink\n\n" + made_of(SHRINK_ALIASES, ShrinkRecipe)
+    text[0] += f"\n\nAll of them repair what is left: `recovery={brief(ShrinkRecipe().recovery)}`. "
+    text[0] += "Published results are without that, or with training; FLAP corrects biases alone.\n"
     return "\n".join(text)
 
 

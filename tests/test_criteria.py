@@ -174,6 +174,31 @@ def test_synflow_is_conserved_from_layer_to_layer() -> None:
     assert sums == pytest.approx([sums[0]] * 4, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Softplus],
+)
+def test_synflow_is_conserved_by_any_activation(kind: type[nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(8, 32), kind(), nn.Linear(32, 32), kind(), nn.Linear(32, 4))
+    slots = [s for s in discover(net) if s.rows is not None]
+    stats = collect(net, slots, [SynapticFlow()], [torch.randn(2, 8)])
+    sums = [float(SynFlow()(s.weight(net), stats).sum()) for s in slots]
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-9)
+
+
+def test_synflow_knows_no_biases_wherever_they_are() -> None:
+    net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    slots = [s for s in discover(net) if s.axes is not None]
+    x = [torch.randn(2, 5, 16)]
+    before = collect(net, slots, [SynapticFlow()], x)
+    with torch.no_grad():
+        net.self_attn.in_proj_bias.normal_()
+    after = collect(net, slots, [SynapticFlow()], x)
+    for slot in slots:
+        weight = slot.weight(net)
+        assert torch.equal(SynFlow()(weight, before), SynFlow()(weight, after))
+
+
 def test_synflow_by_hand() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     a, b = net[0].weight.detach().abs().double(), net[2].weight.detach().abs().double()

@@ -66,13 +66,9 @@ def test_batchnorm_by_hand() -> None:
     net = batchnorm_net().eval()
     with torch.no_grad():
         net[1].running_mean.fill_(3.0)
-    batches = [torch.randn(5, 8, 6, 6), torch.randn(5, 8, 6, 6) + 1]
+    batches = [torch.randn(5, 8, 6, 6), torch.randn(2, 8, 6, 6) + 1]
     drift = BatchNorm().reestimate_(net, batches)
     first = [net[0](x) for x in batches]
-    mean = torch.stack([y.mean((0, 2, 3)) for y in first]).mean(0)
-    variance = torch.stack([y.var((0, 2, 3)) for y in first]).mean(0)
-    torch.testing.assert_close(net[1].running_mean, mean.detach(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(net[1].running_var, variance.detach(), atol=1e-5, rtol=1e-4)
     # The second layer saw what the first gives in training mode, without dropout.
     second = [
         net[4](
@@ -80,11 +76,27 @@ def test_batchnorm_by_hand() -> None:
         )
         for y in first
     ]
-    mean = torch.stack([y.mean((0, 2, 3)) for y in second]).mean(0)
-    torch.testing.assert_close(net[5].running_mean, mean.detach(), atol=1e-5, rtol=1e-4)
+    for norm, outputs in ((net[1], torch.cat(first)), (net[5], torch.cat(second))):
+        mean, variance = outputs.mean((0, 2, 3)).detach(), outputs.var((0, 2, 3)).detach()
+        torch.testing.assert_close(norm.running_mean, mean, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(norm.running_var, variance, atol=1e-5, rtol=1e-4)
     assert net[5].momentum == 0.3
     assert not net.training
     assert drift["1"] > 1
+
+
+@pytest.mark.parametrize("sizes", [[1026], [128] * 8 + [2], [2] * 513])
+def test_batchnorm_statistics_do_not_depend_on_batches(sizes: list[int]) -> None:
+    x = torch.randn(1026, 4, 3, 3) * 2 + 5
+    x = x[x[:, 0, 0, 0].argsort()]  # sorted, so that batches differ
+    net = nn.Sequential(nn.BatchNorm2d(4)).eval()
+    BatchNorm().reestimate_(net, x.split(sizes))
+    torch.testing.assert_close(net[0].running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(net[0].running_var, x.var((0, 2, 3)))
+    # Sums are not kept in the layer's own precision, where late batches would be lost.
+    half = nn.Sequential(nn.BatchNorm2d(4)).eval().bfloat16()
+    BatchNorm().reestimate_(half, x.bfloat16().split(sizes))
+    torch.testing.assert_close(half[0].running_var.float(), x.var((0, 2, 3)), rtol=0.01, atol=0)
 
 
 def test_batchnorm_that_no_data_reach_keeps_its_statistics() -> None:

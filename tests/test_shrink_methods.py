@@ -79,3 +79,14 @@ def test_a_method_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "fpgm" in json.loads(wrong.stdout)["error"]["do"]
     listed = json.loads(CliRunner().invoke(app, ["inspect", "--shrink-methods", "--json"]).stdout)
     assert [entry["name"] for entry in listed["shrink-methods"]] == list(SHRINK_ALIASES)
+
+
+def test_filters_go_by_their_own_l1_norm() -> None:
+    net = network()
+    norms = net[0].weight.detach().abs().sum((1, 2, 3))
+    with torch.no_grad():  # those who read them say the opposite
+        net[3].weight.div_(norms.square()[None, :, None, None])
+    cut = shrink(net, SHRINK_ALIASES["filters"](Target("macs", 0.6)), data=BATCHES)
+    assert cut.surgery is not None
+    kept = cut.surgery.cuts["0.weight"][0].positions()
+    assert sorted(kept) == sorted(norms.topk(len(kept)).indices.tolist())

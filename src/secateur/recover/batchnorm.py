@@ -17,17 +17,19 @@ from secateur.core.slots import device_of
 class BatchNorm:
     """Replace every BatchNorm's running mean and variance by those of the calibration data.
 
-    All layers are measured in one pass of training-mode normalisation; each running statistic is
-    the plain average over batches.
+    All layers are measured in one pass of training-mode normalisation, each batch normalised by
+    itself. What is stored is of all values together, so it does not depend on how large batches are
+    or what is in which of them, but through the layers before.
 
     The data must look as in training, augmentation included: the statistics of plain images can cost
     a network that was trained on cropped ones several points.
 
-    **formula** mean over batches of the batch mean and unbiased batch variance
+    **formula** mean and unbiased variance of all values of a channel, summed in float64
     **Shapes** one number per channel
     **Units** those of the activations
     **Needs** a forward pass; several values a channel in each batch
     **Source** e.g. CrAM (arXiv 2207.14200), "BNT" in AdaPrune (arXiv 2006.10518)
+    **Differs** these average the statistics of batches, which misses what differs between batches
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(1)).eval()
@@ -61,11 +63,19 @@ class BatchNorm:
                     module.momentum = 0.0
                     module.train()
                 usable = [b for b in batches if size_of(b) > 1 or _survives(model, b)]
-                for module in layers.values():
-                    module.reset_running_stats()
-                    module.momentum = None  # torch's word for a cumulative average
-                for batch in usable:
-                    forward(model, to_device(batch, device_of(model)))
+                pools = {n: _Pool(m) for n, m in layers.items()}
+                handles = [
+                    m.register_forward_hook(pools[n].add, with_kwargs=True)
+                    for n, m in layers.items()
+                ]
+                try:
+                    for batch in usable:
+                        forward(model, to_device(batch, device_of(model)))
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                for pool in pools.values():
+                    pool.store_()
             except BaseException:
                 for name, module in layers.items():
                     _restore_(module, old[name])
@@ -96,6 +106,35 @@ class BatchNorm:
         finally:
             for module, statistics in old.items():
                 _restore_(module, statistics)
+
+
+class _Pool:
+    """Mean and variance of everything that one layer was given."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        module.reset_running_stats()
+        module.momentum = 1.0  # what it stores is then of the last batch alone
+        self._count = 0
+        self._mean = self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, module: Any, args: tuple[Tensor, ...], kwargs: Any, _: Tensor) -> None:
+        """Take up a batch: a forward hook."""
+        x = args[0] if args else kwargs["input"]
+        mean, variance = module.running_mean.double(), module.running_var.double()
+        count = x.numel() // len(mean)
+        total = self._count + count
+        apart = mean - self._mean.to(mean.device)
+        # Chan, Golub and LeVeque 1979: sums of squares about the means of two parts, joined.
+        between = apart.square() * (self._count * count / total)
+        self._squares = self._squares.to(mean.device) + variance * (count - 1) + between
+        self._mean = mean - apart * (self._count / total)
+        self._count = total
+
+    def store_(self) -> None:
+        if self._count:
+            self._module.running_mean.copy_(self._mean)
+            self._module.running_var.copy_(self._squares / (self._count - 1))
 
 
 def _survives(model: nn.Module, batch: Batch) -> bool:

@@ -26,7 +26,9 @@ class Snip:
     **Needs** mean gradient
     **Source** SNIP, arXiv 1810.02340
     **Differs** the gradient is averaged over all calibration samples (the paper uses one batch),
-    in evaluation mode; the division by the global sum is left out, since it changes no ranking
+    in evaluation mode, where BatchNorms of a network that has seen no data do not normalise (the
+    paper's normalise by the batch, which chooses other weights); the division by the global sum is
+    left out, since it changes no ranking
 
     Example:
         >>> import torch

@@ -23,7 +23,9 @@ class Grasp:
     **Units** loss² per weight²
     **Needs** Hessian times gradient of all weights, logits cooled by ``temperature``
     **Source** GraSP, arXiv 2002.07376
-    **Differs** not divided by the global sum (no ranking changes)
+    **Differs** not divided by the global sum (no ranking changes); in evaluation mode, where a
+    BatchNorm normalises by what it stored, and in a network that has seen no data not at all: the
+    paper's code normalises by the batch, which chooses other weights
 
     Example:
         >>> import torch
@@ -66,8 +68,9 @@ class SynFlow:
     **Units** none that matter
     **Needs** synaptic flow (only the shape of an input)
     **Source** SynFlow, arXiv 2006.05467
-    **Differs** biases and stored normalisation means count as zero, and normalisations without stored
-    statistics only scale, so that flow is conserved exactly; the original only takes absolute values
+    **Differs** biases and stored normalisation means count as zero, normalisations without stored
+    statistics only scale, and activations pass on what they get, so that flow is conserved exactly;
+    the original only takes absolute values
 
     Example:
         >>> import torch

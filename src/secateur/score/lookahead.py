@@ -27,7 +27,8 @@ class Lookahead:
     **Units** those of the inner criterion times weights to the fourth power
     **Needs** neighbours, which are collected with the widths of the network
     **Source** LAP, arXiv 2002.04809
-    **Differs** see :class:`~secateur.stats.neighbours.Neighbours` for residual streams
+    **Differs** see :class:`~secateur.stats.neighbours.Neighbours` for residual streams, attention
+    and gated layers
 
     Args:
         inner: ``Magnitude(2)``, or e.g. OBD for the paper's LAP-OBD.

@@ -33,7 +33,10 @@ class Neighbours:
     **Needs** weights and widths
     **Source** LAP, arXiv 2002.04809
     **Differs** on a residual stream all producers before a weight and all consumers behind it (in
-    the network's order of parameters) count, in place of 1 for the identity path
+    the network's order of parameters) count, in place of 1 for the identity path. The paper has no
+    products of activations: here query, key and value count alike as producers of what reads an
+    attention, and gate and up of what reads a gated layer, so scaling one of a pair up and the other
+    down changes scores though not the network
 
     Example:
         >>> from secateur.stats.groups import collect_groups

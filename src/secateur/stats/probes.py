@@ -99,11 +99,13 @@ class _Cooled(nn.Module):
 class SynapticFlow:
     r"""Gradient of the summed output of the linearised network of absolute weights.
 
-    Every parameter is replaced by its absolute value and every input of floats by ones, in float64 and
-    evaluation mode, on a copy of the model. BatchNorm uses its stored statistics with zero mean and
-    shift; normalisations that have none (LayerNorm, RMSNorm, GroupNorm, InstanceNorm) only scale, as
-    they would otherwise undo what the layers before them do. So the network stays linear in each
-    layer's weights.
+    Every parameter is replaced by its absolute value, every bias by zero and every input of floats by
+    ones, in float64 and evaluation mode, on a copy of the model. BatchNorm uses its stored statistics
+    with zero mean; normalisations that have none (LayerNorm, RMSNorm, GroupNorm, InstanceNorm) only
+    scale, as they would otherwise undo what the layers before them do. Activations pass on what they
+    get, as ReLU does with what is positive: one that saturates would let the flow through layers
+    before it die. So the network is linear in each layer's weights, but for softmax, gates and the
+    inside of recurrent layers.
 
     **formula** :math:`\partial R/\partial |w|,\quad R = \mathbf 1^\top f_{|w|}(\mathbf 1)`
     **Shapes** that of the weight
@@ -126,21 +128,15 @@ class SynapticFlow:
             )
         linear = copy.deepcopy(model).double().eval()
         with torch.no_grad():
-            for parameter in linear.parameters():
-                parameter.abs_().requires_grad_(True)
+            for name, parameter in linear.named_parameters():
+                added = "bias" in name.rpartition(".")[2]
+                (parameter.zero_() if added else parameter.abs_()).requires_grad_(True)
             for module in linear.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     if module.running_mean is not None:
                         module.running_mean.zero_()
-                    if module.bias is not None:
-                        module.bias.zero_()
-                elif (
-                    isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-                    and module.bias is not None
-                ):
-                    module.bias.zero_()
         parameters = [slot.tensor(linear) for slot in slots]
-        with torch.enable_grad(), _ScaleOnly():
+        with torch.enable_grad(), _Linear():
             total = logits_of(forward(linear, _ones(batches[0]))).sum()
             found = torch.autograd.grad(total, parameters, allow_unused=True)
         return {
@@ -158,13 +154,15 @@ def _ones(batch: Batch) -> Batch:
     return cast(Batch, tree_map_only(Tensor, one, narrow(batch, 1)))
 
 
-class _ScaleOnly(TorchFunctionMode):
-    """Normalisations by statistics of the input multiply by their weight, and do nothing else."""
+class _Linear(TorchFunctionMode):
+    """Activations do nothing; normalisations by statistics of the input multiply by their weight."""
 
     def __torch_function__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ACTIVATIONS:
+            return args[0] if args else kwargs["input"]
         if func in _NORMS:
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             x, weight, at = given["input"], given.get("weight"), _NORMS[func]
@@ -178,6 +176,13 @@ class _ScaleOnly(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_ACTIVATIONS = {
+    *(getattr(torch, name) for name in ("tanh", "tanh_", "sigmoid", "sigmoid_")),
+    *(getattr(Tensor, name) for name in ("tanh", "tanh_", "sigmoid", "sigmoid_")),
+    *(F.tanh, F.sigmoid, F.hardtanh, F.relu6, F.hardswish, F.hardsigmoid, F.logsigmoid),
+    *(F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.softplus, F.softsign),
+    *(F.softshrink, F.hardshrink, F.tanhshrink, F.threshold),
+}
 # Normalisations, and the axis that their weight lies along: the channels or the last axes.
 _NORMS: dict[Any, int] = {
     F.layer_norm: -1,

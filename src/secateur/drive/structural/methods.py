@@ -1,4 +1,9 @@
-"""Published methods of structural pruning, assembled from the parts."""
+"""Published methods of structural pruning, assembled from the parts.
+
+What they publish is a criterion and how its budget is shared. What happens to the survivors is our
+default for all of them: inputs refitted by least squares, BatchNorms measured again. Give
+``recovery=()`` with ``dataclasses.replace`` for the cut alone.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +23,8 @@ _HALF = Target("macs", 0.5)
 
 
 def filters(target: Target = _HALF) -> ShrinkRecipe:
-    """Filters by their L1 norm, the same share everywhere (arXiv 1608.08710)."""
-    return ShrinkRecipe(Grouped(Magnitude()), target, UniformWidths())
+    """Filters by their own L1 norm, the same share everywhere (arXiv 1608.08710)."""
+    return ShrinkRecipe(Grouped(Magnitude(), of="out"), target, UniformWidths())
 
 
 def fpgm(target: Target = _HALF) -> ShrinkRecipe:
