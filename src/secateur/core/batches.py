@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from secateur.core.arguments import require_count
 from secateur.core.errors import DataError, NeedsData, UnknownName, UsageError
@@ -73,7 +74,7 @@ class Data:
             )
         taken: list[Batch] = []
         left = self.calibration
-        for batch in self.train:
+        for batch in _aside(self.train):
             size = size_of(batch)
             if size == 0:
                 continue
@@ -89,6 +90,18 @@ class Data:
                 "check the loader, and whether it can be iterated more than once",
             )
         return taken
+
+
+def _aside(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The same batches, for a look at them while somebody trains on them.
+
+    A loader whose workers stay has one iterator for all loops: a second loop begins the first anew.
+    """
+    if not (isinstance(batches, DataLoader) and batches.persistent_workers):
+        return batches
+    twin = copy(batches)
+    vars(twin).update(persistent_workers=False, _iterator=None)  # plain assignment is refused
+    return twin
 
 
 def as_data(data: Data | Iterable[Batch] | Mapping[str, Any] | None) -> Data | None:

@@ -128,6 +128,8 @@ class Feed:
     from them again and the batches that were used are drawn and dropped. That is exact for a
     ``DataLoader`` and everything else whose order derives from torch's, Python's or numpy's
     generators, or from one that the loader, its sampler or its data set carries as ``generator``.
+    Workers that stay (``persistent_workers=True``) begin with fresh random states of their own, so
+    what they draw themselves comes out otherwise.
     The labels of the last batch are compared; if others come, the run is refused.
 
     Args:
@@ -161,6 +163,7 @@ class Feed:
     def _anew(self) -> Iterator[Batch]:
         if isinstance(self.source, Epochs):
             return self.source.epoch(self.epoch)
+        self._start_workers()
         self._start = random_states(self.source)
         return iter(self.source)
 
@@ -170,6 +173,7 @@ class Feed:
             batches = self.source.epoch(self.epoch, self.used - 1)
             self._skip(batches, 1)
             return batches
+        self._start_workers()
         now = random_states(self.source)
         if self._start is not None:
             restore_random_(self._start, self.source)
@@ -177,6 +181,15 @@ class Feed:
         self._skip(batches, self.used)
         restore_random_(now, self.source)
         return batches
+
+    def _start_workers(self) -> None:
+        """Workers that stay draw a seed when they start, and not in the epochs after the first."""
+        loader: Any = self.source
+        stays = self.epoch > 0 and getattr(loader, "persistent_workers", False)
+        if stays and getattr(loader, "_iterator", None) is None:
+            now = random_states(loader)
+            iter(loader)
+            restore_random_(now, loader)
 
     def _skip(self, batches: Iterator[Batch], count: int) -> None:
         asked = f"continuing after batch {self.used} of epoch {self.epoch + 1}"
