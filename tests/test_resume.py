@@ -367,6 +367,33 @@ def test_going_back_restores_everything() -> None:
     assert training.pruner.steps == 1
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_from_the_state_that_gave_nan_it_goes_back_further(tmp_path: Path, killed: bool) -> None:
+    def begin() -> tuple[Training, Recorder]:
+        training = parts()
+        training = Training(**{**vars(training), "others": {"tally": Tally()}})
+        recorder = Recorder(training, Checkpoints(tmp_path, every=1), rollback=True)
+        recorder.start_()
+        return training, recorder
+
+    training, recorder = begin()
+    states = []
+    while len(states) < 3:  # of the moments before masks change
+        train(training, 1)
+        training.others["tally"].count(1.0, 1)
+        recorder.after_step(last=False)
+        if training.pruner.imminent:
+            states.append((training.pruner.steps, bits(training)))
+    if killed:
+        training, recorder = begin()
+    recorder.back_(float("nan"))  # the loss of the state that was copied last
+    assert training.pruner.steps == states[1][0]
+    assert equal(bits(training), states[1][1])
+    # And from there, if it is NaN again at once, nothing earlier is left.
+    with pytest.raises(DataError, match="after 1 rollbacks"):
+        recorder.back_(float("nan"))
+
+
 # -- small things -----------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from secateur.formats.checkpoint import read_checkpoint, require_stamp, write_ch
 
 #: How often a run goes back before it gives up.
 ROLLBACKS = 3
-_BEFORE = "before-pruning.safetensors"
+_BEFORE = ("before-pruning.safetensors", "before-that.safetensors")
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,15 @@ class Recorder:
     ) -> None:
         self._training, self._checkpoint, self._rollback = training, checkpoint, rollback
         self._tally: Any = training.others["tally"]
-        self._copy: tuple[dict[str, Any], int] | None = None
+        # The newest first: it may be from before the next pruning, and the other from before the last.
+        self._copies: list[tuple[dict[str, Any], int]] = []
         self._saved = -1
 
     @property
-    def _file(self) -> Path | None:
+    def _files(self) -> list[Path]:
         if self._checkpoint is None:
-            return None
-        return beside(Path(self._checkpoint.folder) / _BEFORE, ranks.rank())
+            return []
+        return [beside(Path(self._checkpoint.folder) / name, ranks.rank()) for name in _BEFORE]
 
     def start_(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
@@ -175,12 +176,14 @@ class Recorder:
             self._saved = resume_(self._checkpoint.folder, self._training) or -1
         if not self._rollback:
             return
-        if self._saved > 0 and self._file is not None and self._file.exists():
-            state, stamp = read_checkpoint(self._file)
-            require_stamp(self._file, stamp, stamp_of(self._training, 0))
+        for file in self._files if self._saved > 0 else []:
+            if not file.exists():
+                continue
+            state, stamp = read_checkpoint(file)
+            require_stamp(file, stamp, stamp_of(self._training, 0))
             if stamp.step <= self._saved:
-                self._copy = (state, stamp.step)
-        if self._copy is None:
+                self._copies.append((state, stamp.step))
+        if not self._copies:
             self._keep_copy()
 
     def after_step(self, *, last: bool) -> None:
@@ -204,7 +207,9 @@ class Recorder:
         found = f"the loss is {value}"
         if math.isfinite(value):
             found += ", and NaN or infinite in another process"
-        if not self._rollback or self._copy is None or len(before) >= ROLLBACKS:
+        # From the very state that gave NaN nothing else can come.
+        earlier = [kept for kept in self._copies if kept[1] < self._tally.done]
+        if not self._rollback or not earlier or len(before) >= ROLLBACKS:
             often = f" after {len(before)} rollbacks" if before else ""
             raise DataError(
                 f"fine-tuning at step {step}",
@@ -213,7 +218,8 @@ class Recorder:
                 "lower the learning rate, or check the data"
                 + ("" if self._rollback else "; on_nan='rollback' goes back and slows down"),
             )
-        state, at = self._copy
+        state, at = earlier[0]
+        self._copies = earlier
         put_back_(self._training, state)
         self._tally.rollbacks = [
             *before,
@@ -230,9 +236,12 @@ class Recorder:
 
     def _keep_copy(self) -> None:
         state = on_device(state_of(self._training), torch.device("cpu"))
-        self._copy = (state, self._tally.done)
-        if self._file is not None:
-            write_checkpoint(self._file, state, stamp_of(self._training, self._tally.done))
+        self._copies = [(state, self._tally.done), *self._copies[:1]]
+        if self._files:
+            newest, older = self._files
+            if newest.exists():
+                newest.replace(older)
+            write_checkpoint(newest, state, stamp_of(self._training, self._tally.done))
 
 
 def _rollbacks(state: dict[str, Any]) -> list[str]:
