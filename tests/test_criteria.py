@@ -176,7 +176,17 @@ def test_synflow_is_conserved_from_layer_to_layer() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Softplus],
+    [
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.GELU,
+        nn.SiLU,
+        nn.ELU,
+        nn.ReLU6,
+        nn.Hardswish,
+        nn.Hardsigmoid,
+        nn.Softplus,
+    ],
 )
 def test_synflow_is_conserved_by_any_activation(kind: type[nn.Module]) -> None:
     net = nn.Sequential(nn.Linear(8, 32), kind(), nn.Linear(32, 32), kind(), nn.Linear(32, 4))

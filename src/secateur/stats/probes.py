@@ -132,9 +132,9 @@ class SynapticFlow:
                 added = "bias" in name.rpartition(".")[2]
                 (parameter.zero_() if added else parameter.abs_()).requires_grad_(True)
             for module in linear.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    if module.running_mean is not None:
-                        module.running_mean.zero_()
+                stored = getattr(module, "running_mean", None)
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and stored is not None:
+                    stored.zero_()
         parameters = [slot.tensor(linear) for slot in slots]
         with torch.enable_grad(), _Linear():
             total = logits_of(forward(linear, _ones(batches[0]))).sum()

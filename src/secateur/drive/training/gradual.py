@@ -38,6 +38,7 @@ from secateur.drive.training.held import (
     require_trains,
     reset_momentum_,
     unheld,
+    untrained,
 )
 from secateur.drive.training.regrow import Regrow, TopKast
 from secateur.drive.training.regrowing import Regrowing, gradient_promise, random_promise, turn
@@ -45,7 +46,10 @@ from secateur.drive.training.timing import (
     every,
     is_due,
     require_ended,
+    require_last,
+    require_same_epochs,
     require_settled,
+    require_stepped,
     require_time,
     training_length,
 )
@@ -130,13 +134,17 @@ class Gradual:
         self._deciding = Deciding(model, found, recipe, as_data(data))
         own = [slot.name for slot in self._slots]
         require_free(model, own)
-        require_trains(model, optimizer, own)
+        require_trains(model, optimizer, own, whole=recipe.regrow is not None)
+        for name in untrained(model, optimizer, own):
+            text = "this optimizer does not train it; momenta in another one are not held at zero"
+            self.facts.note("optimizer", name, text)
         already = self._before = masks_of(model, own)
         fresh = {n: m for n, m in _ones(model, self._slots).items() if n not in already}
         self._brought = tuple(fresh)
         # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.
         self._names = frozenset([*own, *unheld(model)])
         self._updated = False  # whether the optimizer has taken a step yet
+        self._last_update = 0
         self._stream: RemovableHandle | None = None
         self._watch: RemovableHandle | None = None
         self._regrowing: Regrowing | None = None
@@ -184,7 +192,7 @@ class Gradual:
             return regrowing, None
         if isinstance(part, TopKast):
             names = [slot.name for slot in self._slots]
-            return None, Superset(self.model, optimizer, names, part, per_epoch)
+            return None, Superset(self.model, optimizer, names, part, per_epoch, self._held)
         return None, None
 
     @property
@@ -255,7 +263,7 @@ class Gradual:
             self._decompress()
 
     def _note_update(self, _: torch.optim.Optimizer) -> None:
-        self._updated = True
+        self._updated, self._last_update = True, self.steps + 1
 
     def _decompress(self) -> None:
         self._adopt(Masks(_ones(self.model, self._slots)), self.steps)
@@ -335,9 +343,7 @@ class Gradual:
         """
         self._require_open("finalize()")
         if not early:
-            require_ended(self.recipe.schedule, self.time, self._share)
-            if self._regrowing is not None:
-                require_settled(self.steps, int(self._regrowing.end), self._length)
+            self._require_complete()
         self._held.hold_()
         self._take_hooks_off()
         masks = detach_(self.model, self._names)
@@ -349,6 +355,18 @@ class Gradual:
             for name, mask in masks.items()
         ]
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
+
+    def _require_complete(self) -> None:
+        part, step = self.recipe.regrow, self.steps
+        require_ended(self.recipe.schedule, self.time, self._share)
+        if self._regrowing is not None:
+            require_settled(step, int(self._regrowing.end), self._length)
+        if part is not None:
+            require_stepped(
+                step, self._last_update, every(part.frequency, part.unit, self._per_epoch)
+            )
+        if self.facts.history:
+            require_last(step, self._own().sparsity, float(self.facts.history[-1]["sparsity"]))
 
     def abandon_(self) -> None:
         """End without a result: the masks that it brought, and its hooks on the optimizer, go off.
@@ -377,6 +395,7 @@ class Gradual:
             "share": self._share,
             "missed": self._missed,
             "fingerprint": self.recipe.fingerprint(),
+            "per_epoch": self._per_epoch,
             "stats": self._deciding.state_dict(),
             "history": list(self.facts.history),
         }
@@ -386,7 +405,7 @@ class Gradual:
         return state
 
     def require_fit(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state of another recipe, or of a training of another length that exchanges weights.
+        """Refuse a state of another recipe, or of a training of another length where it matters.
 
         Raises:
             UsageError: With both.
@@ -398,6 +417,8 @@ class Gradual:
                 "another recipe would prune differently from here on",
                 "resume with the recipe of the run",
             )
+        if "epochs" in {self.recipe.schedule.unit, getattr(self.recipe.regrow, "unit", "steps")}:
+            require_same_epochs(self._per_epoch, state.get("per_epoch", self._per_epoch))
         if self._regrowing is not None:
             self._regrowing.require_fit(state["regrow"])
 
@@ -409,7 +430,7 @@ class Gradual:
         """
         self.require_fit(state)
         self.steps, self._share = int(state["steps"]), float(state["share"])
-        self._missed = str(state.get("missed", ""))
+        self._missed, self._last_update = str(state.get("missed", "")), self.steps
         self.facts.history = [dict(event) for event in state.get("history", ())]
         self._deciding.load_state_dict(state["stats"])
         if self._regrowing is not None:

@@ -8,6 +8,7 @@ runs under autocast, and its ``state_dict()`` has the same parameter names as be
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -104,10 +105,33 @@ def require_all(masks: Masks, names: Iterable[str], asked: str) -> None:
         )
 
 
-def require_trains(model: nn.Module, optimizer: Any, names: list[str]) -> None:
+def untrained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str]
+) -> list[str]:
+    """Those of some weights that are not frozen, and that an optimizer does not train.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> untrained(net, torch.optim.SGD([net.bias], 0.1), ["weight", "bias"])
+        ['weight']
+    """
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    free = (name for name in names if model.get_parameter(name).requires_grad)
+    return [name for name in free if id(model.get_parameter(name)) not in trained]
+
+
+def require_trains(
+    model: nn.Module, optimizer: Any, names: list[str], *, whole: bool = False
+) -> None:
     """Raise if an optimizer is certainly that of another model.
 
     Frozen weights need none, and one that trains only some of the weights will do.
+
+    Args:
+        model: With the weights.
+        optimizer: The caller's.
+        names: Of the weights.
+        whole: It must train all of them that are not frozen.
 
     Raises:
         UsageError: It trains none of those of ``names`` that are not frozen, or is no optimizer.
@@ -125,9 +149,18 @@ def require_trains(model: nn.Module, optimizer: Any, names: list[str]) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         why = "momenta and moments of pruned weights are in its state"
         raise UsageError(asked, "it is no torch.optim.Optimizer", why, "pass that of the model")
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     free = [name for name in names if model.get_parameter(name).requires_grad]
-    if free and not any(id(model.get_parameter(name)) in trained for name in free):
+    others = untrained(model, optimizer, names)
+    if others and whole and others != free:
+        raise UsageError(
+            f"exchanging weights with this optimizer ({type(optimizer).__name__})",
+            f"it does not train {others[0]!r}"
+            + (f", nor {len(others) - 1} more of the weights to be pruned" if others[1:] else ""),
+            "an exchange reads gradients before its steps, and clears momenta in its state",
+            "train all pruned weights with one optimizer, in groups of its own settings, or leave "
+            "these out with ignore=",
+        )
+    if others and others == free:
         raise UsageError(
             asked,
             f"it does not train {free[0]!r}, nor another of the {len(free)} weights to be pruned",
@@ -192,6 +225,30 @@ def _ours(module: nn.Module) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A weight and its mask as they were when the mask was read."""
+
+    module: nn.Module
+    attribute: str
+    parameter: object
+    mask: Tensor
+    version: int
+
+    @staticmethod
+    def of(model: nn.Module, name: str) -> _Place:
+        module, attribute = _place(model, name)
+        mask = module.get_buffer(attribute + SUFFIX)
+        return _Place(module, attribute, getattr(module, attribute), mask, mask._version)
+
+    @property
+    def changed(self) -> bool:
+        """Whether one of them was replaced or written to."""
+        mask = self.module._buffers.get(self.attribute + SUFFIX)
+        same = mask is self.mask and getattr(self.module, self.attribute) is self.parameter
+        return not same or self.mask._version != self.version
+
+
 class Held:
     """Keeps pruned weights and their optimizer state at zero.
 
@@ -221,6 +278,8 @@ class Held:
         if names is not None:
             _HOLDERS.setdefault(model, WeakValueDictionary()).update(dict.fromkeys(names, self))
         self._holes: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._wide: Mapping[str, Tensor] = {}
+        self._read: dict[str, _Place] = {}
         self.refresh()
 
     def refresh(self, wide: Mapping[str, Tensor] | None = None) -> None:
@@ -229,15 +288,28 @@ class Held:
         Args:
             wide: Where optimizer state may live, if that is more than the mask.
         """
-        wide = wide or {}
+        self._wide = wide = wide or {}
+        masks = masks_of(self._model, self._names)
         self._holes = [
             (self._model.get_parameter(n), ~m, ~wide[n] if n in wide else ~m)
-            for n, m in masks_of(self._model, self._names).items()
+            for n, m in masks.items()
         ]
+        self._read = {name: _Place.of(self._model, name) for name in masks}
+
+    def live(self) -> dict[str, Tensor]:
+        """The masks as they are on the model, not copied."""
+        self._reread()
+        return {name: place.mask for name, place in self._read.items()}
+
+    def _reread(self) -> None:
+        # A state may have been loaded since, or the model moved.
+        if any(place.changed for place in self._read.values()):
+            self.refresh(self._wide)
 
     @torch.no_grad()
     def hold_(self) -> None:
         """Zero pruned entries of weights, momenta and Adam moments, in place."""
+        self._reread()
         state = self._optimizer.state if self._optimizer is not None else {}
         for parameter, hole, unused in self._holes:
             parameter.masked_fill_(hole, 0)

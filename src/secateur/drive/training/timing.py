@@ -143,3 +143,64 @@ def require_settled(step: int, end: int, length: int | None) -> None:
             "training ended before the masks settled, or step() was not called",
             "train longer, correct steps=, or call finalize(early=True)",
         )
+
+
+def require_stepped(step: int, last: int, period: float) -> None:
+    """Raise if the optimizer that weights are exchanged with has not stepped for a whole period.
+
+    Raises:
+        UsageError: With both steps.
+
+    Example:
+        >>> require_stepped(100, 99, 10)
+        >>> require_stepped(100, 40, 10)
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: finalize() at step 100: the optimizer that the pruner was \
+given stepped last at step 40. ...
+    """
+    if step - last >= max(period, 1):
+        raise UsageError(
+            f"finalize() at step {step}",
+            "the optimizer that the pruner was given "
+            + (f"stepped last at step {last}" if last else "never stepped"),
+            "weights are exchanged around its step(), so masks stayed as they were; another optimizer "
+            "may have taken its place, or a wrapper does not call it",
+            "make the pruner with the optimizer that trains, or call finalize(early=True)",
+        )
+
+
+def require_last(step: int, found: float, last: float) -> None:
+    """Raise if the masks on the model are not those of the last update.
+
+    Args:
+        step: Of the training.
+        found: The sparsity of the masks.
+        last: That after the last update.
+
+    Raises:
+        UsageError: With both.
+    """
+    if found != last:
+        raise UsageError(
+            f"finalize() at step {step}",
+            f"the masks on the model have {100 * found:.4g} % zeros, and after the last update they "
+            f"had {100 * last:.4g} %",
+            "a state of the model from another moment was loaded since then",
+            "load one from after the last update, or call finalize(early=True) to keep these masks",
+        )
+
+
+def require_same_epochs(now: int, saved: int) -> None:
+    """Raise if a schedule in epochs would go on with epochs of another length.
+
+    Raises:
+        UsageError: With both.
+    """
+    if now != saved:
+        raise UsageError(
+            f"resuming with steps_per_epoch={now}",
+            f"the state was saved with steps_per_epoch={saved}",
+            "the recipe counts epochs, so masks would change at other steps from here on",
+            "resume with the batches of the run",
+        )

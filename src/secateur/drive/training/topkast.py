@@ -14,6 +14,7 @@ from secateur.core.select import keep_top
 from secateur.core.weight import Weight
 from secateur.drive.decide import spread
 from secateur.drive.recipe import Recipe
+from secateur.drive.training.held import Held
 from secateur.drive.training.regrow import TopKast
 from secateur.drive.training.timing import every, strikes
 from secateur.stats.steps import before_update
@@ -31,6 +32,7 @@ class Superset:
         names: Of the weights that take part.
         part: M and the frequency.
         per_epoch: Steps of an epoch.
+        held: The masks on the model: A.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Superset:
         names: Sequence[str],
         part: TopKast,
         per_epoch: int,
+        held: Held,
     ) -> None:
         self._model, self._part, self._per_epoch = model, part, per_epoch
+        self._held = held
         self._values = {n: model.get_parameter(n).detach().clone() for n in names}
         self._narrow = {n: torch.ones_like(v, dtype=torch.bool) for n, v in self._values.items()}
         self.wide = dict(self._narrow)
@@ -59,6 +63,7 @@ class Superset:
 
     def dense(self, found: Sequence[Weight]) -> list[Weight]:
         """The weights with all their values."""
+        self._take_over()
         return [replace(weight, value=self._values[weight.name]) for weight in found]
 
     @torch.no_grad()
@@ -88,7 +93,17 @@ class Superset:
             parameter = self._model.get_parameter(name)
             parameter.copy_(values.masked_fill(~self._narrow[name], 0))
 
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """What somebody else did to the model since the last step: values clamped, a state loaded."""
+        live = self._held.live()
+        for name, values in self._values.items():
+            narrow = self._narrow[name] = live[name]
+            self.wide[name] = self.wide[name] | narrow
+            values.copy_(torch.where(narrow, self._model.get_parameter(name), values))
+
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        self._take_over()
         self._shows_wide = True
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         for name, values in self._values.items():
