@@ -337,6 +337,19 @@ def looking_inside(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
+def real_tokens(batch: Batch, x: Tensor) -> Tensor | None:
+    """Which of ``(N, T, features)`` belong to tokens that are no padding; None for all.
+
+    Example:
+        >>> batch = {"input_ids": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> real_tokens(batch, torch.zeros(1, 3, 8))
+        tensor([[1, 1, 0]])
+        >>> real_tokens(batch, torch.zeros(1, 8))
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.shape == x.shape[:-1] else None
+
+
 def take(batches: Iterable[Batch], count: int) -> list[Batch]:
     """The first ``count`` batches."""
     return list(islice(batches, count))

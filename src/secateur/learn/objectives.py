@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, evaluating, inputs_of
+from secateur.core.batches import Batch, evaluating, inputs_of, real_tokens
 from secateur.core.errors import UsageError
 from secateur.core.losses import default_loss, logits_of, loss_of
 from secateur.learn.attacks import Attack
@@ -221,12 +221,6 @@ def softened(
     if counts is None:
         return far.mean()
     return (far * counts).sum() / counts.sum().clamp(min=1)
-
-
-def real_tokens(batch: Batch, logits: Tensor) -> Tensor | None:
-    """Which of the logits ``(N, T, classes)`` belong to tokens that are no padding; None for all."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if mask is not None and mask.shape == logits.shape[:-1] else None
 
 
 def _paired(student: Any, teacher: Any, name: str) -> Sequence[tuple[Tensor, Tensor]]:

@@ -155,6 +155,8 @@ class Positions:
 
     source: ClassVar[Literal["inputs"]] = "inputs"
     samples: ClassVar[None] = None
+    #: Padding is multiplied like everything else.
+    padding: ClassVar[bool] = True
 
     def init(self, weight: Weight) -> State:
         return {"rows": _count(weight), "samples": _count(weight)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Loss, evaluating, forward, to_device
+from secateur.core.batches import Batch, Loss, evaluating, forward, real_tokens, to_device
 from secateur.core.errors import DataError, UsageError
 from secateur.core.slots import Slot, device_of
 
@@ -57,6 +57,9 @@ class BlockCosine:
                     forward(model, to_device(batch, device_of(model)))
                     for i, path in enumerate(self.paths[:starts]):
                         cosines = self._cosines(seen, path, self.paths[i + self.span - 1])
+                        real = real_tokens(batch, seen[path][0])
+                        if real is not None:
+                            cosines = cosines[real.bool().to(cosines.device)]
                         sums[i] += float(cosines.double().sum())
                         counts[i] += cosines.numel()
         finally:

@@ -23,6 +23,7 @@ from secateur.core.batches import (
     forward,
     looking_inside,
     micro_batches,
+    real_tokens,
     size_of,
     to_device,
 )
@@ -215,6 +216,9 @@ class _Watch:
         self._expected: Counter[str] | None = None
         self._samples = 0
         self._reached: set[str] = set()
+        self._batch: Batch = None
+        # The mask of an encoder says nothing of what its decoder reads.
+        self._one_mask = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
     def run(self, batches: Sequence[Batch], replay: Replay | None) -> None:
         device = device_of(self._model)
@@ -226,6 +230,7 @@ class _Watch:
                 for batch in batches:
                     self._calls.clear()
                     self._reached.clear()
+                    self._batch = batch
                     self._samples = size_of(batch)
                     known = replay.serving(batch) if replay is not None else nullcontext()
                     with suppress(_Enough), looking_inside(self._model), known:
@@ -279,8 +284,17 @@ class _Watch:
             if slot.transposed:
                 real = len(part[0]) * math.prod(part[0].shape[2:])
                 weight = replace(weight, density=real / rows.shape[1])
+            real = self._without_padding(x, rows)
             for need in self._needs:
-                self._stats.update(need, weight, rows, samples)
+                whole = getattr(need, "padding", False)
+                self._stats.update(need, weight, rows if whole else real, samples)
+
+    def _without_padding(self, x: Any, rows: Tensor) -> Tensor:
+        """The rows of real tokens, where ``x`` is ``(samples, tokens, features)`` and each is a row."""
+        mask = real_tokens(self._batch, x) if self._one_mask and isinstance(x, Tensor) else None
+        if mask is None or rows.shape[:2] != (1, mask.numel()) or bool(mask.all()):
+            return rows
+        return rows[:, mask.flatten().bool().to(rows.device)]
 
 
 def _collect_gradients(

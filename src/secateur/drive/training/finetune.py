@@ -20,6 +20,7 @@ from secateur.core.batches import (
     count,
     evaluating,
     forward,
+    real_tokens,
     size_of,
     to_device,
 )
@@ -32,7 +33,7 @@ from secateur.drive.training.order import Feed
 from secateur.drive.training.recorder import Checkpoints, Recorder, Tally, as_checkpoints
 from secateur.drive.training.resume import Training
 from secateur.formats.checkpoint import values_hash
-from secateur.learn.objectives import real_tokens, softened
+from secateur.learn.objectives import softened
 
 
 class Progress(Protocol):
