@@ -12,11 +12,22 @@ from criteria_cases import close, linear, small
 from torch import Tensor, nn
 
 from secateur import Gradual, Recipe, Scope, Target, prune, recipes
+from secateur.allocate import Ranked, Uniform
 from secateur.core.errors import NonFinite, UsageError
 from secateur.core.weight import LINEAR, Weight
 from secateur.drive.decide import score
-from secateur.schedule import Cyclic, Polynomial
-from secateur.score import Grasp, Lamp, Magnitude, Movement, Normalised, Random, Smoothed, Weighted
+from secateur.schedule import Cyclic, Exponential, Polynomial
+from secateur.score import (
+    Grasp,
+    Lamp,
+    Magnitude,
+    Movement,
+    Normalised,
+    Random,
+    Smoothed,
+    Wanda,
+    Weighted,
+)
 from secateur.stats import Stats, WeightGradient
 
 # -- wrappers -------------------------------------------------------------------------------------
@@ -143,6 +154,33 @@ def test_smoothed_over_updates_of_a_gradual_run(wrap: Any) -> None:
     assert len(criterion.log[0]) == 2
     found = criterion.log[0][1]
     close(found, expected if wrap(1) == 1 else expected / expected.max())
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), Ranked()])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_averages_move_on_once_in_a_round(
+    monkeypatch: pytest.MonkeyPatch, sequential: bool, allocation: Any
+) -> None:
+    moved = []
+    plain = Stats.remember
+
+    def remember(self: Stats, key: object, name: str, value: torch.Tensor) -> None:
+        moved.append(name)
+        plain(self, key, name, value)
+
+    monkeypatch.setattr(Stats, "remember", remember)
+    net = nn.Sequential(
+        nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+    recipe = Recipe(
+        Smoothed(Wanda(), 0.5),
+        target=Target("sparsity", 0.5),
+        allocation=allocation,
+        schedule=Exponential(end=3),
+        sequential=sequential,
+    )
+    prune(net, recipe, data=[torch.randn(40, 10)])
+    assert sorted(moved) == ["0.weight"] * 3 + ["2.weight"] * 3
 
 
 def test_movement_keeps_the_score_of_a_pruned_weight() -> None:

@@ -7,13 +7,15 @@ import copy
 import pytest
 import regrow_cases as regrow
 import torch
-from gradual_cases import net, recipe, train
+import torch.nn.functional as F
+from gradual_cases import BATCHES, net, recipe, train
 from torch import nn
 
 from secateur import Gradual, Masks, Pruned, Recipe, TopKast
 from secateur.core.errors import UsageError
 from secateur.drive.training.regrow import Regrow
-from secateur.schedule import Polynomial
+from secateur.schedule import Linear, Polynomial
+from secateur.score import Taylor
 
 
 def sgd(*parts: nn.Module) -> torch.optim.Optimizer:
@@ -134,3 +136,33 @@ def test_top_kast_takes_over_what_others_do_to_the_weights() -> None:
     regrow.train(model, pruner, 1, 11)
     for name, value in model.state_dict().items():
         assert torch.equal(value, best[name])
+
+
+def test_a_mean_of_gradients_is_of_the_steps_since_the_last_update() -> None:
+    wanted = recipe(Linear(0, 8, 4), criterion=Taylor())
+    model, pruner = start(wanted)
+    train(model, pruner, 4)
+    saved = copy.deepcopy([model.state_dict(), pruner.optimizer.state_dict(), pruner.state_dict()])
+    layers = (model[0], model[2])
+    squares = [torch.zeros_like(layer.weight) for layer in layers]
+    for t in range(4, 8):
+        x, y = BATCHES[t % 3]
+        pruner.optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        squares = [s + v.weight.grad.square() for s, v in zip(squares, layers, strict=True)]
+        pruner.optimizer.step()
+        values = [layer.weight.detach().clone() for layer in layers]
+        before = pruner.masks
+        pruner.step()
+    pairs = zip(pruner.masks.items(), values, squares, strict=True)
+    for (name, found), value, square in pairs:
+        scores = (value.square() * square * before[name]).flatten()
+        best = torch.zeros_like(found.flatten())
+        best[scores.topk(int(found.sum())).indices] = True
+        assert torch.equal(found.flatten(), best)
+    # What a state of between the updates is continued with is the same.
+    other, resumed = start(wanted)
+    for part, state in zip((other, resumed.optimizer, resumed), saved, strict=True):
+        part.load_state_dict(state)
+    train(other, resumed, 4, 4)
+    assert resumed.masks == pruner.masks

@@ -15,6 +15,7 @@ from secateur.allocate import ErdosRenyi, Ranked
 from secateur.core.errors import BudgetError
 from secateur.pattern import PerRow
 from secateur.schedule import Exponential, Linear, OneShot
+from secateur.score import Magnitude
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
@@ -163,3 +164,23 @@ def test_rounds_are_nested() -> None:
             prune(net, Recipe(schedule=Exponential(end=end), target=Target("sparsity", 0.8))).masks
         )
     assert sets[0] == sets[1] == sets[2]  # magnitude does not change between rounds
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_a_ranking_of_rows_meets_its_target_within_one_weight_a_row(sparsity: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8)
+    )
+    recipe = Recipe(
+        Magnitude(),
+        PerRow(),
+        Target("sparsity", sparsity),
+        allocation=Ranked(),
+        scope=Scope(sensitive=True),
+    )
+    layers = prune(net, recipe).facts.layers
+    left = sum(layer.total for layer in layers) * (1 - sparsity) - sum(
+        layer.kept for layer in layers
+    )
+    assert 0 <= left < max(layer.shape[0] for layer in layers)  # one weight more in every row

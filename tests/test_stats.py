@@ -298,3 +298,17 @@ def test_a_target_in_multiply_adds_counts_real_ones(kind: nn.Module, expected: f
     half = expected * kind.weight.numel() * 0.5
     pruned = prune(model, Recipe(target=Target("macs", half)), [torch.randn(2, 8, 6, 6)])
     assert pruned.facts.sparsity == pytest.approx(0.5, abs=0.15)
+
+
+def test_what_was_read_goes_when_something_new_is_seen() -> None:
+    weight = Weight("w", torch.zeros(1, 2), LINEAR)
+    stats, mean = Stats(), Gradient()
+    stats.update(mean, weight, torch.tensor([[2.0, 4.0]]), 1)
+    stats.begin_anew([mean])
+    assert stats(mean, weight).tolist() == [[2.0, 4.0]]
+    again = Stats()
+    again.load_state_dict(stats.state_dict(), [(mean, "w")])
+    for each in (stats, again):
+        each.update(mean, weight, torch.tensor([[0.0, 1.0]]), 1)
+        each.update(mean, weight, torch.tensor([[1.0, 1.0]]), 1)
+        assert each(mean, weight).tolist() == [[0.5, 1.0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.allocate.allocation import require_reachable
+from secateur.allocate.allocation import require_reachable, top_up
 from secateur.core.budget import Budget, Item
 from secateur.core.select import RADIX, digit_counts
 
@@ -40,12 +41,15 @@ class Ranked:
     def __call__(self, items: Sequence[Item], budget: Budget) -> Mapping[str, float]:
         require_reachable(items, budget)
         counts = _counts_above(items, budget)
-        levels: dict[str, float] = {}
-        for item, count in zip(items, counts, strict=True):
-            # With several pools each keeps equally many; the floor of one group is the quota's.
-            keep = max(1, min(item.groups, round(count / item.pools)))
-            levels[item.name] = item.sparsity_of(keep)
-        return levels
+        # With several pools each keeps equally many, and the ranking asks for something in between.
+        within, over = (
+            {
+                i.name: i.sparsity_of(max(1, round_(n / i.pools)))
+                for i, n in zip(items, counts, strict=True)
+            }
+            for round_ in (math.floor, math.ceil)
+        )
+        return top_up(items, budget, within, over)
 
 
 def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:

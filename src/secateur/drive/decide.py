@@ -19,8 +19,15 @@ from secateur.score import Criterion, Smoothed
 from secateur.stats import Stats
 
 
-def score(weight: Weight, recipe: Recipe, stats: Stats) -> Tensor:
-    """Scores of one weight, checked."""
+def score(weight: Weight, recipe: Recipe, stats: Stats, *, moving: bool = True) -> Tensor:
+    """Scores of one weight, checked.
+
+    Args:
+        weight: With its value.
+        recipe: With the criterion.
+        stats: What the criterion needs.
+        moving: Whether averages over updates move on; once in an update.
+    """
     scores = recipe.criterion(weight, stats)
     if not bool(torch.isfinite(scores).all()):
         bad = int((~torch.isfinite(scores)).sum())
@@ -30,8 +37,9 @@ def score(weight: Weight, recipe: Recipe, stats: Stats) -> Tensor:
             "they cannot be ranked",
             "check the data, or choose a more robust criterion",
         )
-    # Averages move on once per update, after everything was scored with the old ones.
-    moved = {part: part(weight, stats) for part in smoothed_parts(recipe.criterion)}
+    # Averages move on after everything was scored with the old ones.
+    parts = smoothed_parts(recipe.criterion) if moving else []
+    moved = {part: part(weight, stats) for part in parts}
     for part, value in moved.items():
         stats.remember(part, weight.name, value)
     return scores

@@ -38,7 +38,8 @@ def gmp(sparsity: float = 0.9, epochs: float = 10) -> Recipe:
     """Gradual magnitude pruning with fine-tuning (Zhu and Gupta, arXiv 1710.01878).
 
     The window follows "Pruning for success": prune over the first half of the epochs, hold the mask
-    and fine-tune for the rest.
+    and fine-tune for the rest. All weights are ranked together; the paper prunes every layer to the
+    same sparsity, which is ``allocation=Uniform()``.
     """
     return Recipe(
         Magnitude(),

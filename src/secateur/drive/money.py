@@ -54,7 +54,7 @@ class Money:
             return ""
         return (
             f"asked for {self.told(target, self.limit)}, reached {self.told(target, spent)}: levels "
-            "were given, or at least one group stays in every pool of the pattern"
+            "were given, or each pool of the pattern keeps a whole number of groups, and at least one"
         )
 
 

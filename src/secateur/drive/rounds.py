@@ -91,7 +91,9 @@ class Rounds:
         stats.memory, stats.seed = memory.memory, memory.seed
         slots = self._reached(self.plan.chosen, stats)
         found = weights(self.model, slots)
-        groups = {w.name: self._ranks(w, stats, prior) for w in found} if whole else {}
+        # In sequence each weight is scored once more, which is what moves averages.
+        ranks = partial(self._ranks, moving=not recipe.sequential)
+        groups = {w.name: ranks(w, stats, prior) for w in found} if whole else {}
         levels = self._levels(slots, groups, moment, last)
         layers: dict[str, LayerFacts] = {}
         masks: dict[str, torch.Tensor] = {}
@@ -120,11 +122,13 @@ class Rounds:
         self._pruned = done
         return done
 
-    def _ranks(self, weight: Weight, stats: Stats, prior: Masks) -> torch.Tensor:
+    def _ranks(
+        self, weight: Weight, stats: Stats, prior: Masks, *, moving: bool = True
+    ) -> torch.Tensor:
         idle = idle_experts(weight, self.recipe, stats)
         if idle:
             self.facts.note("unseen", weight.name, idle)
-        scores = score(weight, self.recipe, stats)
+        scores = score(weight, self.recipe, stats, moving=moving)
         return group_scores(scores, weight, self.recipe, prior.get(weight.name))
 
     def _levels(

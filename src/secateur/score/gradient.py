@@ -100,7 +100,8 @@ class Movement:
     **Needs** sum of weight times gradient
     **Source** movement pruning, arXiv 2005.07683
     **Differs** without the learning rate as a factor (it is the same for all weights), and with
-    the gradient of the masked network, so a pruned weight (zero) keeps the score it had
+    the gradient of the masked network, so a pruned weight (zero) keeps the score it had; and only a
+    cyclic schedule lets one back, where the paper's may return at any step
 
     Example:
         >>> import torch

@@ -50,6 +50,7 @@ class Stats:
         self._states: dict[tuple[Any, str], State] = {}
         self._values: dict[tuple[Any, str], Tensor] = {}
         self.memory: dict[tuple[Any, str], Tensor] = {}
+        self._read: set[tuple[Any, str]] = set()
 
     def __call__(self, stat: Stat | Probe, weight: Weight) -> Tensor:
         """The value of ``stat`` for ``weight``."""
@@ -75,7 +76,8 @@ class Stats:
     def update(self, stat: Stat, weight: Weight, seen: Tensor, samples: int) -> None:
         """Stream one observation into a state."""
         key = (stat, weight.name)
-        state = self._states.get(key)
+        state = None if key in self._read else self._states.get(key)
+        self._read.discard(key)
         self._states[key] = stat.update(state or stat.init(weight), weight, seen, samples)
         self._values.pop(key, None)
 
@@ -93,6 +95,11 @@ class Stats:
     def put(self, stat: object, name: str, value: Tensor) -> None:
         """Store the result of a probe."""
         self._values[(stat, name)] = value
+
+    def begin_anew(self, needs: Iterable[Stat]) -> None:
+        """Drop what was seen of these statistics as soon as something new is seen."""
+        wanted = set(needs)
+        self._read |= {key for key in self._states if key[0] in wanted}
 
     def merge(self, other: Stats) -> Stats:
         """The statistics of two disjoint parts of the data as one."""
@@ -118,7 +125,8 @@ class Stats:
         """All sums and remembered scores, as nested dictionaries of tensors."""
         states: dict[str, Any] = {f"{stat!r} {name}": s for (stat, name), s in self._states.items()}
         memory: dict[str, Any] = {f"{key!r} {name}": t for (key, name), t in self.memory.items()}
-        return {"states": states, "memory": memory}
+        read = {f"{stat!r} {name}": True for stat, name in self._read}
+        return {"states": states, "memory": memory, "read": read}
 
     def load_state_dict(self, saved: Mapping[str, Any], keys: Iterable[tuple[Any, str]]) -> None:
         """Restore what :meth:`state_dict` saved for these statistics, criteria and weights."""
@@ -128,6 +136,8 @@ class Stats:
                 self._states[key] = dict(saved["states"][text])
             if text in saved["memory"]:
                 self.memory[key] = saved["memory"][text]
+            if text in saved.get("read", {}):
+                self._read.add(key)
 
     def recall(self, key: object, name: str) -> Tensor | None:
         """What :meth:`remember` stored at the previous update (for smoothed criteria)."""

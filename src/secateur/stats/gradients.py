@@ -74,6 +74,8 @@ class WeightGradient:
 
     samples: int | None = None
     source: ClassVar[Literal["gradients"]] = "gradients"
+    #: In a training, of all its steps and not of those since the last pruning.
+    whole: ClassVar[bool] = True
 
     def init(self, weight: Weight) -> State:
         return {"sum": torch.zeros_like(weight.value, dtype=torch.float32)}

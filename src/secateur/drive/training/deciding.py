@@ -151,6 +151,7 @@ class Deciding:
         missed = purse.missed(recipe.target, budget.spent(choice, levels))
         masks = {w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found}
         idle = {w.name: text for w in found if (text := idle_experts(w, recipe, stats))}
+        self.stats.begin_anew(s for s in self.streamed if not getattr(s, "whole", False))
         return Decision(Masks(masks), share, groups, levels, idle, missed)
 
     def scorable(self, found: Sequence[Weight], stats: Stats) -> list[Weight]:

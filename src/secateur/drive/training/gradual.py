@@ -70,8 +70,9 @@ class Gradual:
 
     Several pruners may work on one model, each on weights of its own (see the recipe's scope).
 
-    Gradients that a criterion needs are read just before each optimizer step. Statistics of inputs
-    or of single samples are measured on ``data`` at each mask update.
+    Gradients that a criterion needs are read just before each optimizer step: means over the steps
+    since the last mask update, and sums (movement) over all steps. Statistics of inputs or of single
+    samples are measured on ``data`` at each mask update.
 
     Args:
         model: Trained in place by the caller.

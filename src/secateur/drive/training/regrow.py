@@ -29,8 +29,10 @@ class Regrow:
     **Units** ``frequency`` in ``unit``; ``end`` as a share of the training
     **Needs** with ``grow="gradient"`` the gradient of the training loop
     **Source** SET (arXiv 1707.04780), RigL (arXiv 1911.11134)
-    **Differs** ties go to the lower index (RigL adds noise of 1e-5 to the scores); SET grows weights
-    at zero, as in RigL's code, and its fraction falls with the cosine too unless ``anneal=False``
+    **Differs** ties go to the lower index (RigL adds noise of 1e-5 to the scores); SET drops by
+    magnitude (the paper the smallest positive and the largest negative weights, a share of each) and
+    grows weights at zero, both as in RigL's code, and its fraction falls with the cosine too unless
+    ``anneal=False``
 
     Args:
         grow: ``"gradient"`` or ``"random"``.
@@ -112,7 +114,8 @@ class TopKast:
     **Units** ``frequency`` in ``unit``; ``extra`` a share of the weight
     **Needs** an optimizer; its ``weight_decay`` is :math:`\lambda`
     **Source** Jayakumar et al., arXiv 2106.03517
-    **Differs** all values stay on the device of the weight, not in the host's memory
+    **Differs** all values stay on the device of the weight, not in the host's memory; momenta and
+    Adam moments outside B are zeroed at every step
 
     Args:
         extra: M. With groups, at least one more group in every pool.
