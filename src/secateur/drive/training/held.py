@@ -239,14 +239,16 @@ class _Place:
     def of(model: nn.Module, name: str) -> _Place:
         module, attribute = _place(model, name)
         mask = module.get_buffer(attribute + SUFFIX)
-        return _Place(module, attribute, getattr(module, attribute), mask, mask._version)
+        return _Place(module, attribute, module._parameters.get(attribute), mask, mask._version)
 
     @property
     def changed(self) -> bool:
-        """Whether one of them was replaced or written to."""
-        mask = self.module._buffers.get(self.attribute + SUFFIX)
-        same = mask is self.mask and getattr(self.module, self.attribute) is self.parameter
-        return not same or self.mask._version != self.version
+        """Whether the mask was written to, or one of them replaced by another of its kind."""
+        parameter = self.module._parameters.get(self.attribute)
+        if self.module._buffers.get(self.attribute + SUFFIX) is not self.mask:
+            return True
+        moved = parameter is not None and parameter is not self.parameter
+        return moved or self.mask._version != self.version
 
 
 class Held:
