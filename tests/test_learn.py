@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from secateur import Data, FineTune, Scope, load
 from secateur.core.errors import FoldError, UsageError
@@ -18,9 +20,11 @@ from secateur.core.slots import Slot
 from secateur.core.weight import CONV2D, LINEAR, Axes, Weight
 from secateur.drive.training.learn_masks import learn_masks
 from secateur.drive.training.learned import Learned
+from secateur.frontends import discover
 from secateur.learn import LEARNERS, Leap, Learner, SoftMovement, Str
 from secateur.learn.grain import Tiling
 from secateur.learn.leap import LeapMask
+from secateur.learn.masked import MaskedWeights
 from secateur.learn.movement import MovementMask
 from secateur.learn.soft_threshold import SoftThreshold
 
@@ -252,6 +256,42 @@ def test_a_parametrized_model_deep_copies(name: str) -> None:
     before = twin(x).detach()
     train(net, optimizer, learned, batches(5))
     assert torch.equal(twin(x).detach(), before)  # nothing is shared
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_copies_go_on_when_the_masks_of_the_original_are_hardened(name: str) -> None:
+    net, optimizer, learned = begin(MASKS[name])
+    x = batches(1)[0][0]
+    average = AveragedModel(net)
+    train(net, optimizer, learned, batches(5))
+    average.update_parameters(net)
+    best = copy.deepcopy(net)  # the best so far
+    best_learned = copy.deepcopy(learned)
+    kept, meant = best(x).detach(), average(x).detach()
+    train(net, optimizer, learned, batches(5))
+    learned.harden()
+    assert type(net[0]) is nn.Linear
+    assert torch.equal(best(x), kept)
+    assert torch.equal(average(x), meant)
+    assert torch.equal(copy.deepcopy(best)(x), kept)
+    best(x).sum().backward()
+    assert best[0].parametrizations.weight.original.grad is not None
+    other = best_learned.harden().model  # a copy that has its own masks is hardened by itself
+    assert torch.equal(other(x), kept)
+    assert sorted(other.state_dict()) == sorted(net.state_dict())
+    parametrize.remove_parametrizations(best[0], "weight")
+    assert torch.equal(best(x), kept)
+
+
+def test_copies_go_on_when_masks_are_dropped() -> None:
+    net = network()
+    slots = [s for s in discover(net) if s.name == "2.weight"]
+    masked = MaskedWeights(Str(start=-3.0), net, slots)
+    twin, x = copy.deepcopy(net), batches(1)[0][0]
+    before = twin(x)
+    masked.drop_()
+    assert torch.equal(twin(x), before)
+    assert not torch.equal(net(x), before)
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -137,6 +137,8 @@ class MaskedWeights:
         self._remove_(leave_masked=False)
 
     def _remove_(self, *, leave_masked: bool) -> None:
+        for path in self._orders:
+            _own_class_(self._model.get_submodule(path))
         for name in self._parts:
             path, _, attribute = name.rpartition(".")
             owner = self._model.get_submodule(path)
@@ -210,3 +212,13 @@ def _require_plain(model: nn.Module, slot: Slot) -> None:
         raise UsageError(
             f"a learned mask for {slot.name!r}", found, "", "leave it out with ignore="
         )
+
+
+def _own_class_(owner: nn.Module) -> None:
+    """Give a parametrized module a class that no copy of it shares.
+
+    torch makes the weight a property of the module's class, takes it off that class at the end, and
+    a deep copy has the same class: it would lose its weight.
+    """
+    shared = type(owner)
+    owner.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
