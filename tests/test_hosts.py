@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from secateur import Gradual, Recipe, Target, masks_of
+from secateur import Gradual, Recipe, Scope, Target, masks_of
 from secateur.core.errors import MissingExtra, UsageError
 from secateur.drive.training.hosts import LightningCallback, Session, TransformersCallback
 from secateur.formats.checkpoint import read_checkpoint, write_checkpoint
@@ -241,15 +241,17 @@ def test_lightning_prunes_and_continues(tmp_path: Path, permanent: bool) -> None
             return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     def fit(folder: Path, epochs: int, what: Any = RECIPE, resume: str | None = None) -> Any:
-        callback = LightningCallback(what, make_pruning_permanent=permanent, amount=0.75)
+        whats = what if isinstance(what, list) else [what]
+        more: Any = {"make_pruning_permanent": permanent, "amount": 0.75}
+        callbacks = [LightningCallback(each, **more) for each in whats]
         saver = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1)
         host = pl.Trainer(
-            max_epochs=epochs, accelerator="cpu", callbacks=[callback, saver], logger=False,
+            max_epochs=epochs, accelerator="cpu", callbacks=[*callbacks, saver], logger=False,
             enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2,
         )  # fmt: skip
         module = Module()
         host.fit(module, DataLoader(Pairs(), 2), ckpt_path=resume)
-        return module, callback
+        return module, callbacks if isinstance(what, list) else callbacks[0]
 
     module, callback = fit(tmp_path / "a", 2)
     assert callback.pruned.facts.sparsity == pytest.approx(0.75, abs=0.02)
@@ -263,3 +265,16 @@ def test_lightning_prunes_and_continues(tmp_path: Path, permanent: bool) -> None
     assert [e["step"] for e in default.pruned.facts.history] == [6, 12]
     with pytest.raises(UsageError, match="training ends at step 6"):
         fit(tmp_path / "d", 1)
+    other, last = Recipe(target=TARGET, schedule=RECIPE.schedule), tmp_path / "a"
+    with pytest.raises(UsageError, match="Another recipe would prune differently"):
+        fit(tmp_path / "e", 2, what=other, resume=str(last / "epoch=0-step=6.ckpt"))
+    both = [Recipe(target=TARGET, schedule=RECIPE.schedule, scope=Scope(include=(name,)))
+            for name in ("net.0.weight", "net.2.weight")]  # fmt: skip
+    module, pair = fit(tmp_path / "f", 2, what=both)
+    again, second = fit(
+        tmp_path / "g", 2, what=both, resume=str(tmp_path / "f" / "epoch=0-step=6.ckpt")
+    )
+    for one, twin in zip(pair, second, strict=True):
+        assert one.pruned.masks == twin.pruned.masks
+    for a, b in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)

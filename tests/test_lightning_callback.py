@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur import Recipe, Regrow, Target, masks_of
+from secateur import Gradual, Recipe, Regrow, Scope, Target, masks_of
 from secateur.core.errors import UsageError
 from secateur.drive.training.hosts import LightningCallback
 from secateur.frontends import hosts
@@ -68,6 +68,52 @@ class Trainer:
             if self.global_step == 4:
                 kept = copy.deepcopy((net.state_dict(), callback.state_dict(), 4))
         callback.on_train_end(self, net)
+        return kept
+
+
+class Loop:
+    """Lightning's order of calls for several callbacks, with its own checkpoints of their states."""
+
+    num_training_batches, accumulate_grad_batches, fast_dev_run = PER_EPOCH, 1, False
+
+    def __init__(self, *callbacks: Any, steps: int = 16):
+        self.callbacks, self.estimated_stepping_batches = list(callbacks), steps
+        assert len({callback.state_key for callback in callbacks}) == len(callbacks)
+
+    def saved(self, net: nn.Module, sgd: torch.optim.Optimizer) -> Any:
+        states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        weights = (net.state_dict(), sgd.state_dict(), self.global_step)
+        return copy.deepcopy((*weights, {"callbacks": states}))
+
+    def fit(self, net: nn.Module, saved: Any = None) -> Any:
+        """Train; returns a checkpoint after step 4."""
+        sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        self.optimizers, self.global_step, kept = [sgd], 0, None
+        for callback in self.callbacks:
+            callback.setup(self, net, "fit")
+        if saved is not None:
+            weights, moments, self.global_step, checkpoint = copy.deepcopy(saved)
+            net.load_state_dict(weights)
+            for callback in self.callbacks:
+                callback.on_load_checkpoint(self, net, checkpoint)
+            for callback in self.callbacks:
+                if callback.state_key in checkpoint["callbacks"]:
+                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            sgd.load_state_dict(moments)
+        for callback in self.callbacks:
+            callback.on_train_start(self, net)
+        while self.global_step < self.estimated_stepping_batches:
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(self.global_step))
+            sgd.zero_grad()
+            net(x).square().mean().backward()
+            sgd.step()
+            self.global_step += 1
+            for callback in self.callbacks:
+                callback.on_train_batch_end(self, net, None, None, 0)
+            if self.global_step == 4:
+                kept = self.saved(net, sgd)
+        for callback in self.callbacks:
+            callback.on_train_end(self, net)
         return kept
 
 
@@ -186,3 +232,56 @@ def test_what_is_no_recipe_is_refused_before_training() -> None:
     for wrong in ("magnitude", 0.9):
         with pytest.raises(UsageError, match="wants a Recipe"):
             LightningCallback(wrong)  # type: ignore[arg-type]
+
+
+# -- several callbacks ----------------------------------------------------------------------------
+
+
+def of(name: str, end: int = 9) -> Recipe:
+    return Recipe(target=TARGET, schedule=Polynomial(0, end, 3), scope=Scope(include=(name,)))
+
+
+def test_two_callbacks_are_saved_side_by_side_and_continue() -> None:
+    def two() -> list[Any]:
+        return [LightningCallback(of("0.weight")), LightningCallback(of("2.weight", 12))]
+
+    first, net = two(), build()
+    saved = Loop(*first).fit(net)
+    assert [list(callback.pruned.masks) for callback in first] == [["0.weight"], ["2.weight"]]
+    second, again = two()[::-1], build()  # the order in the list does not matter
+    Loop(*second).fit(again, saved)
+    for one, other in zip(first, second[::-1], strict=True):
+        assert other.pruned.masks == one.pruned.masks
+        assert other.pruned.facts.history == one.pruned.facts.history
+    for a, b in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_callback_that_joins_later_begins_then() -> None:
+    saved = Loop(LightningCallback(of("0.weight"))).fit(build())
+    old, new = LightningCallback(of("0.weight")), LightningCallback(of("2.weight"))
+    Loop(old, new).fit(build(), saved)
+    assert [e["step"] for e in old.pruned.facts.history] == [3, 6, 9]
+    assert [e["step"] for e in new.pruned.facts.history] == [3, 6, 9]  # of its own steps
+    assert new.session.pruner.steps == 12
+
+
+def test_a_checkpoint_of_another_recipe_is_refused() -> None:
+    saved = Loop(LightningCallback(of("0.weight"))).fit(build())
+    with pytest.raises(UsageError, match="Another recipe would prune differently"):
+        Loop(LightningCallback(of("0.weight", 12))).fit(build(), saved)
+
+
+def test_the_key_of_a_state_is_the_same_in_every_run() -> None:
+    def build_pruner(model: nn.Module, optimizer: Any, per_epoch: int | None) -> Any:
+        return Gradual(model, optimizer, RECIPE)
+
+    for what in (RECIPE, None, build_pruner):
+        callback = LightningCallback(what)
+        key = callback.state_key
+        assert LightningCallback(what).state_key == key
+        Loop(callback).fit(build())
+        assert callback.state_key == key
+    keys = {LightningCallback(what).state_key for what in (RECIPE, None, build_pruner, print)}
+    keys |= {LightningCallback(amount=0.9).state_key}
+    assert len(keys) == 5

@@ -23,6 +23,9 @@ from secateur.core.errors import MissingExtra, UsageError
 #: The file of a session beside the other files of a Transformers checkpoint.
 FILE = "secateur.safetensors"
 
+#: What the keys of our states in a checkpoint of Lightning begin with.
+KEY = "secateur.LightningCallback "
+
 #: The callbacks of a training that is going on, in the order in which they began, by its optimizer: each
 #: has a file of its own. Nothing is kept alive by it.
 _RUNNING: WeakKeyDictionary[Any, list[ReferenceType[Any]]] = WeakKeyDictionary()
@@ -30,6 +33,11 @@ _RUNNING: WeakKeyDictionary[Any, list[ReferenceType[Any]]] = WeakKeyDictionary()
 
 class Session(Protocol):
     """What a callback drives."""
+
+    @property
+    def key(self) -> str:
+        """The same in every run of it, and another one for another session of one training."""
+        ...
 
     def forget(self) -> None:
         """Another training begins."""
@@ -196,6 +204,10 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
             self._steps = 0
             self._fits = self._new = self._restored = False
 
+        @property
+        def state_key(self) -> str:
+            return KEY + session.key
+
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             self._fits = self._new = stage == "fit"
 
@@ -209,6 +221,15 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
                 self._renew()
                 self._restored = bool(state_dict)
                 session.restore(state_dict)
+
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+            # Lightning passes over states whose key it does not find. One that nobody here has the key
+            # of may be ours, of another recipe: the session says so, and does not begin anew.
+            saved = checkpoint.get("callbacks") or {}
+            here = {callback.state_key for callback in trainer.callbacks}
+            left = [key for key in saved if str(key).startswith(KEY) and key not in here]
+            if left and self.state_key not in saved:
+                self.load_state_dict(saved[left[0]])
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self._renew()

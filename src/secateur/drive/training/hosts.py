@@ -60,6 +60,7 @@ class Session:
                 "pass e.g. secateur.recipes.gmp(0.9), or a function that returns a Gradual or Shrinking",
             )
         self.what = what
+        self.key = _key(what)
         self._data: Data | None = as_data(data)
         self._permanent = permanent
         self.pruner: Any = None
@@ -304,6 +305,9 @@ def LightningCallback(  # noqa: N802
     Differs from ``ModelPruning``: ``amount`` is what is pruned at the end, not again in each epoch,
     and masks are held after every optimizer step, so momentum and weight decay wake nothing.
 
+    Several callbacks, each with weights of its own, may prune in one training. In checkpoints they are
+    told apart by their recipes, and functions by their names.
+
     Args:
         what: A recipe with a schedule in steps or epochs, or a function ``(model, optimizer,
             steps_per_epoch) -> pruner``. By default: magnitude over all layers, gradually over the
@@ -359,6 +363,14 @@ def _first_half(amount: float, steps: int | None, per_epoch: int | None, *, whol
 def _default(amount: float, end: float, frequency: float, unit: str = "epochs") -> Recipe:
     schedule = Polynomial(begin=0, end=end, frequency=frequency, unit=unit)
     return Recipe(target=Target("sparsity", amount), allocation=Ranked(), schedule=schedule)
+
+
+def _key(what: Recipe | Make) -> str:
+    """The fingerprint of a recipe, or the name of a function."""
+    if isinstance(what, Recipe):
+        return what.fingerprint()
+    name = getattr(what, "__qualname__", type(what).__qualname__)
+    return f"{getattr(what, '__module__', '')}.{name}"
 
 
 def _kept(
