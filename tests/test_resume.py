@@ -174,9 +174,32 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(tmp_path: Path) -> 
     file.write_bytes(data)
     other = parts()
     before = bits(other)
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError, match="or write it again"):
         resume_(tmp_path, other)
     assert equal(before, bits(other))
+
+
+def test_a_damaged_checkpoint_says_how_to_continue_from_the_one_before(tmp_path: Path) -> None:
+    training = parts()
+    for step in (3, 6, 9):
+        train(training, 3)
+        save_checkpoint(tmp_path, training, step=step, keep=3)
+    names = [f"step-{step:09d}.safetensors" for step in (3, 6, 9)]
+    (tmp_path / names[2]).write_bytes(b"")
+    with pytest.raises(FormatError, match="it has 0 bytes") as error:
+        resume_(tmp_path, parts())
+    assert error.value.do == f"remove {names[2]!r} from that folder to continue from step 6"
+    with pytest.raises(FormatError, match="or write it again"):
+        resume_(tmp_path / names[2], parts())  # one file was asked for, not the newest of a folder
+    damaged = (tmp_path / names[1]).read_bytes()[:-1]
+    (tmp_path / names[1]).write_bytes(damaged)
+    with pytest.raises(FormatError) as error:
+        resume_(tmp_path, parts())
+    both = f"{names[2]!r} and {names[1]!r}"
+    assert error.value.do == f"remove {both} from that folder to continue from step 3"
+    for name in names[1:]:
+        (tmp_path / name).unlink()
+    assert resume_(tmp_path, parts()) == 3
 
 
 def test_slots_find_their_parameters_by_name(tmp_path: Path) -> None:

@@ -183,7 +183,8 @@ def resume_(place: str | Path, training: Training) -> int:
         )
     if file is None:
         return 0
-    state, stamp = _read_for_all(file, training)
+    earlier = [other for other in _checkpoints(Path(place)) if other.name < file.name]
+    state, stamp = _read_for_all(file, training, earlier)
     try:
         put_back_(training, state)
     except (KeyError, TypeError) as error:
@@ -196,7 +197,9 @@ def resume_(place: str | Path, training: Training) -> int:
     return stamp.step
 
 
-def _read_for_all(file: Path, training: Training) -> tuple[dict[str, Any], Stamp]:
+def _read_for_all(
+    file: Path, training: Training, earlier: list[Path]
+) -> tuple[dict[str, Any], Stamp]:
     """Read the parts of this process; if one process cannot, none goes on."""
     failed: SecateurError | None = None
     try:
@@ -208,6 +211,8 @@ def _read_for_all(file: Path, training: Training) -> tuple[dict[str, Any], Stamp
             own, own_stamp = read_checkpoint(beside(file, ranks.rank()))
             require_stamp(beside(file, ranks.rank()), own_stamp, wanted)
             state |= own
+    except FormatError as error:
+        failed = _or_earlier(error, file, earlier)
     except SecateurError as error:
         failed = error
     errors = ranks.gather_text("" if failed is None else str(failed))
@@ -222,6 +227,22 @@ def _read_for_all(file: Path, training: Training) -> tuple[dict[str, Any], Stamp
                 "see the message of that process",
             )
     return state, stamp
+
+
+def _or_earlier(error: FormatError, file: Path, earlier: list[Path]) -> FormatError:
+    """The same error; if an earlier checkpoint can be read, it says how to continue from that."""
+    remove = [file.name]
+    for other in reversed(earlier):
+        try:
+            _, stamp = read_checkpoint(other)
+            read_checkpoint(beside(other, ranks.rank()))
+        except FormatError:
+            remove.append(other.name)
+            continue
+        names = " and ".join(map(repr, remove))
+        do = f"remove {names} from that folder to continue from step {stamp.step}"
+        return FormatError(error.asked, error.found, error.why, do)
+    return error
 
 
 def _reshape_(training: Training, state: Mapping[str, Any]) -> None:
@@ -241,7 +262,7 @@ def latest(place: str | Path) -> Path | None:
     place = Path(place)
     if place.suffix == ".safetensors":
         return place if place.exists() else None
-    found = sorted(f for f in _files(place) if _NAME.fullmatch(f.name))
+    found = _checkpoints(place)
     return found[-1] if found else None
 
 
@@ -334,6 +355,10 @@ def stamp_of(training: Training, step: int) -> Stamp:
 def _without_masks(model: nn.Module) -> dict[str, Any]:
     masks = {f"{name}{SUFFIX}" for name in masks_of(model)}
     return {name: value for name, value in model.state_dict().items() if name not in masks}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(f for f in _files(folder) if _NAME.fullmatch(f.name))
 
 
 def _files(folder: Path) -> Iterable[Path]:
