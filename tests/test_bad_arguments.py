@@ -1,6 +1,7 @@
 """Mistakes that people make: each is an error in four parts that says what to write."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from secateur import (
     ShrinkRecipe,
     Target,
     finetune,
+    masks_of,
     plan,
     prune,
     recipes,
@@ -43,7 +45,7 @@ from secateur.learn import GroupLearning, Leap, Slimming, SoftMovement, Str
 from secateur.pattern import NM, Blocks
 from secateur.recover import ColumnSweep, FisherUpdate, Integer, LeastSquares
 from secateur.runtime import accelerate
-from secateur.schedule import OneShot
+from secateur.schedule import SCHEDULES, Cyclic, OneShot
 from secateur.score import (
     BatchNormScale,
     Grasp,
@@ -143,6 +145,44 @@ def test_arguments_of_pruners_and_trainings(make: Any, said: str) -> None:
     assert said in str(error.value)
     assert error.value.found
     assert error.value.do
+
+
+# -- schedules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted({*SCHEDULES.values()}, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "10", None, True])
+def test_times_of_a_schedule_are_numbers(kind: Any, value: Any) -> None:
+    names = {field.name for field in fields(kind)} & {"begin", "end", "frequency", "power"}
+    for name in sorted(names):
+        with pytest.raises(UsageError) as error:
+            kind(**{name: value})
+        assert f"{kind.__name__}(...): {name} is a finite number, not {value!r}" in whole(error)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, 0, -1, float("nan"), "2", True, None])
+def test_waves_are_counted(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"Cyclic\(cycles=\.\.\.\)") as error:
+        Cyclic(cycles=value)
+    assert "a whole number of waves, 1 or more. Write cycles=2" in whole(error)
+
+
+@pytest.mark.parametrize("value", ["5", -5, 0, 2.5, True, float("nan")])
+@pytest.mark.parametrize("name", ["steps_per_epoch", "steps"])
+def test_steps_are_counted(name: str, value: Any) -> None:
+    model = mlp()
+    calls: dict[str, Callable[[], object]] = {
+        "Gradual": lambda: Gradual(model, sgd(model), recipes.gmp(0.5), **{name: value}),
+        "Pace": lambda: Pace(**{name: value}),
+    }
+    for kind, call in calls.items():
+        with pytest.raises(UsageError) as error:
+            call()
+        assert f"{kind}({name}=...)" in whole(error)
+    assert not masks_of(model)
+
+
+# -- data of a training ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from secateur.core.arguments import require_count, require_numbers
 from secateur.core.errors import UsageError
 
 
@@ -152,6 +153,7 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         _check(self)
+        require_numbers(self, ("power",))
         if self.power <= 0:
             raise UsageError(
                 f"Polynomial(power={self.power:g})",
@@ -256,7 +258,7 @@ class Cosine:
 class Cyclic:
     r"""Sparsity rises and falls like a wave and ends at the target; weights may come back.
 
-    **formula** :math:`(1 - \cos 2 \pi (c - \tfrac12) p) / 2` for :math:`c` cycles
+    **formula** :math:`(1 - \cos 2 \pi (c - \tfrac12) p) / 2` for :math:`c` cycles, a whole number
     **Shapes** scalar
     **Units** ``begin``, ``end`` and ``frequency`` in ``unit``
     **Needs** nothing
@@ -276,6 +278,8 @@ class Cyclic:
 
     def __post_init__(self) -> None:
         _check(self)
+        what = "a whole number of waves"  # with a part of one it would not come to the target, but jump
+        require_count("Cyclic(cycles=...)", self.cycles, what=what, write="cycles=2")
 
     def share(self, progress: float, sparsity: float) -> float:
         return (1 - math.cos(2 * math.pi * (self.cycles - 0.5) * progress)) / 2
@@ -343,6 +347,7 @@ def _check(schedule: Schedule) -> None:
             "time is counted in steps, epochs or rounds",
             "choose one of the three",
         )
+    require_numbers(schedule, ("begin", "end", "frequency"))
     if not 0 <= schedule.begin <= schedule.end or schedule.frequency <= 0:
         raise UsageError(
             f"{name}(begin={schedule.begin:g}, end={schedule.end:g}, frequency={schedule.frequency:g})",

@@ -18,7 +18,7 @@ from secateur.drive.recipe import describe
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.training import ranks
 from secateur.drive.training.held import masks_of
-from secateur.drive.training.timing import every
+from secateur.drive.training.timing import every, require_counts
 from secateur.schedule import Exponential, Schedule, share_at
 
 
@@ -45,6 +45,9 @@ class Pace:
     steps_per_epoch: int | None = None
     steps: int | None = None
     prove_each: bool = False
+
+    def __post_init__(self) -> None:
+        require_counts("Pace", self.steps_per_epoch, self.steps)
 
     @property
     def per_epoch(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from secateur.core.arguments import require_count
 from secateur.core.errors import UsageError
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.regrow import Regrow
@@ -50,14 +51,35 @@ def strikes(step: int, frequency: float) -> bool:
 def training_length(recipe: Recipe, steps_per_epoch: int | None, steps: int | None) -> int | None:
     """Optimizer steps of the training: given, or those of the recipe's fine-tuning step.
 
+    Raises:
+        UsageError: What is given is no count.
+
     Example:
         >>> from secateur.drive.methods import gmp
         >>> training_length(gmp(epochs=2.5), 10, None), training_length(Recipe(), None, None)
         (25, None)
     """
+    require_counts("Gradual", steps_per_epoch, steps)
     if steps is not None or recipe.finetune is None or not steps_per_epoch:
         return steps
     return max(1, math.ceil(recipe.finetune.epochs * steps_per_epoch - 1e-9))
+
+
+def require_counts(kind: str, steps_per_epoch: int | None, steps: int | None) -> None:
+    """Refuse steps of an epoch and of a training that are given and no counts.
+
+    Raises:
+        UsageError: With what was given.
+
+    Example:
+        >>> require_counts("Gradual", 10, None)
+    """
+    if steps_per_epoch is not None:
+        asked, write = f"{kind}(steps_per_epoch=...)", "steps_per_epoch=len(loader)"
+        require_count(asked, steps_per_epoch, what="how many steps an epoch has", write=write)
+    if steps is not None:
+        asked, write = f"{kind}(steps=...)", "e.g. steps=epochs * len(loader)"
+        require_count(asked, steps, what="how many steps the whole training has", write=write)
 
 
 def require_time(recipe: Recipe, steps_per_epoch: int | None, length: int | None) -> None:
