@@ -147,6 +147,24 @@ def test_arguments_of_pruners_and_trainings(make: Any, said: str) -> None:
     assert error.value.do
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Leap, ("lr", "threshold_lr", "lambda_max", "lambda_min", "lambda_rest")),
+        (SoftMovement, ("strength", "ramp", "lr")),
+        (Slimming, ("strength",)),
+        (Str, ("lr", "weight_decay")),
+        (GroupLearning, ("strength", "ramp", "lr")),
+    ],
+)
+def test_strengths_and_rates_of_learners_are_not_negative(kind: Any, names: Any) -> None:
+    for name in names:
+        kind(**{name: 0})
+        with pytest.raises(UsageError, match="Write 0 or more") as error:
+            kind(**{name: -1})
+        assert f"{kind.__name__}({name}=-1): it is negative" in whole(error)
+
+
 # -- schedules ------------------------------------------------------------------------------------
 
 

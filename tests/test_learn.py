@@ -173,8 +173,13 @@ def test_a_tile_is_a_rectangle_of_the_matrix(
 def test_a_grain_that_does_not_divide_does_the_arithmetic() -> None:
     with pytest.raises(FoldError, match=r"10 .* not a multiple of 4"):
         Tiling(Weight("fc.weight", torch.zeros(8, 10), LINEAR), (4, 4))
-    with pytest.raises(UsageError, match="a grain is"):
-        Leap(grain="column")
+
+
+@pytest.mark.parametrize("grain", ["column", (0, 0), (-1, 4), (1.5, 2), ("4", "4"), (4,), 4, None])
+def test_what_is_no_grain_is_refused(grain: Any) -> None:
+    for kind in (Leap, SoftMovement):
+        with pytest.raises(UsageError, match="a grain is"):
+            kind(grain=grain)
 
 
 # -- in a loop ----------------------------------------------------------------------------------

@@ -54,6 +54,26 @@ def require_numbers(part: object, names: Sequence[str]) -> None:
         )
 
 
+def require_amounts(part: object, names: Sequence[str]) -> None:
+    """Raise unless all of the named settings of a part are 0 or more; they are numbers.
+
+    Raises:
+        UsageError: One is negative.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> require_amounts(SimpleNamespace(lr=0.1), ("lr",))
+    """
+    for name in names:
+        if getattr(part, name) < 0:
+            raise UsageError(
+                f"{type(part).__name__}({name}={getattr(part, name):g})",
+                "it is negative",
+                "0 turns it off, and below 0 it would work the other way round",
+                "write 0 or more",
+            )
+
+
 def require_place(asked: str, value: object) -> None:
     """Raise unless a value names a folder.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from torch import Tensor
 
@@ -106,12 +108,14 @@ def sides_of(grain: Grain) -> tuple[int, int]:
         return 1, 1
     if grain == "row":
         return 1, 0
-    if not isinstance(grain, str) and len(grain) == 2 and min(grain) >= 0:
-        return int(grain[0]), int(grain[1])
+    sides: Any = grain
+    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if pair and all(isinstance(side, Integral) and int(side) >= 0 for side in sides) and any(sides):
+        return int(sides[0]), int(sides[1])
     raise UsageError(
         f"grain={grain!r}",
         "a grain is 'element', 'row', or the two sides (out, in) of a block",
-        "a score stands for a rectangle of the weight's matrix",
+        "a score stands for a rectangle of the weight's matrix, and not for all of it",
         "write e.g. (16, 16), or (64, 0) for heads of 64 outputs",
     )
 

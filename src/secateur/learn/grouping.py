@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.arguments import require_numbers
+from secateur.core.arguments import require_amounts, require_numbers
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
 from secateur.learn.learner import Learning
@@ -66,6 +66,7 @@ class GroupLearning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "filters", tuple(self.filters))
         require_numbers(self, ("count", "target", "strength", "ramp", "tau", "lr", "seed"))
+        require_amounts(self, ("strength", "ramp", "lr"))
         if self.count < 2 or not 0 < self.target < 1 or self.tau <= 0:
             raise UsageError(
                 f"GroupLearning(count={self.count}, target={self.target:g}, tau={self.tau:g})",

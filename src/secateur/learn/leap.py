@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import require_numbers
+from secateur.core.arguments import require_amounts, require_numbers
 from secateur.core.errors import UsageError
 from secateur.core.select import keep_top
 from secateur.core.slots import Slot
@@ -127,6 +127,7 @@ class Leap:
     def __post_init__(self) -> None:
         rate = () if self.threshold_lr is None else ("threshold_lr",)
         require_numbers(self, ("sparsity", "lr", *rate, *_LAMBDAS, "sigma"))
+        require_amounts(self, ("lr", *rate, *_LAMBDAS))
         if not 0 < self.sparsity < 1:
             raise UsageError(
                 f"Leap(sparsity={self.sparsity:g})",

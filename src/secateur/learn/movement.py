@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import require_numbers
+from secateur.core.arguments import require_amounts, require_numbers
 from secateur.core.errors import UsageError
 from secateur.core.slots import Slot
 from secateur.learn.grain import Grain, Tiling, sides_of, tiling
@@ -93,6 +93,7 @@ class SoftMovement:
 
     def __post_init__(self) -> None:
         require_numbers(self, ("strength", "tau", "ramp", "lr"))
+        require_amounts(self, ("strength", "ramp", "lr"))
         if not 0 < self.tau < 0.5:
             raise UsageError(
                 f"SoftMovement(tau={self.tau:g})",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import require_numbers
+from secateur.core.arguments import require_amounts, require_numbers
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
 from secateur.core.select import keep_top
@@ -49,6 +49,7 @@ class Slimming:
 
     def __post_init__(self) -> None:
         require_numbers(self, ("sparsity", "strength"))
+        require_amounts(self, ("strength",))
         if not 0 < self.sparsity < 1:
             raise UsageError(
                 f"Slimming(sparsity={self.sparsity:g})",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import require_numbers
+from secateur.core.arguments import require_amounts, require_numbers
 from secateur.core.slots import Slot
 from secateur.learn.learner import Learning
 from secateur.learn.masked import MaskedWeights
@@ -71,6 +71,7 @@ class Str:
 
     def __post_init__(self) -> None:
         require_numbers(self, ("start", "lr", "weight_decay"))
+        require_amounts(self, ("lr", "weight_decay"))
 
     @property
     def penalised(self) -> bool:
