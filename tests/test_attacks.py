@@ -191,8 +191,41 @@ def test_what_cannot_be_perturbed_is_refused() -> None:
         DeepFoolCutoff(delta=math.nan)
     with pytest.raises(UsageError, match="'mean'"):
         DeepFoolCutoff(delta="median")
-    with pytest.raises(UsageError, match="steps is 1 or more"):
-        Pgd(0.1, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Fgsm("0.1"), "Fgsm(eps='0.1')"),  # type: ignore[arg-type]
+        (lambda: Fgsm(0.1, low=1, high=0), "low is not below high"),
+        (lambda: Fgsm(0.1, low=0, high=0), "low is not below high"),
+        (lambda: Fgsm(0.1, low=math.nan), "Fgsm(low=nan, high=1.0)"),
+        (lambda: Fgsm(0.1, high="1"), "they are no numbers"),  # type: ignore[arg-type]
+        (lambda: Fgsm(0.1, low=(), high=1.0), "they are no numbers"),
+        (lambda: Fgsm(0.1, low=(0.0, 0.0), high=(1.0, 1.0, 1.0)), "not as many as channels"),
+        (lambda: Fgsm(0.1, low=(0.0, 2.0), high=1.0), "low is not below high"),
+        (lambda: Pgd(0.1, low=1, high=0), "Pgd(low=1, high=0)"),
+        (lambda: Pgd(0.1, steps=0), "how many steps, 1 or more"),
+        (lambda: Pgd(0.1, steps=2.5), "Pgd(steps=...)"),  # type: ignore[arg-type]
+        (lambda: Pgd(0.1, step=-0.1), "Pgd(step=-0.1)"),
+        (lambda: Pgd(0.1, step="a"), "Pgd(step='a')"),  # type: ignore[arg-type]
+        (lambda: Pgd(0.1, start=2), "no share from 0 to 1"),
+        (lambda: Pgd(0.1, start="a"), "no share from 0 to 1"),  # type: ignore[arg-type]
+        (lambda: DeepFoolCutoff(0.1), "the longest perturbation is delta="),  # type: ignore[arg-type]
+        (lambda: DeepFoolCutoff(max_iter=0), "how many iterations, 1 or more"),
+        (lambda: DeepFoolCutoff(candidates=1), "the predicted class is one of them"),
+        (lambda: DeepFoolCutoff(candidates=2.5), "DeepFoolCutoff(candidates=...)"),  # type: ignore[arg-type]
+        (lambda: DeepFoolCutoff(overshoot=-1), "DeepFoolCutoff(overshoot=-1)"),
+        (lambda: DeepFoolCutoff(rho=math.inf), "DeepFoolCutoff(rho=inf)"),
+        (lambda: DeepFoolCutoff(delta=None), "DeepFoolCutoff(delta=None)"),  # type: ignore[arg-type]
+        (lambda: DeepFoolCutoff(low=1, high=0), "low is not below high"),
+    ],
+)
+def test_settings_of_attacks(make: Any, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make()
+    assert said in str(error.value)
+    assert all(error.value.parts().values())
 
 
 # -- objectives -----------------------------------------------------------------------------------

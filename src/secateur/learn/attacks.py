@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import is_number, require_count
 from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward
 from secateur.core.errors import DataError, UsageError
 from secateur.core.losses import default_loss, logits_of
@@ -58,7 +59,8 @@ class Fgsm:
     high: Bound = 1.0
 
     def __post_init__(self) -> None:
-        _require_size("Fgsm", "eps", self.eps)
+        _require_size(self, "eps")
+        _require_bounds(self, self.low, self.high)
 
     def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
         x = inputs_of_floats(batch)
@@ -106,14 +108,18 @@ class Pgd:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_size("Pgd", "eps", self.eps)
-        if self.steps < 1 or not 0 <= self.start <= 1:
+        _require_size(self, "eps")
+        if self.step is not None:
+            _require_size(self, "step")
+        require_count("Pgd(steps=...)", self.steps, what="how many steps", write="steps=7")
+        if not is_number(self.start) or not 0 <= self.start <= 1:
             raise UsageError(
-                f"Pgd(steps={self.steps}, start={self.start:g})",
-                "steps is 1 or more, start a share from 0 to 1",
-                "",
-                "correct the value",
+                f"Pgd(start={self.start!r})",
+                "it is no share from 0 to 1",
+                "it is the part of eps from which the start is drawn",
+                "write start=0.0 to start at the input itself",
             )
+        _require_bounds(self, self.low, self.high)
 
     def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
         x = inputs_of_floats(batch)
@@ -153,7 +159,7 @@ class DeepFoolCutoff:
     Args:
         max_iter: DeepFool's iterations.
         overshoot: o, how far beyond the boundary.
-        candidates: How many of the likeliest classes are tried.
+        candidates: How many of the likeliest classes are looked at, the predicted one included.
         rho: ρ, from 0.9 to 1 in the source.
         delta: δ, or ``"mean"``: the mean root mean square of the batch.
         low: Smallest valid input; a tuple holds one bound a channel.
@@ -176,6 +182,22 @@ class DeepFoolCutoff:
     high: Bound = 1.0
 
     def __post_init__(self) -> None:
+        write = "e.g. max_iter=5; the longest perturbation is delta="
+        require_count(
+            "DeepFoolCutoff(max_iter=...)", self.max_iter, what="how many iterations", write=write
+        )
+        what, write = "how many classes", "candidates=10"
+        require_count("DeepFoolCutoff(candidates=...)", self.candidates, what=what, write=write)
+        if self.candidates < 2:
+            raise UsageError(
+                f"DeepFoolCutoff(candidates={self.candidates})",
+                "the predicted class is one of them",
+                "there is no other class to move to",
+                "write 2 or more",
+            )
+        for name in ("overshoot", "rho"):
+            _require_size(self, name)
+        _require_bounds(self, self.low, self.high)
         if isinstance(self.delta, str) and self.delta != "mean":
             raise UsageError(
                 f"DeepFoolCutoff(delta={self.delta!r})",
@@ -184,7 +206,7 @@ class DeepFoolCutoff:
                 "write e.g. 1.0",
             )
         if not isinstance(self.delta, str):
-            _require_size("DeepFoolCutoff", "delta", self.delta)
+            _require_size(self, "delta")
 
     def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
         x = inputs_of_floats(batch)
@@ -305,11 +327,26 @@ def _bound(bound: Bound, x: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (x.ndim - 2)) if value.ndim else value
 
 
-def _require_size(attack: str, name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
+def _require_size(attack: Attack, name: str) -> None:
+    value = getattr(attack, name)
+    if not is_number(value) or value < 0:
         raise UsageError(
-            f"{attack}({name}={value:g})",
-            "it is negative or not finite",
-            "it is the size of a perturbation",
-            "write e.g. 0.03",
+            f"{type(attack).__name__}({name}={value!r})",
+            "it is no number, negative or not finite",
+            "it says how large a perturbation is",
+            f"write e.g. {name}={getattr(type(attack), name, None) or 0.03}",
+        )
+
+
+def _require_bounds(attack: Attack, low: Bound, high: Bound) -> None:
+    sides = [tuple(side) if isinstance(side, (tuple, list)) else (side,) for side in (low, high)]
+    longest = max(len(side) for side in sides)
+    lows, highs = (side * longest if len(side) == 1 else side for side in sides)
+    whole = len(lows) == len(highs) > 0 and all(is_number(value) for value in (*lows, *highs))
+    if not whole or not all(a < b for a, b in zip(lows, highs, strict=True)):
+        raise UsageError(
+            f"{type(attack).__name__}(low={low!r}, high={high!r})",
+            "low is not below high" if whole else "they are no numbers, or not as many as channels",
+            "inputs are clipped to what lies between them",
+            "write e.g. low=0.0, high=1.0, or two tuples with a bound for each channel",
         )
