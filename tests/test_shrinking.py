@@ -471,6 +471,25 @@ def test_an_early_end_is_refused_unless_asked() -> None:
     assert note.text.endswith("the training ended after 33 % of the way")
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_result_is_complete_after_finalize(early: bool) -> None:
+    net = network()
+    optimizer = sgd(net)
+    pruner = shrinking(net, optimizer)
+    if not early:
+        with pytest.raises(UsageError, match="0 % of the way"):
+            pruner.finalize()  # that was no end
+    train(net, optimizer, pruner, range(2 if early else 5))
+    pruned = pruner.finalize(early=early)
+    facts, steps = copy.deepcopy(pruned.facts), pruner.steps
+    for act in (pruner.finalize, lambda: pruner.finalize(early=True), pruner.step):
+        with pytest.raises(UsageError, match=rf"called before, at step {steps}") as error:
+            act()
+        assert all(error.value.parts().values())
+    assert pruner.steps == steps
+    assert pruned.facts == facts
+
+
 def test_what_cannot_be_is_refused() -> None:
     net = network()
     optimizer = sgd(net)

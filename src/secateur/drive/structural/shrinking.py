@@ -137,6 +137,7 @@ class Shrinking:
         self._parameters = sum(p.numel() for p in self.model.parameters())
         self._surgery: Surgery | None = None  # of this training alone
         self._stuck: dict[str, str] = {}
+        self._finalized = False
         self.steps, self._share, self._spent, self._before = 0, 0.0, 0.0, 0.0
         self.facts.measures |= {"epochs": [], "cutting_seconds": 0.0}
 
@@ -157,7 +158,12 @@ class Shrinking:
         return is_due(self.pace.schedule, self.steps + 1, self.pace.per_epoch)
 
     def step(self) -> None:
-        """Count one optimizer step, and remove filters if they are due."""
+        """Count one optimizer step, and remove filters if they are due.
+
+        Raises:
+            UsageError: finalize() was called before.
+        """
+        self._require_open("step()")
         self.steps += 1
         self._spent += self._macs
         if self.steps == 1:
@@ -219,8 +225,9 @@ class Shrinking:
             early: Accept a schedule that has not reached its end.
 
         Raises:
-            UsageError: The schedule has not reached its end.
+            UsageError: The schedule has not reached its end, or finalize() was called before.
         """
+        self._require_open("finalize()")
         if self._share < 1 and not early:
             raise UsageError(
                 f"finalize() at {self.pace.schedule.unit[:-1]} {self.time:g}",
@@ -229,6 +236,7 @@ class Shrinking:
                 "training ended before pruning did, or step() was not called",
                 "train longer, shorten the schedule, or call finalize(early=True)",
             )
+        self._finalized = True
         measures, unit = self.facts.measures, self.recipe.target.unit
         closed = measures["epochs"][-1]["step"] if measures["epochs"] else 0
         if self.pace.steps_per_epoch and closed < self.steps:
@@ -251,6 +259,15 @@ class Shrinking:
         measures["training_macs"] = {"dense": dense, "spent": self._spent, "share": share}
         self.facts.widths = width_facts(self._structure, self._surgery)
         return Pruned(self.model, Masks({}), self.facts, surgery=surgery_of(self.model))
+
+    def _require_open(self, asked: str) -> None:
+        if self._finalized:
+            raise UsageError(
+                asked,
+                f"finalize() was called before, at step {self.steps}",
+                "the result is complete, and its facts are those of that moment",
+                "call finalize() once, after the last step; to train on, leave step() out",
+            )
 
     def _told_align(self) -> int:
         """The finest steps of all removals; a note says why if they are finer than usual."""
