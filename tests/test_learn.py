@@ -384,6 +384,26 @@ def test_scope_is_kept_and_tied_or_recurrent_weights_are_left_out() -> None:
     net(torch.randn(2, 3, 8)).sum().backward()
 
 
+def test_where_nothing_takes_part_the_error_says_why() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(8, 8)
+            self.two, self.head = self.one, nn.Linear(8, 2)
+
+    for net, scope in ((Shared(), None), (network(), Scope(ignore=("*",)))):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with pytest.raises(UsageError, match="no weight takes part") as error:
+            Learned(net, optimizer, Leap(), scope=scope)
+        if scope is None:
+            assert error.value.why.startswith("one.weight: tied to two.weight: a learned mask")
+            assert error.value.why.endswith("head.weight: the last linear layer (classifier)")
+            assert "or prune with Gradual" in error.value.do
+        else:
+            assert error.value.why.startswith("0.weight: ignored by '*'")
+            assert error.value.do == "widen the scope (include=, sensitive=True)"
+
+
 def test_masks_are_learned_before_the_model_is_wrapped(tmp_path: Path) -> None:
     net = network()
     names = set(net.state_dict())
@@ -403,7 +423,7 @@ def test_masks_are_learned_before_the_model_is_wrapped(tmp_path: Path) -> None:
 def test_nothing_in_scope_is_an_error_and_changes_nothing() -> None:
     net = nn.Sequential(nn.ReLU(), nn.LayerNorm(4))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(UsageError, match="no parameter takes part"):
+    with pytest.raises(UsageError, match="no weight takes part"):
         Learned(net, optimizer, Leap())
     assert len(optimizer.param_groups) == 1
     bad = network()

@@ -90,7 +90,7 @@ class Learned:
         note_left_out(self.facts, replace(found, slots=tuple(slots)))
         taking = [s for s in slots if s.prunable or _wanted(s, scope or Scope())]
         _require_bare(model, [slot.name for slot in taking])
-        self._learning: Learning = _begin(how, model, taking)
+        self._learning: Learning = _begin(how, model, taking, slots)
         self._own = self._join_optimizer_()
         self.steps = 0
         self._asked = False
@@ -271,14 +271,19 @@ def _require_bare(model: nn.Module, names: list[str]) -> None:
         )
 
 
-def _begin(how: Learner, model: nn.Module, slots: list[Slot]) -> Learning:
+def _begin(how: Learner, model: nn.Module, slots: list[Slot], every: list[Slot]) -> Learning:
     learning = how.begin_(model, slots)
     if not learning.masks():
+        left = [slot for slot in every if slot.axes is not None]
+        told = [f"{slot.name}: {slot.reason}" for slot in left if slot.reason]
+        do = "widen the scope (include=, sensitive=True)"
+        if any(slot.reason and slot.reason == obstacle(model, slot) for slot in left):
+            do += ", or prune with Gradual or prune, which take weights like these, too"
         raise UsageError(
             f"learning masks with {type(how).__name__}",
-            f"no parameter takes part ({len(slots)} were looked at)",
-            "there is nothing to prune",
-            "widen the scope (include=, sensitive=True)",
+            f"no weight takes part ({len(left)} were looked at)",
+            "; ".join(told[:3]) or "there is nothing to prune",
+            do,
         )
     return learning
 
