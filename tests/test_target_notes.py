@@ -53,7 +53,7 @@ def test_a_training_that_misses_its_target_says_so_as_one_shot_does(target: str)
     assert not [n for n in prune(net(), met, DATA).facts.notes if n.topic == "target"]
 
 
-def test_an_early_end_is_no_missed_target_and_resuming_keeps_a_real_one() -> None:
+def test_an_early_end_tells_how_far_it_came_and_resuming_keeps_a_missed_target() -> None:
     def begin() -> tuple[nn.Module, Gradual]:
         net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -64,7 +64,11 @@ def test_an_early_end_is_no_missed_target_and_resuming_keeps_a_real_one() -> Non
     net, pruner = begin()
     pruner.step()
     state, weights = pruner.state_dict(), net.state_dict()
-    assert not [n for n in pruner.finalize(early=True).facts.notes if n.topic == "target"]
+    (note,) = (n for n in pruner.finalize(early=True).facts.notes if n.topic == "target")
+    said = (
+        "asked for sparsity=0.99, reached sparsity=0.25: the training ended after 25 % of the way"
+    )
+    assert note.text == said
     net, pruner = begin()
     net.load_state_dict(weights)
     pruner.load_state_dict(state)
@@ -76,6 +80,23 @@ def test_an_early_end_is_no_missed_target_and_resuming_keeps_a_real_one() -> Non
     pruner.load_state_dict(state)
     (note,) = (n for n in pruner.finalize().facts.notes if n.topic == "target")
     assert note.text.startswith("asked for 99 % sparsity, reached 93.75 % sparsity: ")
+
+
+@pytest.mark.parametrize("target", ["75%", "params=60%", "macs=50%"])
+def test_an_early_end_is_told_once_and_a_whole_one_not_at_all(target: str) -> None:
+    for steps, told in ((2, 1), (4, 0)):
+        net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        recipe = Recipe(target=Target.parse(target), schedule=Linear(0, 4, 1, "steps"))
+        pruner = Gradual(net, optimizer, recipe, data=DATA)
+        for _ in range(steps):
+            pruner.step()
+        pruned = pruner.finalize(early=True)
+        notes = [n.text for n in pruned.facts.notes if n.topic == "target"]
+        assert len(notes) == told
+        for text in notes:
+            assert text.startswith(f"asked for {recipe.target.unit}={recipe.target.value:g}")
+            assert f"sparsity={pruned.masks.sparsity:.4g}: the training ended after 50 %" in text
 
 
 @pytest.mark.parametrize("unit", ["params", "bytes"])

@@ -349,7 +349,13 @@ class Gradual:
         self._take_hooks_off()
         masks = detach_(self.model, self._names)
         self._finalized = True
-        if self._missed:
+        if self._share < 1:
+            assert self.recipe.target is not None
+            asked = f"{self.recipe.target.unit}={self.recipe.target.value:g}"
+            why = f"the training ended after {100 * self._share:.0f} % of the way"
+            text = f"asked for {asked}, reached sparsity={masks.sparsity:.4g}: {why}"
+            self.facts.note("target", "", text)
+        elif self._missed:
             self.facts.note("target", "", self._missed)
         self.facts.layers = [
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
