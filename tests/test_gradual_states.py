@@ -57,6 +57,8 @@ def test_weights_of_an_earlier_moment_keep_its_masks_and_are_no_result() -> None
     pruned = pruner.finalize(early=True)
     assert pruned.masks == true_masks(pruned)
     assert 0 < pruned.facts.sparsity < 0.7
+    (note,) = (n for n in pruned.facts.notes if n.topic == "target")
+    assert note.text.endswith("the masks are those of another moment than the last update")
 
 
 def test_weights_of_a_later_moment_are_a_result() -> None:

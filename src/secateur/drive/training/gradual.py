@@ -347,21 +347,30 @@ class Gradual:
             self._require_complete()
         self._held.hold_()
         self._take_hooks_off()
+        self._note_target(self._own().sparsity)
         masks = detach_(self.model, self._names)
         self._finalized = True
-        if self._share < 1:
-            assert self.recipe.target is not None
-            asked = f"{self.recipe.target.unit}={self.recipe.target.value:g}"
-            why = f"the training ended after {100 * self._share:.0f} % of the way"
-            text = f"asked for {asked}, reached sparsity={masks.sparsity:.4g}: {why}"
-            self.facts.note("target", "", text)
-        elif self._missed:
-            self.facts.note("target", "", self._missed)
         self.facts.layers = [
             LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
             for name, mask in masks.items()
         ]
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
+
+    def _note_target(self, found: float) -> None:
+        why = ""
+        if self._share < 1:
+            why = f"the training ended after {100 * self._share:.0f} % of the way"
+        elif found != self._last_sparsity(found):
+            why = "the masks are those of another moment than the last update"
+        assert self.recipe.target is not None
+        asked = f"asked for {self.recipe.target.unit}={self.recipe.target.value:g}"
+        text = f"{asked}, reached sparsity={found:.4g}: {why}" if why else self._missed
+        if text:
+            self.facts.note("target", "", text)
+
+    def _last_sparsity(self, found: float) -> float:
+        """After the last update of the masks; ``found`` if there was none."""
+        return float(self.facts.history[-1]["sparsity"]) if self.facts.history else found
 
     def _require_complete(self) -> None:
         part, step = self.recipe.regrow, self.steps
@@ -372,8 +381,8 @@ class Gradual:
             require_stepped(
                 step, self._last_update, every(part.frequency, part.unit, self._per_epoch)
             )
-        if self.facts.history:
-            require_last(step, self._own().sparsity, float(self.facts.history[-1]["sparsity"]))
+        found = self._own().sparsity
+        require_last(step, found, self._last_sparsity(found))
 
     def abandon_(self) -> None:
         """End without a result: the masks that it brought, and its hooks on the optimizer, go off.
