@@ -56,6 +56,7 @@ def run(made: Any, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 X4 = "(float[N,8,6,6] x) => (float[N,M,H,W] y)"
+OPEN = "(float[N,8,P,Q] x) => (float[N,M,H,W] y)"
 X3 = "(float[N,8,12] x) => (float[N,M,L] y)"
 X2 = "(float[N,T,8] x) => (float[N,T,M] y)"
 FLAT = "(float[N,8] x) => (float[N,M] y)"
@@ -96,6 +97,31 @@ FUSED: dict[str, tuple[str, Weights, int, list[str]]] = {
         W3,
         17,
         [],
+    ),
+    "same of an open size": (
+        f'{OPEN} {{ y = Conv <auto_pad = "SAME_UPPER"> (x, w, b) }}',
+        W3,
+        17,
+        [],
+    ),
+    "same lower of an open size, with an even kernel": (
+        f'{OPEN} {{ y = Conv <auto_pad = "SAME_LOWER"> (x, w) }}',
+        {"w": sparse(16, 8, 4, 2)},
+        17,
+        [],
+    ),
+    "same of an open size, one position": (
+        f'{OPEN} {{ y = Conv <auto_pad = "SAME_UPPER", strides = [2,3]> (x, w) }}',
+        W1,
+        17,
+        [],
+    ),
+    "same of an open size, one axis": (
+        """(float[N,8,L] x) => (float[N,M,K] y)
+        { y = Conv <auto_pad = "SAME_LOWER"> (x, w) }""",
+        {"w": sparse(16, 8, 4)},
+        17,
+        ["Unsqueeze", "Squeeze"],
     ),
     "valid": (f'{X4} {{ y = Conv <auto_pad = "VALID"> (x, w) }}', W3, 17, []),
     "groups": (f"{X4} {{ y = Conv <group = 2> (x, w) }}", {"w": sparse(16, 4, 3, 3)}, 17, []),
@@ -431,8 +457,8 @@ NEVER: dict[str, tuple[str, Weights, int]] = {
         {**WL, "r": dense(4, 1)},
         17,
     ),
-    "same of an open size": (
-        '(float[N,8,H,W] x) => (float[N,16,K,L] y) { y = Conv <auto_pad = "SAME_UPPER"> (x, w) }',
+    "same of an open size, with a stride": (
+        f'{OPEN} {{ y = Conv <auto_pad = "SAME_UPPER", strides = [1,2]> (x, w) }}',
         W3,
         17,
     ),

@@ -12,6 +12,7 @@ import numpy as np
 from secateur.runtime.compiler.activations import NOTHING, Activation
 from secateur.runtime.compiler.fold import Affine, per_output
 from secateur.runtime.compiler.graph import Graph, attribute, standard
+from secateur.runtime.compiler.shapes import Axis
 from secateur.runtime.spec import Norm
 
 CONV, LINEAR = "conv", "linear"
@@ -236,16 +237,29 @@ def _pads(graph: Graph, node: Any, site: Site) -> tuple[int, int, int, int] | No
         return (0, held[0], 0, held[1]) if site.flat else (held[0], held[1], held[2], held[3])
     if how == "VALID":
         return (0, 0, 0, 0)
-    shape = graph.computed_shape(node.input[0])
-    sizes = [1, *shape[2:]] if shape and site.flat else list(shape or ())[2:]
+    sizes = [1, *_sizes(graph, node, 1)] if site.flat else _sizes(graph, node, 2)
     before, after = [], []
     for i in (0, 1):
-        size = sizes[i] if len(sizes) == 2 else None
-        if not isinstance(size, int):
-            return None
         reach = site.dilations[i] * (site.kernel[i] - 1) + 1
-        need = max(0, (-(-size // site.strides[i]) - 1) * site.strides[i] + reach - size)
+        need = _same(sizes[i], site.strides[i], reach)
+        if need is None:
+            return None
         small, large = need // 2, need - need // 2
         before.append(small if how == "SAME_UPPER" else large)
         after.append(large if how == "SAME_UPPER" else small)
     return (before[0], before[1], after[0], after[1])
+
+
+def _sizes(graph: Graph, node: Any, axes: int) -> list[Axis]:
+    """Of the image that a convolution reads, along so many axes."""
+    shape = graph.computed_shape(node.input[0])
+    return list(shape[2:]) if shape and len(shape) == axes + 2 else [None] * axes
+
+
+def _same(size: Axis, stride: int, reach: int) -> int | None:
+    """Padding on both sides for ``ceil(size / stride)`` outputs; None if only the size can tell."""
+    if stride == 1 or reach == 1:
+        return reach - 1
+    if not isinstance(size, int):
+        return None
+    return max(0, (-(-size // stride) - 1) * stride + reach - size)
