@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.runtime.compiler import attention
-from secateur.runtime.compiler.graph import Graph, standard
+from secateur.runtime.compiler.graph import Graph, attribute, standard
 from secateur.runtime.compiler.shapes import replaceable
-from secateur.runtime.compiler.site import Site
+from secateur.runtime.compiler.site import Site, start
 from secateur.runtime.compiler.whole import DENSE, Plan
 
 _LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+# Axes of the weights of convolutions over one axis, and over images.
+_IMAGES = (3, 4)
+_MOVES = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Cast")
 _QUANTIZED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 
 
@@ -51,12 +54,12 @@ def notes(graph: Graph, found: Sequence[Site], plan: Plan) -> tuple[str, ...]:
             f"not tried: layers whose weights have another type ({counts}); sparse operators are made "
             "from float32"
         )
-    own = types.count("float32")
-    if own > len(found):
-        said.append(
-            f"not tried: {own - len(found)} of {own} layers, with fewer than 20 % zeros "
-            "or of a kind that has no sparse operator"
-        )
+    own = [i for i, kind in enumerate(types) if kind == "float32"]
+    tried = {i for site in found for i in site.nodes}
+    left = Counter(_why_dense(graph, i, graph.nodes[i]) for i in own if i not in tried)
+    if left:
+        counts = ", ".join(f"{count} {why}" for why, count in left.items())
+        said.append(f"not tried: {left.total()} of {len(own)} layers ({counts})")
     if plan.blocks:
         blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"
         ours = plan.blocks[0].domain == attention.OURS
@@ -72,6 +75,24 @@ def notes(graph: Graph, found: Sequence[Site], plan: Plan) -> tuple[str, ...]:
     return tuple(said)
 
 
+def _why_dense(graph: Graph, index: int, node: Any) -> str:
+    """Why a layer with a constant weight in float32 was not tried."""
+    begun = start(graph, index, node)
+    if begun is not None and begun.affine.usable:
+        return "with fewer than 20 % zeros"
+    if begun is not None:
+        return "with numbers that are not finite in float32"
+    if standard(node, "Conv", "Gemm") and any(node.input[2:3]):
+        bias = graph.constant(node.input[2])
+        if bias is None or bias.size not in (1, *bias.shape[-1:]):
+            return "with a bias that is not one constant for each output"
+    weight = graph.constant(node.input[1]) if standard(node, "Conv") else None
+    same = attribute(node, "auto_pad", b"").startswith(b"SAME")
+    if same and weight is not None and weight.ndim in _IMAGES:
+        return "with a stride, and a padding that depends on an open size"
+    return "of a kind that has no sparse operator"
+
+
 def _weight_type(graph: Graph, node: Any) -> str:
     """Of a layer with a constant weight; empty for other nodes."""
     if standard(node, *_QUANTIZED):
@@ -79,13 +100,23 @@ def _weight_type(graph: Graph, node: Any) -> str:
     if not standard(node, *_LAYERS):
         return ""
     for name in node.input[:2]:
-        held, maker = graph.constant(name), graph.producer.get(name)
+        held, maker = graph.constant(name), _maker(graph, name)
         if held is not None and (name == node.input[1] or held.ndim == 2):
             return str(held.dtype)
-        made_of = graph.nodes[maker] if maker is not None else node
-        if standard(made_of, "DequantizeLinear") and graph.constant(made_of.input[0]) is not None:
+        if maker is None or not standard(maker, "DequantizeLinear"):
+            continue
+        if graph.constant(maker.input[0]) is not None:
             return "integers"
     return ""
+
+
+def _maker(graph: Graph, name: str) -> Any | None:
+    """The node that made the elements of a value, before others moved them about."""
+    index = graph.producer.get(name)
+    if index is None:
+        return None
+    node = graph.nodes[index]
+    return _maker(graph, node.input[0]) if standard(node, *_MOVES) else node
 
 
 def _is_text(value: Any) -> bool:
