@@ -83,9 +83,9 @@ def call(*words: object) -> tuple[int, dict[str, Any]]:
     return done.exit_code, json.loads(done.stdout)
 
 
-def compiled(network: Path) -> Path:
+def compiled(network: Path, *words: str) -> Path:
     out = network.with_name("net.sparse.onnx")
-    code, _ = call("compile", network, "-o", out, "--choose", "first", "--threads", 1)
+    code, _ = call("compile", network, "-o", out, "--choose", "first", "--threads", 1, *words)
     assert code == 0
     return out
 
@@ -174,6 +174,64 @@ def test_bench_sees_a_file_that_computes_something_else(network: Path) -> None:
     out.write_bytes(made.SerializeToString())
     _, found = call("bench", out, "--against", network, "--threads", 1)
     assert found["max_rel_error"] > 1e-3
+    assert "not the same network" in found["notes"][0]
+    _, found = call("bench", compiled(network, "--overwrite"), "--against", network, "--threads", 1)
+    assert not any("same network" in note for note in found["notes"])
+
+
+OTHERS = {
+    "another name": (
+        "(float[N,16,12,12] picture) => (float[N,16,12,12] y) { y = Relu (picture) }",
+        "inputs are picture float32 ?x16x12x12, those of the compiled model image",
+    ),
+    "another size": (
+        "(float[N,8,12,12] image) => (float[N,8,12,12] y) { y = Relu (image) }",
+        "inputs are image float32 ?x8x12x12, those of the compiled model image",
+    ),
+    "another type": (
+        "(double[N,16,12,12] image) => (double[N,16,12,12] y) { y = Abs (image) }",
+        "inputs are image float64 ?x16x12x12, those of the compiled model image",
+    ),
+    "one more input": (
+        "(float[N,16,12,12] image, float[N] k) => (float[N,16,12,12] y) { y = Relu (image) }",
+        "inputs are image float32 ?x16x12x12, k float32 ?, those",
+    ),
+    "another shape": (
+        "(float[N,16,12,12] image) => (float[N,M,K] y) { y = ReduceMax <keepdims=0, axes=[1]> (image) }",
+        "outputs are 1x12x12, those of the compiled model 1x16x12x12",
+    ),
+    "one more output": (
+        "(float[N,16,12,12] image) => (float[N,16,12,12] y, float[N,16,12,12] z)"
+        " { y = Relu (image) z = Neg (image) }",
+        "outputs are 1x16x12x12, 1x16x12x12, those of the compiled model 1x16x12x12",
+    ),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", OTHERS)
+def test_bench_refuses_another_network(network: Path, name: str) -> None:
+    body, said = OTHERS[name]
+    other = network.with_name("other.onnx")
+    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> net {body}')
+    other.write_bytes(made.SerializeToString())
+    code, found = call("bench", compiled(network), "--against", other, "--threads", 1)
+    assert code == 2
+    assert said in found["error"]["found"]
+    assert all(found["error"][part] for part in ("asked", "why", "do"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_difference_that_is_no_number_is_null(network: Path) -> None:
+    made = onnx.load(str(network))
+    for tensor in made.graph.initializer:
+        if tensor.name == "b0":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(16, np.inf, np.float32), "b0"))
+    other = network.with_name("other.onnx")
+    other.write_bytes(made.SerializeToString())
+    code, found = call("bench", compiled(network), "--against", other, "--threads", 1)
+    assert (code, found["max_rel_error"]) == (0, None)
+    assert "not the same network" in found["notes"][0]
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,7 +5,8 @@ The document of ``bench`` has at its top level ``dense_ms``, ``sparse_ms`` (medi
 median), ``rounds``, ``max_rel_error``, ``dense_bytes``, ``sparse_bytes``, ``threads``, ``isa``,
 ``peak_gflops``, ``inputs``, ``notes`` and ``layers``, a list of ``name``, ``kind``, ``shape``,
 ``groups``, ``sparsity``, ``kernel`` (``null``: dense), ``dense_ms``, ``sparse_ms``, ``gflops`` and
-``peak_share``.
+``peak_share``. ``max_rel_error`` is ``null`` where no number can say it: one side has an infinity or
+NaN that the other has not, or another type of numbers.
 
 That of ``compile`` has ``path``, ``bytes``, ``dense_bytes``, ``plan``, ``dense_ms``, ``sparse_ms``,
 ``speedup``, ``error``, ``agreement``, ``precision``, ``isa``, ``threads``, ``inputs``, ``notes`` and

@@ -20,7 +20,8 @@ from secateur.runtime.compiler.compile import (
 from secateur.runtime.compiler.graph import Graph, packages
 from secateur.runtime.compiler.rebuild import dense_model
 from secateur.runtime.compiler.sample import Sample, not_running
-from secateur.runtime.compiler.verify import largest_error
+from secateur.runtime.compiler.shapes import replaceable
+from secateur.runtime.compiler.verify import HALF_TOLERANCE, TOLERANCE, largest_error
 from secateur.runtime.compiler.whole import Progress
 from secateur.runtime.native import Variant, isa
 from secateur.runtime.operators import is_sparse
@@ -79,7 +80,8 @@ class Bench:
         speedup: Median ratio of paired turns, dense over sparse.
         speedup_range: Its 95 % range.
         rounds: How many pairs of turns.
-        max_rel_error: Largest difference of an output, relative to the largest output.
+        max_rel_error: Largest difference of an output, relative to the largest output. Infinite if
+            only one side has an infinity or NaN somewhere, or another type of numbers.
         dense_bytes: Size of the dense file.
         sparse_bytes: Size of the compiled file.
         threads: Of ONNX Runtime; None if it chose itself.
@@ -129,7 +131,8 @@ def bench(
 
     Raises:
         FileError: A file cannot be read.
-        UsageError: A model does not run on the sample, or the two are not of one kind.
+        UsageError: A model does not run on the sample, or the two are surely not one network:
+            inputs have other names, types or sizes, or outputs another number or other shapes.
         MissingNative: secateur was installed without its native part.
     """
     packages("measuring a model")
@@ -145,12 +148,13 @@ def bench(
             dense = read_graph(against, sample)
             size = _size(against, dense)
             _require_dense(dense, against)
+            _require_inputs(dense, compiled, against)
         elif compiled is given:
             dense = Graph.of(dense_model(compiled.model))
             size = len(dense.model.SerializeToString())
         sparse_bytes = compiled_path.stat().st_size
     feeds = sample.feeds(dense)
-    raced, error = _raced(dense.model, compiled.model, feeds, threads)
+    raced, error = _raced(dense.model, compiled.model, feeds, threads, against)
     about = metadata(compiled.model) or {}
     try:
         layers, peak = _layers(about.get("layers", ()), peak)
@@ -172,7 +176,7 @@ def bench(
         peak,
         {name: tuple(x.shape) for name, x in feeds.items()},
         layers,
-        _notes(about, compiled, threads),
+        _notes(about, compiled, threads, error),
     )
 
 
@@ -182,13 +186,20 @@ def _size(path: str | Path, graph: Graph) -> int:
 
 
 def _raced(
-    dense: Any, compiled: Any, feeds: Mapping[str, np.ndarray], threads: int | None
+    dense: Any,
+    compiled: Any,
+    feeds: Mapping[str, np.ndarray],
+    threads: int | None,
+    against: str | Path | None,
 ) -> tuple[Raced, float]:
     first, second = open_session(dense, threads), open_session(compiled, threads)
     try:
         expected, got = first.run(None, dict(feeds)), second.run(None, dict(feeds))
     except Exception as error:
         raise not_running(feeds, error) from error
+    shapes = tuple(", ".join(map(_shape, outputs)) for outputs in (got, expected))
+    if against is not None and shapes[0] != shapes[1]:
+        raise _other_network(against, "outputs", *shapes)
     both = [runner(first, feeds), runner(second, feeds)]
     raced = race(both, seconds=_SECONDS, drop=False, turn=TURN)
     return raced, largest_error(expected, got)
@@ -202,6 +213,61 @@ def _require_dense(graph: Graph, path: str | Path) -> None:
             "the other side of the comparison is dense",
             "give the dense file",
         )
+
+
+def _require_inputs(dense: Graph, compiled: Graph, against: str | Path) -> None:
+    """Refuse a network whose inputs have other names, types, or fixed sizes."""
+    first, second = _inputs(compiled), _inputs(dense)
+    alike = first.keys() == second.keys() and all(
+        _alike(first[name], second[name]) for name in first
+    )
+    if not alike:
+        both = (", ".join(map(_declared, held.values())) for held in (first, second))
+        raise _other_network(against, "inputs", *both)
+
+
+def _inputs(graph: Graph) -> dict[str, Any]:
+    replaced = replaceable(graph.model)
+    return {i.name: i for i in graph.model.graph.input if i.name not in replaced}
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two inputs have one type, and may have one shape: an open axis has any size."""
+    a, b = first.type.tensor_type, second.type.tensor_type
+    if first.type.WhichOneof("value") != second.type.WhichOneof("value"):
+        return False
+    if a.elem_type != b.elem_type:
+        return False
+    if not (a.HasField("shape") and b.HasField("shape")):
+        return True
+    sizes = [[axis.dim_value for axis in kind.shape.dim] for kind in (a, b)]
+    return len(sizes[0]) == len(sizes[1]) and all(
+        n == m or min(n, m) <= 0 for n, m in zip(*sizes, strict=True)
+    )
+
+
+def _declared(value: Any) -> str:
+    """An input in words: ``x float32 ?x64``."""
+    import onnx
+
+    if not value.type.HasField("tensor_type"):
+        return f"{value.name} {value.type.WhichOneof('value')}"
+    kind = value.type.tensor_type
+    sizes = "x".join(str(a.dim_value) if a.dim_value > 0 else "?" for a in kind.shape.dim)
+    return f"{value.name} {onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)} {sizes}".rstrip()
+
+
+def _shape(output: Any) -> str:
+    return "x".join(map(str, output.shape)) if isinstance(output, np.ndarray) else "no array"
+
+
+def _other_network(against: str | Path, what: str, own: str, others: str) -> UsageError:
+    return UsageError(
+        f"measuring against {str(against)!r}",
+        f"its {what} are {others or 'none'}, those of the compiled model {own or 'none'}",
+        "these are not one network, so a ratio of their times says nothing",
+        "give the file that it was compiled from",
+    )
 
 
 def _median(raced: Raced, which: int) -> Median:
@@ -239,8 +305,17 @@ def _gflops(held: Mapping[str, Any]) -> float | None:
     return done / held["sparse_ms"] / 1e6 if held["sparse_ms"] else None
 
 
-def _notes(about: Mapping[str, Any], compiled: Graph, threads: int | None) -> tuple[str, ...]:
+def _notes(
+    about: Mapping[str, Any], compiled: Graph, threads: int | None, error: float
+) -> tuple[str, ...]:
     notes = list(about.get("notes", ()))
+    tolerance = HALF_TOLERANCE if about.get("precision") == "float16" else TOLERANCE
+    if not error <= tolerance:
+        notes.insert(
+            0,
+            f"the outputs differ by {error:.2g} of the largest, and rounding stays below "
+            f"{tolerance:g}: these are not the same network, or it draws random numbers",
+        )
     if about and about.get("threads") != threads:
         chosen = about.get("threads") or "ONNX Runtime's own number of"
         word = "thread" if chosen == 1 else "threads"
