@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.core.errors import DataError
+from secateur.runtime import library
 from secateur.runtime.compiler import compile as compiling
 from secateur.runtime.compiler import whole
 from secateur.runtime.compiler.attention import OURS, THEIRS, attentions, is_block
@@ -69,6 +70,48 @@ def test_blocks_that_are_taken_compute_the_same(name: str, domain: str) -> None:
     for sizes in ((2, 5, 7), (1, 1, 1), (3, 4, 4)):
         given = feeds(*sizes)
         assert largest_error(run(made, given), run(own, given)) < 1e-5
+
+
+FIXED = INPUTS.replace("B", "2").replace("S", "5").replace("L", "7")
+# As PyTorch's exporter swaps the axes of keys: those before them become one meanwhile.
+KEYS = (
+    "ks = Reshape (k, split) kt = Transpose <perm = [0,2,1,3]> (ks) kf = Reshape (kt, flat) "
+    "kw = Transpose <perm = [0,2,1]> (kf) kh = Reshape (kw, back)"
+)
+FLAT, BACK = [2 * HEADS, 7, WIDTH // HEADS], [2, HEADS, WIDTH // HEADS, 7]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize(
+    ("inputs", "flat", "back"),
+    [
+        (FIXED, [-1, *FLAT[1:]], BACK),
+        (FIXED, FLAT, [-1, *BACK[1:]]),
+        (FIXED, [FLAT[0], -1, FLAT[2]], [*BACK[:3], -1]),
+        (INPUTS.replace("L", "7"), [-1, *FLAT[1:]], [-1, *BACK[1:]]),
+    ],
+)
+def test_keys_swapped_with_sizes_that_are_numbers(
+    inputs: str, flat: list[int], back: list[int], domain: str
+) -> None:
+    made = block(inputs, held={"flat": np.array(flat), "back": np.array(back)}, k=KEYS)
+    found, own = fused(made, domain)
+    assert len(found) == 1
+    assert largest_error(run(made, feeds()), run(own, feeds())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flat", "back"),
+    [
+        ([-1, FLAT[2], FLAT[1]], BACK),  # cuts rows elsewhere
+        ([2, HEADS * 7, WIDTH // HEADS], BACK),
+        ([-1, *FLAT[1:]], [HEADS, 2, *BACK[2:]]),  # takes heads of one sample for those of another
+        ([-1, *FLAT[1:]], [2, HEADS, 7, WIDTH // HEADS]),
+    ],
+)
+def test_keys_that_are_cut_elsewhere_are_left(flat: list[int], back: list[int]) -> None:
+    made = block(FIXED, held={"flat": np.array(flat), "back": np.array(back)}, k=KEYS)
+    assert attentions(Graph.of(made)) == ()
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -278,6 +321,45 @@ def test_attention_of_networks(
         nothing = run(graph.model, numbers)
         assert largest_error(expected, nothing) > 1e-3
         assert largest_error(nothing, run(own, numbers)) < 1e-5
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=4)
+    return CLIPVisionModel(config)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize(
+    ("make", "masked", "batch"),
+    [
+        (lambda: bert("sdpa"), False, 1),
+        (lambda: bert("sdpa"), True, 2),
+        (vit, False, 2),
+        (clip, False, 2),
+    ],
+    ids=["bert", "bert with mask", "vit", "clip"],
+)
+def test_attention_of_networks_for_one_size(
+    tmp_path: Path, make: Any, masked: bool, batch: int
+) -> None:
+    torch.manual_seed(0)
+    net = Outer(make(), masked=masked).eval()
+    words = [torch.randint(3, 90, (batch, 9)), (torch.arange(9) < 5).long().repeat(batch, 1)]
+    given = [torch.randn(batch, 3, 16, 16)] if make in (vit, clip) else words[: 1 + masked]
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(net, tuple(given), path, dynamo=True, external_data=False, verbose=False)
+    graph = read_graph(path)
+    found = attentions(graph)
+    assert [bool(one.mask) for one in found] == [masked, masked]
+    names = [value.name for value in graph.model.graph.input]
+    numbers = {name: value.numpy() for name, value in zip(names, given, strict=True)}
+    for domain in (THEIRS, *([OURS] if library.available() else ())):
+        own = sparse_model(graph, (), [replace(one, domain=domain) for one in found])
+        onnx.checker.check_model(own)
+        assert largest_error(run(graph.model, numbers), run(own, numbers)) < 1e-5
 
 
 # --- when it pays -------------------------------------------------------------------------------

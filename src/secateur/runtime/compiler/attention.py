@@ -199,8 +199,8 @@ def _keys(graph: Graph, name: str) -> str | None:
 def _swapped_flat(graph: Graph, name: str) -> str | None:
     """The value whose last two axes were swapped while those before them were one.
 
-    PyTorch's exporter writes: reshape to (-1, m, n), transpose, reshape to (..., n, m), with shapes
-    that are computed from the value's own.
+    PyTorch's exporter writes: reshape to (-1, m, n), transpose, reshape to (..., n, m). The sizes are
+    numbers where they are fixed, and are cut from the value's own shape where they are open.
     """
     back = _made(graph, name, "Reshape")
     swap = _made(graph, back.input[0], "Transpose") if back is not None else None
@@ -208,30 +208,45 @@ def _swapped_flat(graph: Graph, name: str) -> str | None:
     if flat is None or swap is None or back is None or attribute(swap, "perm") != [0, 2, 1]:
         return None
     source = flat.input[0]
-    if _axes_of(graph, source, flat.input[1]) != [None, -2, -1]:
+    known = graph.shape(source) or (None,) * _RANK
+    if len(known) != _RANK:
         return None
-    return source if _axes_of(graph, source, back.input[1]) == [0, 1, -1, -2] else None
+    own = [size if isinstance(size, int) else f"axis {i}" for i, size in enumerate(known)]
+    first, second, m, n = own
+    both = first * second if isinstance(first, int) and isinstance(second, int) else -1
+    there = _fits(_entries(graph, source, flat.input[1], own), [both, m, n])
+    back_again = _fits(_entries(graph, source, back.input[1], own), [first, second, n, m])
+    return source if there and back_again else None
 
 
-def _axes_of(graph: Graph, source: str, shape: str) -> list[int | None] | None:
-    """The axes of a value of four that the entries of a shape are made from; None stands for -1."""
-    joined = _made(graph, shape, "Concat")
-    if joined is None:
-        return None
-    axes: list[int | None] = []
-    for part in joined.input:
+def _entries(
+    graph: Graph, source: str, shape: str, own: Sequence[int | str]
+) -> list[int | str] | None:
+    """The entries of a shape; those that are cut from the shape of a value are what that has."""
+    held, joined = graph.constant(shape), _made(graph, shape, "Concat")
+    if held is not None:
+        return list(held.tolist())
+    found: list[int | str] = []
+    for part in joined.input if joined is not None else ():
         held, cut = graph.constant(part), _made(graph, part, "Slice")
-        if held is not None and held.tolist() == [-1]:
-            axes.append(None)
+        if held is not None:
+            found += held.tolist()
             continue
         if cut is None or not _is_shape_of(graph, cut.input[0], source):
             return None
         ends = [graph.constant(end) for end in cut.input[1:]]
-        known = [int(end.reshape(())) for end in ends if end is not None and end.size == 1]
-        if len(known) != 2 or len(ends) != 2:
+        numbers = [int(end.reshape(())) for end in ends if end is not None and end.size == 1]
+        if len(numbers) != 2 or len(ends) != 2:
             return None
-        axes += [0, 1, -2, -1][slice(*known)]
-    return axes
+        found += own[slice(*numbers)]
+    return found
+
+
+def _fits(entries: Sequence[int | str] | None, wanted: Sequence[int | str]) -> bool:
+    """Whether a value reshaped so has the axes that are wanted; one -1 stands for what is left."""
+    if entries is None or len(entries) != len(wanted) or list(entries).count(-1) > 1:
+        return False
+    return all(entry in (-1, axis) for entry, axis in zip(entries, wanted, strict=True))
 
 
 def _is_shape_of(graph: Graph, name: str, source: str) -> bool:
