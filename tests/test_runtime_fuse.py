@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx_cases import (
+    BN,
     FUSED,
+    LN,
     NEVER,
     PAD,
     REFUSED,
@@ -15,6 +17,7 @@ from onnx_cases import (
     W1,
     WL,
     X4,
+    Weights,
     check_same,
     dense,
     model,
@@ -167,9 +170,57 @@ def test_weights_that_are_inputs_too_are_constants(tmp_path: Path) -> None:
     check_same(read_model(tmp_path / "a.onnx"), compiled)
 
 
+ANY = [[6, 8], [2, 3, 8], [1, 6, 8], [1, 2, 3, 8]]
+# What follows a product, its constants, the sizes of its input that it can do, and what of it becomes
+# part of the layer, if nobody knows how many axes that has: only what is right for any number.
+RANKS: dict[str, tuple[str, Weights, list[list[int]], list[str]]] = {
+    "nothing": ("y = Identity (p)", {}, ANY, ["Identity"]),
+    "a bias": ("c = Add (p, b) y = Relu (c)", {"b": dense(16)}, ANY, ["Add", "Relu"]),
+    "a bias with more axes": ("y = Add (p, b)", {"b": dense(1, 1, 16)}, ANY, []),
+    "a factor with more axes": ("y = Mul (p, b)", {"b": dense(1, 16)}, ANY, []),
+    "layer normalisation of the last axis": (
+        "y = LayerNormalization (p, g, h)",
+        LN,
+        ANY,
+        ["LayerNormalization"],
+    ),
+    "layer normalisation of an axis by its number": (
+        "y = LayerNormalization <axis = 1> (p, g, h)",
+        LN,
+        [[6, 8], [6, 1, 8]],
+        [],
+    ),
+    "batch normalisation": (
+        "y = BatchNormalization (p, s, t, m, v)",
+        BN,
+        [[6, 8]],
+        [],
+    ),
+}
+
+
 @native
-def test_the_number_of_axes_is_found_by_running_the_model(tmp_path: Path) -> None:
-    """Shape inference knows nothing about operators of others."""
+@pytest.mark.parametrize("name", RANKS)
+def test_a_number_of_axes_that_follows_from_the_inputs(name: str, tmp_path: Path) -> None:
+    after, held, sizes, taken = RANKS[name]
+    body = f"""(float[N,8] x, int64[K] size) => (float y)
+    {{ r = Reshape (x, size) p = MatMul (r, w) {after} }}"""
+    made = model(body, {"w": WL["w"], **held})
+    assert Graph.of(made).shape("r") is None
+    feeds = [{"x": dense(6, 8), "size": np.array(size)} for size in sizes]
+    for values in feeds:
+        path, out = write(tmp_path / "a.onnx", made), tmp_path / "b.onnx"
+        sample = Sample(values=values)
+        found = compile_onnx(path, out, choose="first", threads=1, sample=sample)
+        assert found.layers[0].fused == ("MatMul", *taken)
+        compiled = onnx.load(str(out))
+        for given in feeds:
+            assert largest_error(run(made, given), run(compiled, given)) < 1e-5
+
+
+@native
+def test_a_product_after_an_operator_of_others(tmp_path: Path) -> None:
+    """Shape inference knows nothing about it, not even how many axes it has."""
     body = "(float[N,T,8] x) => (float[N,T,16] y) { g = com.microsoft.BiasGelu (x, a) y = MatMul (g, w) }"
     made = model(body, {**WL, "a": dense(8)})
     assert Graph.of(made).shape("g") is None

@@ -73,7 +73,7 @@ def test_other_heights_and_widths_are_tried(tmp_path: Path) -> None:
         [node("Conv", ["x", "w"], ["y"])], {"w": weight(8, 3, 3, 3)}, [("x", ["n", 3, "h", "w"])]
     )
     (tmp_path / "a.onnx").write_bytes(made.SerializeToString())
-    graph = compiling.read_graph(tmp_path / "a.onnx", Sample())
+    graph = compiling.read_graph(tmp_path / "a.onnx")
     sample = Sample(shapes={"x": (2, 3, 9, 8)})
     assert sample.wider(graph) is None, "it was given whole"
     (x,) = Sample(batch=3).wider(graph).feeds(graph).values()  # type: ignore[union-attr]

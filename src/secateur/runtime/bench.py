@@ -137,15 +137,15 @@ def bench(
     """
     packages("measuring a model")
     with tempfile.TemporaryDirectory(prefix="secateur-") as place:
-        given = read_graph(path, sample)
+        given = read_graph(path)
         compiled_path, dense = Path(path), given
         if not is_compiled(given.model):
             compiled_path = Path(place) / "model.onnx"
             compile_onnx(path, compiled_path, threads=threads, sample=sample, progress=progress)
-        compiled = given if compiled_path == Path(path) else read_graph(compiled_path, sample)
+        compiled = given if compiled_path == Path(path) else read_graph(compiled_path)
         size = _size(path, given)
         if against is not None:
-            dense = read_graph(against, sample)
+            dense = read_graph(against)
             size = _size(against, dense)
             _require_dense(dense, against)
             _require_inputs(dense, compiled, against)

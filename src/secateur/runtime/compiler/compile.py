@@ -15,7 +15,7 @@ from secateur.core.facts import environment
 from secateur.runtime.compiler import choose as choosing
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.fuse import sites
-from secateur.runtime.compiler.graph import Graph, packages, read_model, standard
+from secateur.runtime.compiler.graph import Graph, packages, read_model
 from secateur.runtime.compiler.notes import notes
 from secateur.runtime.compiler.sample import Sample, concrete_shapes
 from secateur.runtime.compiler.shapes import replaceable
@@ -162,7 +162,7 @@ def compile_onnx(  # noqa: PLR0913 - one call says how a file is made
     asked = f"compiling {Path(path).name!r}"
     _require_known(precision, choose)
     packages(asked)
-    graph = read_graph(path, sample)
+    graph = read_graph(path)
     _require_fit(asked, graph.model)
     _require_arrays(asked, graph.model)
     half = precision == "float16"
@@ -209,12 +209,11 @@ def compile_onnx(  # noqa: PLR0913 - one call says how a file is made
     return _written(plan.model, compiled)
 
 
-def read_graph(path: str | Path, sample: Sample = _ONE) -> Graph:
-    """The graph of a file. Where the number of axes cannot be inferred, the model is run to see it.
+def read_graph(path: str | Path) -> Graph:
+    """The graph of a file that ONNX Runtime accepts.
 
     Args:
         path: An ONNX file.
-        sample: What to run it with.
 
     Raises:
         FileError: It cannot be opened.
@@ -222,19 +221,7 @@ def read_graph(path: str | Path, sample: Sample = _ONE) -> Graph:
     """
     model = read_model(path)
     listed = [weight.name for weight in _accepted(path).get_overridable_initializers()]
-    graph = Graph.of(model)
-    graph = replace(graph, frozen=tuple(set(listed) - replaceable(model)))
-    unknown = [
-        node.input[0]
-        for node in graph.nodes
-        if standard(node, "MatMul")
-        and graph.shape(node.input[0]) is None
-        and graph.constant(node.input[1]) is not None
-    ]
-    if unknown:
-        shapes = concrete_shapes(graph, unknown, sample.feeds(graph))
-        graph.shapes.update({name: (None,) * len(shape) for name, shape in shapes.items()})
-    return graph
+    return replace(Graph.of(model), frozen=tuple(set(listed) - replaceable(model)))
 
 
 def _accepted(path: str | Path) -> Any:

@@ -78,7 +78,7 @@ def per_output(value: np.ndarray, outputs: int, axis: int, rank: int) -> np.ndar
         value: As it stands in the graph, to be broadcast.
         outputs: Size of the output axis.
         axis: The output axis of the value that it meets, counted from the end: -1 for the last.
-        rank: Number of axes of that value; a constant with more would add one.
+        rank: Number of axes that this value surely has; a constant with more may add one.
 
     Example:
         >>> per_output(np.ones((4, 1, 1)), 4, axis=-3, rank=4)

@@ -151,8 +151,9 @@ def _layer_norm(
     if begun.site.kind != LINEAR or index is None or index in claimed:
         return None
     node = graph.nodes[index]
-    axis = attribute(node, "axis", -1)
-    if not standard(node, "LayerNormalization") or axis not in (-1, begun.rank - 1):
+    # Where only one axis is sure, the last one has no number.
+    last = begun.rank - 1 or -1
+    if not standard(node, "LayerNormalization") or attribute(node, "axis", -1) not in (-1, last):
         return None
     if any(node.output[1:]) or node.input[0] != y or attribute(node, "stash_type", 1) != 1:
         return None

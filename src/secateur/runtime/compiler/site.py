@@ -117,7 +117,8 @@ class Start:
         index: Its number.
         site: It alone, as a layer.
         affine: Its weight and bias in double precision.
-        rank: Number of axes of its output.
+        rank: Number of axes that its output surely has. A product with a matrix has one at least;
+            how many more may follow from what is in the inputs.
     """
 
     index: int
@@ -194,9 +195,9 @@ def _gemm(graph: Graph, index: int, node: Any) -> Start | None:
 
 def _matmul(graph: Graph, index: int, node: Any) -> Start | None:
     weight, x = _weight(graph, node, 1), graph.shape(node.input[0])
-    if weight is None or weight.ndim != 2 or x is None or len(x) < 2:
+    if weight is None or weight.ndim != 2 or (x is not None and len(x) < 2):
         return None
-    return _linear(index, node, len(x), weight.T)
+    return _linear(index, node, 1 if x is None else len(x), weight.T)
 
 
 def _linear(index: int, node: Any, rank: int, weight: np.ndarray) -> Start:
