@@ -121,6 +121,16 @@ def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         machine.machine(0)
 
 
+@pytest.mark.parametrize(("cores", "said"), [(1, "1 processor. "), (4, "4 processors. ")])
+def test_more_threads_than_processors_are_refused(
+    cores: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    with pytest.raises(UsageError, match=said) as caught:
+        machine.machine(cores + 1)
+    assert all(caught.value.parts().values())
+
+
 def test_the_rate_of_float32_is_that_of_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_read_rate", lambda: 1.0)
     monkeypatch.setattr(machine, "_matmul_rate", lambda _: 200.0)
@@ -236,6 +246,19 @@ def test_advice_names_where_each_pattern_pays() -> None:
     assert said[3] == "2:4 does not pay on this processor: 0.62 times the dense speed at 50 %."
     assert "it pays at 30 % already in bfloat16." in said[4]
     assert "no rival here: 1.1 times" in said[5]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ((0.5, 0.8), "pays on this processor in all layers measured: 1.25 to 2.00 times"),
+        ((0.5, 1.25, 2.0), "pays on this processor in 1 of 3 layers measured: 0.50 to 2.00 times"),
+        ((0.98, 2.0), "does not pay on this processor: 0.50 to 1.02 times"),
+    ],
+)
+def test_advice_about_two_of_four_names_the_range(ratios: tuple[float, ...], said: str) -> None:
+    measured = [found("2:4", ratio, layer=str(i)) for i, ratio in enumerate(ratios)]
+    assert advice(HERE, measured)[0] == f"2:4 {said} the dense speed at 50 %."
 
 
 def test_advice_about_a_matrix_unit() -> None:

@@ -46,7 +46,8 @@ def bench(
                 against=None if against == _OWN else against,
                 threads=threads,
                 sample=sample_of(batch, shape),
-                peak=machine(threads or cores()).float32_gflops,
+                # More threads than processors do not make the machine faster.
+                peak=machine(min(threads or cores(), cores())).float32_gflops,
                 progress=progress,
             )
         out.text.print(bench_layers(found))

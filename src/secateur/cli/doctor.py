@@ -21,7 +21,7 @@ def doctor(
         typer.Option(
             min=1,
             metavar="N",
-            help="Threads to measure with; all cores of this process by default.",
+            help="Threads to measure with, up to the cores of this process; all of them by default.",
             show_default=False,
         ),
     ] = None,

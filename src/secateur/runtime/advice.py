@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from secateur.runtime.breakeven import BreakEven, crossing
@@ -10,6 +9,8 @@ from secateur.runtime.machine import Machine
 
 # Dense bfloat16 that is less than this many times faster is no reason to change anything.
 _CLEARLY = 1.3
+# Times the dense time below which a layer of 2:4 is more than a tie.
+_PAYS = 0.97
 # From this share of the processors on, other work takes threads away from the measurement.
 _BUSY = 0.4
 
@@ -64,11 +65,7 @@ def _patterns(measured: Sequence[BreakEven]) -> list[str]:
     for pattern in dict.fromkeys(b.pattern for b in many):
         rows = [b for b in many if b.pattern == pattern]
         if pattern == "2:4":
-            typical = statistics.median(p.ratio for b in rows for p in b.points)
-            pays = "pays" if typical < 0.97 else "does not pay"
-            sentences.append(
-                f"2:4 {pays} on this processor: {1 / typical:.2f} times the dense speed at 50 %."
-            )
+            sentences.append(_two_of_four([p.ratio for b in rows for p in b.points]))
             continue
         where = [b.sparsity for b in rows if b.sparsity is not None]
         if len(where) < len(rows):
@@ -80,6 +77,16 @@ def _patterns(measured: Sequence[BreakEven]) -> list[str]:
             start = _start(max(where), all(b.at_most for b in rows))
             sentences.append(f"{_named(pattern)} pays {start}, in all layers measured.")
     return sentences
+
+
+def _two_of_four(ratios: Sequence[float]) -> str:
+    speeds = [f"{1 / ratio:.2f}" for ratio in sorted(ratios, reverse=True)]
+    span = f"{' to '.join(dict.fromkeys((speeds[0], speeds[-1])))} times the dense speed at 50 %."
+    count = sum(ratio < _PAYS for ratio in ratios)
+    if not count:
+        return f"2:4 does not pay on this processor: {span}"
+    where = "all" if count == len(ratios) else f"{count} of {len(ratios)}"
+    return f"2:4 pays on this processor in {where} layers measured: {span}"
 
 
 def _named(pattern: str) -> str:

@@ -97,11 +97,19 @@ def machine(threads: int) -> Machine:
         threads: How many threads torch uses meanwhile.
 
     Raises:
-        UsageError: ``threads`` is below 1.
+        UsageError: ``threads`` is below 1, or above the processors that this process may use.
     """
+    most = cores()
     if threads < 1:
         raise UsageError(
             f"threads={threads}", "it is below 1", "a measurement needs a thread", "give 1 or more"
+        )
+    if threads > most:
+        raise UsageError(
+            f"threads={threads}",
+            f"this process may use {most} processor{'s' if most > 1 else ''}",
+            "threads that wait for each other would be measured, and not what the machine can do",
+            f"give {f'1 to {most}' if most > 1 else 1}",
         )
     kernels, isa, problem = _kernels()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -117,7 +125,7 @@ def machine(threads: int) -> Machine:
     return Machine(
         processor=processor(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=cores(),
+        cores=most,
         caches=caches(),
         instructions=_instructions(),
         kernels=kernels,
