@@ -130,7 +130,7 @@ def test_bench_of_a_compiled_file(network: Path, against: str | None) -> None:
     assert set(found) >= KEYS
     assert found["inputs"] == {"image": [2, 16, 12, 12]}
     assert 0 < found["max_rel_error"] < 1e-5
-    assert found["sparse_bytes"] < found["dense_bytes"]
+    assert found["sparse_bytes"] < found["dense_bytes"] == network.stat().st_size
     low, high = found["speedup_range"]
     assert 0 < low <= found["speedup"] <= high
     assert [layer["sparsity"] for layer in found["layers"]] == [pytest.approx(0.9, abs=1e-3)] * 2
@@ -240,6 +240,19 @@ def test_bench_as_text(network: Path) -> None:
     assert done.exit_code == 0
     for word in ("GFLOP/s", "median", "pairs", "largest difference"):
         assert word in done.stdout
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("said", [None, "many", -1])
+def test_a_file_that_does_not_say_how_large_it_was(network: Path, said: object) -> None:
+    out = compiled(network)
+    made = onnx.load(str(out))
+    entry = next(item for item in made.metadata_props if item.key == "secateur.compiled")
+    entry.value = json.dumps({**json.loads(entry.value), "dense_bytes": said})
+    out.write_bytes(made.SerializeToString())
+    code, found = call("bench", out, "--threads", 1)
+    assert code == 0
+    assert found["sparse_bytes"] < found["dense_bytes"] != network.stat().st_size
 
 
 def test_errors_end_with_their_codes(network: Path) -> None:

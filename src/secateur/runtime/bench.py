@@ -82,7 +82,8 @@ class Bench:
         rounds: How many pairs of turns.
         max_rel_error: Largest difference of an output, relative to the largest output. Infinite if
             only one side has an infinity or NaN somewhere, or another type of numbers.
-        dense_bytes: Size of the dense file.
+        dense_bytes: Size of the dense file; of one that was made again, that of the file that it was
+            compiled from, or its own if the compiled one does not say.
         sparse_bytes: Size of the compiled file.
         threads: Of ONNX Runtime; None if it chose itself.
         isa: Instruction set of the kernels.
@@ -151,7 +152,7 @@ def bench(
             _require_inputs(dense, compiled, against)
         elif compiled is given:
             dense = Graph.of(dense_model(compiled.model))
-            size = len(dense.model.SerializeToString())
+            size = _size_before(compiled.model) or len(dense.model.SerializeToString())
         sparse_bytes = compiled_path.stat().st_size
     feeds = sample.feeds(dense)
     raced, error = _raced(dense.model, compiled.model, feeds, threads, against)
@@ -183,6 +184,12 @@ def bench(
 def _size(path: str | Path, graph: Graph) -> int:
     """Bytes of a file, with weights that lie in others."""
     return max(Path(path).stat().st_size, int(graph.model.ByteSize()))
+
+
+def _size_before(model: Any) -> int:
+    """Bytes of the file that a model was compiled from; 0 if it does not say."""
+    said = (metadata(model) or {}).get("dense_bytes")
+    return said if isinstance(said, int) and said > 0 else 0
 
 
 def _raced(
