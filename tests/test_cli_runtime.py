@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -30,7 +31,9 @@ from secateur.report.runtime import (  # noqa: E402
 from secateur.runtime import available  # noqa: E402
 from secateur.runtime.bench import Bench, LayerSpeed, Median, bench  # noqa: E402
 from secateur.runtime.compiler.compile import Compiled, CompiledLayer  # noqa: E402
+from secateur.runtime.compiler.graph import Graph  # noqa: E402
 from secateur.runtime.compiler.masked import prune_onnx  # noqa: E402
+from secateur.runtime.compiler.sample import Sample  # noqa: E402
 from secateur.runtime.native import Variant  # noqa: E402
 from secateur.runtime.operators import is_sparse  # noqa: E402
 from secateur.runtime.race import Raced  # noqa: E402
@@ -268,6 +271,31 @@ def test_errors_end_with_their_codes(network: Path) -> None:
     assert call("bench", out, "--shape", "image=1x16")[0] == 2
 
 
+def test_words_are_judged_before_places(network: Path) -> None:
+    out = compiled(network)
+    for flag, word in (("--choose", "slow"), ("--precision", "int4")):
+        code, found = call("compile", network, "-o", out, flag, word)
+        assert (code, word in found["error"]["asked"]) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["compile", "bench"])
+def test_more_threads_than_any_machine_has_are_refused(network: Path, command: str) -> None:
+    place = ("-o", network.with_name("o.onnx")) if command == "compile" else ()
+    code, found = call(command, network, *place, "--threads", 100_000)
+    assert (code, found["error"]["asked"]) == (2, "threads=100000")
+    assert "1 to 256" in found["error"]["found"]
+
+
+@pytest.mark.parametrize("command", ["compile", "bench"])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_batch_that_a_shape_contradicts(network: Path, command: str, batch: int) -> None:
+    model = compiled(network) if command == "bench" else network
+    place = ("-o", network.with_name("o.onnx")) if command == "compile" else ()
+    code, found = call(command, model, *place, "--batch", batch, "--shape", "image=2x16x12x12")
+    assert (code, found["error"]["found"]) == (2, "that is a batch of 2")
+    assert all(found["error"][part] for part in ("asked", "why", "do"))
+
+
 def test_tables_of_layers_fit_into_80_columns() -> None:
     kernel = Variant("panels", 4, 11, 128)
     name = "/layer4/layer4.0/downsample/downsample.0/Conv"
@@ -305,6 +333,36 @@ def test_shapes_are_written_with_an_x() -> None:
     for wrong in ("a", "a=", "=1x2", "a=1x", "a=0x2", "a=1,2"):
         with pytest.raises(UsageError, match="NAME=SIZExSIZE"):
             sample_of(1, [wrong])
+    with pytest.raises(UsageError, match="'x' was given the shape 2x3 before"):
+        sample_of(None, ["x=2x3", "y=1x3", "x=2x4"])
+
+
+BATCHES = {
+    "open": ("(float[N,8] x) => (float[N,8] y) { y = Relu (x) }", {"x": (2, 8)}, False),
+    "of two names": (
+        "(float[N,8] x, float[K,8] z) => (float[N,8] y) { y = Relu (x) }",
+        {"z": (2, 8)},
+        True,
+    ),
+    "of one name": (
+        "(float[N,8] x, float[N,8] z) => (float[N,8] y) { y = Add (x, z) }",
+        {"z": (2, 8)},
+        False,
+    ),
+    "fixed": ("(float[2,T] x) => (float[2,T] y) { y = Relu (x) }", {"x": (2, 9)}, True),
+    "of a list": ("(float[T] x) => (float[T] y) { y = Relu (x) }", {"x": (9,)}, True),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_which_batch_a_shape_contradicts(name: str) -> None:
+    body, shapes, fine = BATCHES[name]
+    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> net {body}')
+    graph = Graph.of(made)
+    for batch in (None, 2, 7):
+        sample = Sample(batch=batch, shapes=shapes)
+        with contextlib.nullcontext() if fine or batch != 7 else pytest.raises(UsageError):
+            sample.require_one_batch(graph)
 
 
 def test_pruning_a_file(network: Path) -> None:

@@ -29,7 +29,7 @@ def bench(
         ),
     ] = None,
     threads: Threads = None,
-    batch: Batch = 1,
+    batch: Batch = None,
     shape: Shape = None,
     json: options.Json = False,
 ) -> None:

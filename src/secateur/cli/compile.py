@@ -12,7 +12,7 @@ from secateur.cli.places import require_new_file
 from secateur.cli.screen import screen
 from secateur.cli.sparse_options import Batch, File, Shape, Threads, sample_of
 from secateur.report.runtime import compiled_json, compiled_layers, compiled_text
-from secateur.runtime.compiler.compile import compile_onnx
+from secateur.runtime.compiler.compile import compile_onnx, require_known, require_threads
 
 
 def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option
@@ -21,7 +21,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option
         Path, typer.Option("--output", "-o", metavar="FILE.ONNX", help="The file to write.")
     ],
     threads: Threads = None,
-    batch: Batch = 1,
+    batch: Batch = None,
     shape: Shape = None,
     precision: Annotated[
         str,
@@ -51,6 +51,8 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option
         secateur compile model.onnx -o model.sparse.onnx
     """
     with screen("compile", json=json) as out:
+        require_known(precision, choose)
+        require_threads(threads)
         require_new_file(output, overwrite=overwrite)
         with out.progress() as progress:
             done = compile_onnx(

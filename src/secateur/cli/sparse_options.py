@@ -18,12 +18,18 @@ Threads = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Threads of ONNX Runtime; by default it decides.",
+        help="Threads of ONNX Runtime, up to 256; by default it decides.",
         show_default=False,
     ),
 ]
 Batch = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Size of the batch, where the model leaves it open.")
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Size of the batch, where the model leaves it open; 1 by default.",
+        show_default=False,
+    ),
 ]
 Shape = Annotated[
     list[str] | None,
@@ -35,17 +41,17 @@ Shape = Annotated[
 ]
 
 
-def sample_of(batch: int, shapes: Sequence[str] | None) -> Sample:
+def sample_of(batch: int | None, shapes: Sequence[str] | None) -> Sample:
     """The sample that the flags describe.
 
     Raises:
-        UsageError: A shape is not written NAME=1x128.
+        UsageError: A shape is not written NAME=1x128, or an input has two.
 
     Example:
         >>> sample_of(1, ["ids=1x128", "image=1x3x224x224"]).shapes["image"]
         (1, 3, 224, 224)
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for text in shapes or ():
         name, _, sizes = text.rpartition("=")
         parts = sizes.split("x")
@@ -55,6 +61,13 @@ def sample_of(batch: int, shapes: Sequence[str] | None) -> Sample:
                 "it is not NAME=SIZExSIZE",
                 "a shape is a name and whole numbers above 0",
                 "write --shape input=1x3x224x224",
+            )
+        if name in found:
+            raise UsageError(
+                f"--shape {text}",
+                f"{name!r} was given the shape {'x'.join(map(str, found[name]))} before",
+                "an input has one shape",
+                "give one of them",
             )
         found[name] = tuple(map(int, parts))
     return Sample(batch=batch, shapes=found)

@@ -16,6 +16,7 @@ from secateur.runtime.compiler.compile import (
     is_compiled,
     metadata,
     read_graph,
+    require_threads,
 )
 from secateur.runtime.compiler.graph import Graph, packages
 from secateur.runtime.compiler.rebuild import dense_model
@@ -124,7 +125,7 @@ def bench(
     Args:
         path: An ONNX file. A dense one is compiled first, to a file that is not kept.
         against: The dense file of a compiled one; None makes it again from the compiled one.
-        threads: Of ONNX Runtime.
+        threads: Of ONNX Runtime, 1 to 256.
         sample: Sizes of inputs whose axes are open.
         peak: GFLOP/s that this machine reaches, for the shares in the layers. If a layer is faster,
             that counts.
@@ -136,6 +137,7 @@ def bench(
             inputs have other names, types or sizes, or outputs another number or other shapes.
         MissingNative: secateur was installed without its native part.
     """
+    require_threads(threads)
     packages("measuring a model")
     with tempfile.TemporaryDirectory(prefix="secateur-") as place:
         given = read_graph(path)
@@ -155,6 +157,7 @@ def bench(
             size = _size_before(compiled.model) or len(dense.model.SerializeToString())
         sparse_bytes = compiled_path.stat().st_size
     feeds = sample.feeds(dense)
+    sample.require_one_batch(dense)
     raced, error = _raced(dense.model, compiled.model, feeds, threads, against)
     about = metadata(compiled.model) or {}
     try:

@@ -29,13 +29,14 @@ from secateur.runtime.compiler.verify import (
 from secateur.runtime.compiler.whole import Clock, Plan, Progress, fastest
 from secateur.runtime.native import Variant, has_half, isa
 from secateur.runtime.operators import is_sparse
-from secateur.runtime.session import session
+from secateur.runtime.session import is_whole, session
 
 #: The key under which a compiled file says how it was made.
 METADATA = "secateur.compiled"
 PRECISIONS = ("float32", "float16")
 CHOICES = ("measure", "first")
 _ONE = Sample()
+_MOST_THREADS = 256
 # Seconds that choosing may take: for the layers, and for the whole model.
 _LAYERS, _WHOLE = 50.0, 25.0
 
@@ -142,7 +143,7 @@ def compile_onnx(  # noqa: PLR0913 - one call says how a file is made
     Args:
         path: An ONNX file.
         out: The file to write; it appears whole and checked, or not at all.
-        threads: Of ONNX Runtime, here and later; None leaves it to ONNX Runtime.
+        threads: Of ONNX Runtime, here and later, 1 to 256; None leaves it to ONNX Runtime.
         precision: ``"float32"``, or ``"float16"``: layers may multiply float16, where the machine
             can and where that is faster. The error, and how many predictions stay the same, is in
             what is returned.
@@ -160,13 +161,15 @@ def compile_onnx(  # noqa: PLR0913 - one call says how a file is made
         MissingExtra: onnx or onnxruntime is not installed.
     """
     asked = f"compiling {Path(path).name!r}"
-    _require_known(precision, choose)
+    require_known(precision, choose)
+    require_threads(threads)
     packages(asked)
     graph = read_graph(path)
     _require_fit(asked, graph.model)
     _require_arrays(asked, graph.model)
     half = precision == "float16"
     feeds = sample.feeds(graph)
+    sample.require_one_batch(graph)
     found = sites(graph)
     names = {name for site in found for name in (site.x, site.y, site.residual) if name}
     shapes = concrete_shapes(graph, names, feeds)
@@ -252,7 +255,33 @@ def metadata(model: Any) -> dict[str, Any] | None:
     return None
 
 
-def _require_known(precision: str, choose: str) -> None:
+def require_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no session should have.
+
+    Raises:
+        UsageError: It is not 1 to 256.
+
+    Example:
+        >>> require_threads(2)
+    """
+    if threads is not None and not (is_whole(threads) and 1 <= threads <= _MOST_THREADS):
+        raise UsageError(
+            f"threads={threads!r}",
+            f"1 to {_MOST_THREADS} are possible",
+            "more than that wait for each other",
+            "give as many threads as there are cores, or leave it to ONNX Runtime",
+        )
+
+
+def require_known(precision: str, choose: str) -> None:
+    """Refuse words that mean nothing, and a precision that this machine does not have.
+
+    Raises:
+        UsageError: It is so.
+
+    Example:
+        >>> require_known("float32", "first")
+    """
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
     if choose not in CHOICES:

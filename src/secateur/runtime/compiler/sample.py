@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Sample:
     """How large the inputs are, and what is in them.
 
     Args:
-        batch: Size of an axis that is open, and first.
+        batch: Size of an axis that is open, and first; None is 1.
         shapes: Whole shapes of inputs by name; other open axes get 128 (a sequence) or 224 (an
             image).
         values: Whole inputs by name.
@@ -36,7 +36,7 @@ class Sample:
         8
     """
 
-    batch: int = 1
+    batch: int | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
@@ -47,15 +47,14 @@ class Sample:
         Raises:
             UsageError: A shape or value was given for an input that is not there, or does not fit.
         """
-        if self.batch < 1:
+        if self._first < 1:
             raise UsageError(
-                f"a batch of {self.batch}",
+                f"a batch of {self._first}",
                 "it is below 1",
                 "a run needs a sample",
                 "give 1 or more",
             )
-        replaced = replaceable(graph.model)
-        inputs = {i.name: i for i in graph.model.graph.input if i.name not in replaced}
+        inputs = _inputs(graph)
         for name in (*self.shapes, *self.values):
             if name not in inputs:
                 raise UsageError(
@@ -82,11 +81,40 @@ class Sample:
                 raise _too_large(name, shape) from error
         return made
 
+    def require_one_batch(self, graph: Graph) -> None:
+        """Refuse a batch that no input would have, because shapes say another one.
+
+        Raises:
+            UsageError: It is so.
+        """
+        if self.batch is None:
+            return
+        inputs, other = _inputs(graph), replace(self, batch=self.batch + 1)
+        own, moved = (
+            {name: s._shape(name, value, _names(inputs, s)) for name, value in inputs.items()}
+            for s in (self, other)
+        )
+        for name, shape in self.shapes.items():
+            dims = inputs[name].type.tensor_type.shape.dim
+            first_is_open = len(dims) > 1 and dims[0].dim_value <= 0
+            if own == moved and first_is_open and shape[0] != self.batch:
+                raise UsageError(
+                    f"a batch of {self.batch}, and the shape {'x'.join(map(str, shape))} for the "
+                    f"input {name!r}",
+                    f"that is a batch of {shape[0]}",
+                    "shapes go first, so no input would have the other batch",
+                    "leave one of them out",
+                )
+
+    @property
+    def _first(self) -> int:
+        return 1 if self.batch is None else self.batch
+
     def larger(self, graph: Graph) -> Sample | None:
         """Other sizes for the same graph; None if every axis is fixed, or was given whole."""
         if self.values:
             return None
-        one, two = self.feeds(graph), Sample(self.batch + 1, self.shapes, seed=self.seed + 1)
+        one, two = self.feeds(graph), Sample(self._first + 1, self.shapes, seed=self.seed + 1)
         if all(two.feeds(graph)[name].shape == array.shape for name, array in one.items()):
             return None
         return two
@@ -145,8 +173,14 @@ class Sample:
     def _open(self, axis: int, rank: int) -> int:
         """Size of an open axis."""
         if axis == 0 and rank > 1:
-            return self.batch
+            return self._first
         return _IMAGE if rank == 4 and axis > 1 else _SEQUENCE
+
+
+def _inputs(graph: Graph) -> dict[str, Any]:
+    """Inputs that have no value of their own."""
+    replaced = replaceable(graph.model)
+    return {i.name: i for i in graph.model.graph.input if i.name not in replaced}
 
 
 def _names(inputs: Mapping[str, Any], sample: Sample) -> dict[str, int]:
@@ -162,7 +196,7 @@ def _names(inputs: Mapping[str, Any], sample: Sample) -> dict[str, int]:
                 if first and name in given and axis < len(given[name]):
                     sizes.setdefault(dim.dim_param, given[name][axis])
                 elif not first and axis == 0 and len(dims) > 1:
-                    sizes.setdefault(dim.dim_param, sample.batch)
+                    sizes.setdefault(dim.dim_param, sample._first)
     return sizes
 
 
