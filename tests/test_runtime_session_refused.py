@@ -40,7 +40,9 @@ def test_inputs_that_do_not_fit() -> None:
     conv, linear, both = (problem(CASES[name]) for name in ("3x3", "tokens", "residual"))
     x = conv.feeds["x"]
     refused(conv, {"x": x[:, :7]}, r"'layer': X has the shape \[1, 7, 17, 19\].*\[batch, 8, height")
-    refused(conv, {"x": x[:, :, :0]}, r"X has the shape \[1, 8, 0, 19\]")
+    for empty, shape in ((x[:, :, :0], "0, 19"), (x[..., :0], "17, 0")):
+        message = rf"X has the shape \[1, 8, {shape}\]: .* at least one row and one column"
+        refused(conv, {"x": empty}, message)
     refused(conv, {"x": x.astype(np.float64)}, "double")
     refused(conv, {"x": x.astype(np.float16)}, "float16")
     refused(conv, {"x": x.astype(np.int64)}, "int64")

@@ -13,9 +13,13 @@ constexpr double kCopiesPay = 1.2;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t extent(const secateur_spec &spec, int axis, int64_t size) {
+  if (size < 1) {
+    throw Error(SECATEUR_INVALID,
+                "sparse convolutions take images of at least one row and one column");
+  }
   const int64_t reach = int64_t{spec.dilation[axis]} * (spec.kernel[axis] - 1) + 1;
   const int64_t padded = size + spec.pads[axis] + spec.pads[axis + 2];
-  if (size < 1 || padded < reach) {
+  if (padded < reach) {
     throw Error(SECATEUR_INVALID, "an input of " + std::to_string(size) + " with padding " +
                                       std::to_string(spec.pads[axis]) + " and " +
                                       std::to_string(spec.pads[axis + 2]) +
