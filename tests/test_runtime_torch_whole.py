@@ -149,6 +149,9 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
             *(conv.values, conv.index, conv.bias.detach(), conv.shape, *conv.geometry, 1, False),
         ),
     )
+    torch.library.opcheck(
+        torch.ops.secateur.dense_weight, (linear.values, linear.index, None, (6, 20), (1, 6))
+    )
 
 
 def test_compile_whole_graph() -> None:
@@ -240,3 +243,5 @@ def test_functional_weight_of_a_parent_still_works() -> None:
     with torch.inference_mode():
         wanted = module(x)
         assert torch.equal(accelerate(module)(x), wanted)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), wanted)

@@ -8,6 +8,7 @@ they had, and loads the same.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +19,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from secateur.core.errors import UsageError
-from secateur.core.masks import pack_bits, unpack_bits
+from secateur.core.masks import pack_bits
 from secateur.formats.layouts import LAYOUTS
-from secateur.runtime import (
-    torch_operators,  # noqa: F401 - makes torch.ops.secateur known
-    torch_packed,
-)
+from secateur.runtime import torch_operators, torch_packed
 from secateur.runtime.stored import DTYPES
+from secateur.runtime.torch_weight import UnreadWeight
 
 Dense = nn.Linear | nn.Conv2d
 INFERENCE = "the kernels compute outputs, and no derivatives"
@@ -87,16 +86,18 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked anew at every use: what is written into it is lost."""
-        dtype, device = self.values.dtype, self.values.device
-        whole = torch.empty_strided(self.shape, self._order, dtype=dtype, device=device)
-        if whole.is_meta:
+        """The dense weight; what is written into it is lost.
+
+        It is unpacked when its numbers are first used, anew for every read. Its type, shape and
+        device are known without.
+        """
+        parts = (self.values, self.index, self.negative, self.shape, self._order)
+        if _is_followed():  # Compilers leave out a call whose result is not used.
+            whole: Tensor = torch.ops.secateur.dense_weight(*parts)
             return whole
-        parts = {"values": self.values, "bitmask": self.index}
-        value, _ = _BITMASK.unpack(parts, self.shape, dtype)
-        if self.negative is not None:
-            value[unpack_bits(self.negative, self.shape)] = -0.0
-        return whole.copy_(value)
+        # Without the layer, which may get other values in the meantime.
+        unpack = functools.partial(torch_operators.dense_weight, *parts)
+        return UnreadWeight(self.shape, self._order, self.values, unpack)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -140,8 +141,7 @@ class SparseLayer(nn.Module):
         """
         outputs, inputs = self.shape
         # One path is to serve all inputs of what is compiled or traced.
-        traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if not self.measure or torch.compiler.is_compiling() or traced or x.is_meta:
+        if not self.measure or _is_followed() or x.is_meta:
             return None
         fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs
         if not fits or not x.numel():
@@ -163,14 +163,14 @@ class SparseLayer(nn.Module):
             return None
         if known.weight is None:
             raced = torch_packed.unpacked(*stored, self.shape)
-            known.weight = self.weight.contiguous() if raced is None else raced
+            known.weight = self._unpacked().contiguous() if raced is None else raced
         return known.weight
 
     def dense(self) -> Dense:
         """The layer as it was before, with the same bits in its weight."""
         layer = copy.copy(self._shell[0])
         layer._buffers, layer._modules = {}, {}
-        weight = nn.Parameter(self.weight, requires_grad=self._trainable)
+        weight = nn.Parameter(self._unpacked(), requires_grad=self._trainable)
         layer._parameters = {"weight": weight, "bias": self.bias}
         layer.training = self.training
         return layer
@@ -191,6 +191,10 @@ class SparseLayer(nn.Module):
         # weight * mask leaves -0.0 where the weight was negative; all bits are to come back.
         negative = (value == 0) & value.signbit()
         self.negative = pack_bits(negative.flatten()) if negative.any() else None
+
+    def _unpacked(self) -> Tensor:
+        parts = (self.values, self.index, self.negative)
+        return torch_operators.dense_weight(*parts, self.shape, self._order)
 
     def _require_inference(self, x: Tensor) -> None:
         if self.training:
@@ -214,7 +218,7 @@ class SparseLayer(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self._unpacked()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(  # noqa: PLR0913, PLR0917 - the signature is torch's
@@ -242,6 +246,12 @@ class SparseLayer(nn.Module):
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _is_followed() -> bool:
+    """Whether a call is compiled, exported or traced, and not just run."""
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or traced
 
 
 def _geometry(layer: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:

@@ -2,7 +2,8 @@
 
 An operator is given the stored weight, as two plain tensors, and nothing else to remember. So
 ``torch.compile`` and ``torch.export`` see an ordinary call, and an exported program that is saved
-works in another process, where ``import secateur.runtime`` makes the operators known.
+works in another process, where ``import secateur.runtime`` makes the operators known. A third,
+``secateur::dense_weight``, stands where code reads the weight of a layer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import UsageError
+from secateur.core.masks import unpack_bits
+from secateur.formats.layouts import LAYOUTS
 from secateur.runtime.native import Spec
 from secateur.runtime.stored import DTYPES
 from secateur.runtime.torch_packed import Operands, Way, packed
@@ -25,6 +28,8 @@ _SCHEMAS = {
     "bool measure=True) -> Tensor",
     "sparse_conv": f"(Tensor x, {_WEIGHT}, int[4] weight, int[2] stride, int[4] pads, "
     "int[2] dilation, int groups, int threads=0, bool measure=True) -> Tensor",
+    "dense_weight": "(Tensor values, Tensor index, Tensor? negative, int[] shape, int[] order) "
+    "-> Tensor",
 }
 
 
@@ -129,6 +134,44 @@ def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
     return packed(stored).run(stored, x, shape[2] * shape[3], Way(threads, measure))
 
 
+def dense_weight(
+    values: Tensor,
+    index: Tensor,
+    negative: Tensor | None,
+    shape: Sequence[int],
+    order: Sequence[int],
+) -> Tensor:
+    """A stored weight as it was before.
+
+    Args:
+        values: The kept weights, flat, row after row.
+        index: One bit an entry, lowest first, as bytes.
+        negative: Which entries are a negative zero, likewise; None if there are none.
+        shape: Of the weight.
+        order: Its strides.
+
+    Example:
+        >>> values, index = torch.tensor([2.0, 3.0]), torch.tensor([0b1001], dtype=torch.uint8)
+        >>> torch.ops.secateur.dense_weight(values, index, None, (2, 2), (2, 1))
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
+    whole = _fake_weight(values, index, negative, shape, order)
+    if whole.is_meta:
+        return whole
+    parts, shape = {"values": values, "bitmask": index}, tuple(shape)
+    value, _ = LAYOUTS["bitmask"].unpack(parts, shape, values.dtype)
+    if negative is not None:
+        value[unpack_bits(negative, shape)] = -0.0
+    return whole.copy_(value)
+
+
+def _fake_weight(
+    values: Tensor, _index: Tensor, _negative: Tensor | None, *where: Sequence[int]
+) -> Tensor:
+    return values.new_empty_strided(*where)
+
+
 def _fake_linear(x: Tensor, *stored: Any, **_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], stored[3]))
 
@@ -148,6 +191,7 @@ def _register(name: str, kernel: Callable[..., Tensor], fake: Callable[..., Tens
 
 _register("sparse_linear", sparse_linear, _fake_linear)
 _register("sparse_conv", sparse_conv, _fake_conv)
+_register("dense_weight", dense_weight, _fake_weight)
 
 
 def _conv_shape(
