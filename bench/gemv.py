@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from bench import record
 from secateur.runtime import accelerate
-from secateur.runtime.native import isa
+from secateur.runtime.native import Spec, isa
 from secateur.runtime.race import race
 from secateur.runtime.torch_layers import SparseLayer
-from secateur.runtime.torch_packed import stays_dense
+from secateur.runtime.torch_packed import Operands, stays_dense
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 GOALS = {0.5: 1.6, 0.7: 2.4}
@@ -98,6 +98,7 @@ def measure(name: str, sparsity: float, size: Size, *, seed: int) -> list[dict[s
     dense = [_linear(held) for _ in range(max(2, -(-size.bytes // held.nbytes)))]
     first = _sparse(held)
     stored = first.values.nbytes + first.index.nbytes
+    operands = Operands(Spec("linear", *first.shape), first.values, first.index, None)
     sparse = [first, *(_sparse(held) for _ in range(max(1, -(-size.bytes // stored) - 1)))]
     rows = []
     for tokens in size.tokens:
@@ -122,7 +123,7 @@ def measure(name: str, sparsity: float, size: Size, *, seed: int) -> list[dict[s
                 "dense_bytes": held.nbytes,
                 "sparse_bytes": stored,
                 "dense_gb_per_s": held.nbytes / 1e6 / raced.median(0),
-                "stays_dense": stays_dense(first.values, first.index, None, first.shape, tokens),
+                "stays_dense": stays_dense(operands, tokens),
                 "relative_error": errors[1],
                 "dense_relative_error": errors[0],
             }

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.utils import prune
-from torch_runtime_cases import net, prune_, relative, same
+from torch_runtime_cases import net, operands, prune_, relative, same
 
 from secateur.core.errors import UsageError
-from secateur.runtime import library, torch_packed
+from secateur.runtime import library, sparse_layer, torch_packed
 from secateur.runtime.native import Variant
 from secateur.runtime.race import Raced
 from secateur.runtime.torch_layers import SparseLayer, accelerate, consider, restore
@@ -129,11 +129,12 @@ def _refused(*_: object) -> None:
 def _unpacked_once(layer: nn.Module) -> None:
     """The layer and the operator use one dense weight, not two."""
     assert isinstance(layer, SparseLayer)
-    bias = None if layer.bias is None else layer.bias.detach()
-    raced = torch_packed.unpacked(layer.values, layer.index, bias, layer.shape)
-    assert raced is not None
+    form = list(torch_packed._PACKED.values())[-1]
+    raced = form.ways[None]
+    assert isinstance(raced, torch_packed.Dense)
     assert layer._known is not None
-    assert layer._known.weight is raced
+    assert layer._known.weight is not None
+    assert layer._known.weight.data_ptr() == raced.matrix.data_ptr()
 
 
 @pytest.mark.parametrize("padding", [1, "same"])
@@ -143,7 +144,7 @@ def test_the_fastest_runs_dense_included(
 ) -> None:
     layers = {
         "linear": (prune_(nn.Linear(600, 500), 0.5), torch.randn(3, 600)),
-        "conv": (prune_(nn.Conv2d(4, 6, (4, 3), padding=padding), 0.5), torch.randn(2, 4, 9, 8)),
+        "conv": (prune_(nn.Conv2d(8, 16, (4, 3), padding=padding), 0.5), torch.randn(2, 8, 20, 19)),
     }
     for layer, x in layers.values():
         for winner in range(2):
@@ -157,15 +158,15 @@ def test_the_fastest_runs_dense_included(
             with torch.inference_mode():
                 assert relative(ours(x), layer(x)) < 1e-5
                 assert relative(ours(x), layer(x)) < 1e-5
-                if isinstance(layer, nn.Linear):  # where dense won, no operator is called again
-                    with pytest.MonkeyPatch.context() as patch:
-                        patch.setattr(torch_packed.Packed, "run", _refused)
-                        if winner == 0:
-                            assert torch.equal(ours(x), layer(x))
-                            _unpacked_once(ours)
-                        else:
-                            with pytest.raises(RuntimeError, match="called"):
-                                ours(x)
+                # Where dense won, no operator is called again.
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(torch_packed.Packed, "run", _refused)
+                    if winner == 0:
+                        assert torch.equal(ours(x), layer(x))
+                        _unpacked_once(ours)
+                    else:
+                        with pytest.raises(RuntimeError, match="called"):
+                            ours(x)
             form = list(torch_packed._PACKED.values())[-1]
             assert (form.chosen.popitem()[1] is None) == (winner == 0)
             assert len(form.ways) == 1
@@ -282,8 +283,7 @@ def test_a_kernel_must_win_by_more_than_its_call_costs(monkeypatch: pytest.Monke
         assert isinstance(ours, SparseLayer)
         with torch.inference_mode():
             ours(x)
-        stored = (ours.values, ours.index, ours.bias.detach() if ours.bias is not None else None)
-        assert torch_packed.stays_dense(*stored, ours.shape, 3) is dense
+        assert torch_packed.stays_dense(operands(ours), 3) is dense
 
 
 def test_layers_of_one_kind_share_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +303,7 @@ def test_layers_of_one_kind_share_the_choice(monkeypatch: pytest.MonkeyPatch) ->
         assert isinstance(ours, SparseLayer)
         with torch.inference_mode():
             assert relative(ours(x), layer(x)) < 1e-5
-        stored = (ours.values, ours.index, None if ours.bias is None else ours.bias.detach())
-        assert torch_packed.stays_dense(*stored, ours.shape, tokens) is False
+        assert torch_packed.stays_dense(operands(ours), tokens) is False
         return len(raced) - before
 
     blocks = nn.Linear(600, 512)
@@ -350,18 +349,46 @@ def test_a_type_that_no_kernel_knows_stays_dense() -> None:
     assert "float64" in found.reason
 
 
-def test_where_a_call_costs_more_than_the_work_the_layer_is_dense() -> None:
-    layer = prune_(nn.Linear(64, 32))
+@pytest.mark.parametrize(
+    ("layer", "few", "many"),
+    [
+        (nn.Linear(64, 32), (3, 64), (500, 64)),
+        (nn.Linear(64, 32, bias=False), (64,), (50, 10, 64)),
+        (nn.Conv2d(16, 16, 3, padding=1), (1, 16, 8, 8), (2, 16, 8, 8)),
+        (nn.Conv2d(16, 8, 3, padding="same", bias=False), (16, 9, 7), (16, 60, 70)),
+        (nn.Conv2d(8, 16, (3, 5), 2, (1, 0), groups=2), (2, 8, 9, 9), (8, 8, 30, 30)),
+    ],
+)
+def test_where_a_call_costs_more_than_the_work_the_layer_is_dense(
+    layer: nn.Module, few: tuple[int, ...], many: tuple[int, ...]
+) -> None:
+    prune_(layer)
     ours = accelerate(copy.deepcopy(layer))
     assert isinstance(ours, SparseLayer)
     calls: list[Any] = []
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_packed.Packed, "run", lambda *a: calls.append(a) or a[2])
-        few, many = torch.randn(3, 64), torch.randn(500, 64)
-        assert torch.equal(ours(few), layer(few))
+
+    def called(*given: Any) -> Tensor:
+        calls.append(given)
+        return torch.zeros(1, 1)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_packed.Packed, "run", called)
+        x = torch.randn(few)
+        for _ in range(2):
+            assert torch.equal(ours(x), layer(x))
         assert not calls
-        ours(many)
+        ours(torch.randn(many))
         assert len(calls) == 1
+    y = ours(x)  # with gradients on
+    assert not y.requires_grad
+    assert torch.equal(y, layer(x))
+
+
+def test_a_small_layer_sees_weights_and_biases_that_change() -> None:
+    layer, few = prune_(nn.Linear(64, 32)), torch.randn(3, 64)
+    ours = accelerate(copy.deepcopy(layer))
+    with torch.inference_mode():
+        assert torch.equal(ours(few), layer(few))
     # A weight that is loaded later counts.
     other = prune_(nn.Linear(64, 32))
     ours.load_state_dict(other.state_dict())
@@ -369,6 +396,21 @@ def test_where_a_call_costs_more_than_the_work_the_layer_is_dense() -> None:
         assert torch.equal(ours(few), other(few))
         ours.values.mul_(2)
         assert torch.equal(ours(few), functional.linear(few, 2 * other.weight, other.bias))
+        ours.bias.zero_()
+        assert torch.equal(ours(few), functional.linear(few, 2 * other.weight))
+
+
+def test_a_layer_does_not_remember_shapes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_layer, "_SHAPES", 5)
+    layer = prune_(nn.Linear(6, 4))
+    ours = accelerate(copy.deepcopy(layer))
+    assert isinstance(ours, SparseLayer)
+    with torch.inference_mode():
+        for tokens in range(1, 20):
+            x = torch.randn(tokens, 6)
+            assert torch.equal(ours(x), layer(x))
+            assert ours._known is not None
+            assert len(ours._known.dense) <= 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])

@@ -7,7 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from secateur.runtime.native import Spec
 from secateur.runtime.torch_layers import SparseLayer, accelerate
+from secateur.runtime.torch_packed import Operands
 
 
 def prune_(module: nn.Module, sparsity: float = 0.8) -> nn.Module:
@@ -32,6 +34,13 @@ def same(module: nn.Module, *inputs: Tensor, limit: float = 1e-5, swaps: int = 1
         for x in inputs:
             assert relative(ours(x), module(x)) <= limit, x.shape
     return ours
+
+
+def operands(layer: SparseLayer) -> Operands:
+    """What the operator is given of a linear layer."""
+    bias = None if layer.bias is None else layer.bias.detach()
+    outputs, inputs = layer.shape
+    return Operands(Spec("linear", outputs, inputs), layer.values, layer.index, bias)
 
 
 def net() -> nn.Sequential:

@@ -30,22 +30,24 @@ INFERENCE = "the kernels compute outputs, and no derivatives"
 _BITMASK = LAYOUTS["bitmask"]
 # Multiply-adds that PyTorch does in about the ten microseconds that a call of an operator takes.
 _LITTLE = 1 << 18
+# Shapes of inputs that a layer remembers.
+_SHAPES = 1000
 
 
 @dataclass
 class _Known:
-    """What a linear layer has learned of its weight.
+    """What a layer has learned of its weight.
 
     Args:
         key: Changes with the weight.
         memory: Of the weight; held, because another weight at its address would have its key.
-        dense: By size of the input, whether it is fastest dense.
+        dense: By shape of the input, whether it is fastest dense.
         weight: The dense weight, once that is needed.
     """
 
     key: object
     memory: torch.UntypedStorage
-    dense: dict[int, bool] = field(default_factory=dict)
+    dense: dict[torch.Size, bool] = field(default_factory=dict)
     weight: Tensor | None = None
 
 
@@ -81,6 +83,10 @@ class SparseLayer(nn.Module):
         self._store_(dense.weight)
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
         self.geometry = _geometry(dense) if isinstance(dense, nn.Conv2d) else None
+        # As the operators take them.
+        self._dimensions: tuple[Any, ...] = self.shape
+        if self.geometry is not None:
+            self._dimensions = (self.shape, *self.geometry)
         for name in dense.__constants__:  # sizes, strides and such, which a parent may read
             setattr(self, name, getattr(dense, name))
 
@@ -120,51 +126,75 @@ class SparseLayer(nn.Module):
         return self._computed(x)
 
     def _computed(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach()
-        stored = (self.values, self.index, bias)
-        how = (self.threads, self.measure)
+        # Reading a tensor as an attribute of a module takes longer than all else that is done here.
+        plain = self._plain(x)
+        if plain is not None:
+            bias: Tensor | None = self._parameters["bias"]
+            if bias is not None and torch.is_grad_enabled():
+                bias = bias.detach()
+            shell = self._shell[0]
+            if isinstance(shell, nn.Conv2d):
+                y: Tensor = shell._conv_forward(x, plain, bias)
+                return y
+            return functional.linear(x, plain, bias)
+        stored = (*self._stored(), *self._dimensions, self.threads, self.measure)
         if self.geometry is None:
-            plain = self._plain(x, bias)
-            if plain is not None:
-                return functional.linear(x, plain, bias)
-            flat: Tensor = torch.ops.secateur.sparse_linear(x, *stored, *self.shape, *how)
+            flat: Tensor = torch.ops.secateur.sparse_linear(x, *stored)
             return flat
         image = x.dim() == 3
-        batch = x.unsqueeze(0) if image else x
-        y: Tensor = torch.ops.secateur.sparse_conv(batch, *stored, self.shape, *self.geometry, *how)
-        return y.squeeze(0) if image else y
+        batch: Tensor = torch.ops.secateur.sparse_conv(x.unsqueeze(0) if image else x, *stored)
+        return batch.squeeze(0) if image else batch
 
-    def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The dense weight, if the layer is fastest dense for so many tokens; else None.
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        bias = self._parameters["bias"]
+        values, index = self._buffers["values"], self._buffers["index"]
+        assert values is not None
+        assert index is not None
+        return values, index, None if bias is None else bias.detach()
+
+    def _plain(self, x: Tensor) -> Tensor | None:
+        """The dense weight, if the layer is fastest dense for such an input; else None.
 
         The operator would come to the same, but calling it takes as long as a small layer.
         """
-        outputs, inputs = self.shape
         # One path is to serve all inputs of what is compiled or traced.
         if not self.measure or _is_followed() or x.is_meta:
             return None
-        fits = x.dtype == self.values.dtype and x.dim() > 0 and x.shape[-1] == inputs
-        if not fits or not x.numel():
+        values = self._buffers["values"]
+        assert values is not None
+        if x.dtype != values.dtype:
             return None
-        key, known = torch_packed.identity(self.values), self._known
+        key, known = torch_packed.identity(values), self._known
         if known is None or known.key != key:
-            known = self._known = _Known(key, self.values.untyped_storage())
-        tokens = x.numel() // inputs
-        size = tokens.bit_length()
-        stored = (self.values, self.index, bias)
-        if size not in known.dense:
-            dense: bool | None = x.numel() * outputs < _LITTLE
-            if not dense:
-                dense = torch_packed.stays_dense(*stored, self.shape, tokens)
-            if dense is None:
-                return None
-            known.dense[size] = dense
-        if not known.dense[size]:
-            return None
-        if known.weight is None:
-            raced = torch_packed.unpacked(*stored, self.shape)
-            known.weight = self._unpacked().contiguous() if raced is None else raced
-        return known.weight
+            known = self._known = _Known(key, values.untyped_storage())
+        dense = known.dense.get(x.shape)
+        if dense is None:
+            dense = self._learn(x, known)
+        return known.weight if dense else None
+
+    def _learn(self, x: Tensor, known: _Known) -> bool:
+        """Whether the layer is fastest dense for such an input, as far as that is known."""
+        stored = self._stored()
+        if self.geometry is None:
+            asked = torch_operators.ask_linear(x, *stored, *self._dimensions)
+        else:
+            batch = x.unsqueeze(0) if x.dim() == 3 else x
+            asked = torch_operators.ask_conv(batch, *stored, *self._dimensions)
+        if not asked.work:
+            return False
+        dense: bool | None = asked.work < _LITTLE
+        if not dense:
+            dense = torch_packed.stays_dense(asked.stored, asked.positions)
+        if dense is None:
+            return False
+        if dense and known.weight is None:
+            raced = torch_packed.unpacked(asked.stored)
+            whole = self._unpacked().contiguous() if raced is None else raced
+            known.weight = whole.view(self.shape)
+        if len(known.dense) == _SHAPES:
+            known.dense.clear()
+        known.dense[x.shape] = dense
+        return dense
 
     def dense(self) -> Dense:
         """The layer as it was before, with the same bits in its weight."""

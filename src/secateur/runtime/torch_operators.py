@@ -8,7 +8,9 @@ works in another process, where ``import secateur.runtime`` makes the operators 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,17 +63,8 @@ def sparse_linear(  # noqa: PLR0913, PLR0917 - the operator's schema
         tensor([[2., 3.]])
     """
     x = _ready("sparse_linear", x, values)
-    if x.dim() < 1 or x.shape[-1] != inputs:
-        raise UsageError(
-            f"sparse_linear on an input of shape {tuple(x.shape)}",
-            f"the weight is {outputs} x {inputs}",
-            f"the last axis of the input is to have {inputs} features",
-            "transpose or reshape the input, or give the parts of another layer",
-        )
-    if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], outputs))
-    stored = Operands(Spec("linear", outputs, inputs), values, index, bias)
-    return packed(stored).run(stored, x, x.numel() // inputs, Way(threads, measure))
+    asked = ask_linear(x, values, index, bias, outputs, inputs)
+    return _run(asked, x, threads, measure)
 
 
 def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
@@ -103,35 +96,8 @@ def sparse_conv(  # noqa: PLR0913, PLR0917 - the operator's schema
         measure: Time the kernels once for each size of input; else take the first guess.
     """
     x = _ready("sparse_conv", x, values)
-    shape = _conv_shape(x, weight, stride, pads, dilation)
-    if x.shape[1] != weight[1] * groups:
-        raise UsageError(
-            f"sparse_conv on an input of shape {tuple(x.shape)}",
-            f"the weight is {tuple(weight)} in {groups} groups",
-            f"the input is to have {weight[1] * groups} channels",
-            "permute the input to (n, c, h, w), or give the parts of another layer",
-        )
-    if min(shape) <= 0:
-        if min(shape[2:]) <= 0:
-            raise UsageError(
-                f"sparse_conv on an input of shape {tuple(x.shape)}",
-                f"its output would be {shape[2]} x {shape[3]}",
-                "the kernel is larger than the padded input",
-                "give a larger image, or more padding",
-            )
-        return x.new_empty(shape)
-    spec = Spec(
-        "conv",
-        weight[0],
-        weight[1],
-        groups,
-        kernel=(weight[2], weight[3]),
-        stride=(stride[0], stride[1]),
-        dilation=(dilation[0], dilation[1]),
-        pads=(pads[0], pads[1], pads[2], pads[3]),
-    )
-    stored = Operands(spec, values, index, bias)
-    return packed(stored).run(stored, x, shape[2] * shape[3], Way(threads, measure))
+    asked = ask_conv(x, values, index, bias, weight, stride, pads, dilation, groups)
+    return _run(asked, x, threads, measure)
 
 
 def dense_weight(
@@ -164,6 +130,102 @@ def dense_weight(
     if negative is not None:
         value[unpack_bits(negative, shape)] = -0.0
     return whole.copy_(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a call asks for.
+
+    Args:
+        stored: The layer.
+        shape: Of the output.
+        positions: How many of an image, or how many tokens, which the choice of a kernel goes by.
+    """
+
+    stored: Operands
+    shape: tuple[int, ...]
+    positions: int
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds, zeros included."""
+        return math.prod(self.shape) * self.stored.spec.columns
+
+
+def ask_linear(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, outputs: int, inputs: int
+) -> Asked:
+    """What a call of ``sparse_linear`` asks for.
+
+    Raises:
+        UsageError: The input does not fit the weight.
+
+    Example:
+        >>> parts = torch.ones(1), torch.tensor([1], dtype=torch.uint8), None
+        >>> asked = ask_linear(torch.ones(3, 5, 4), *parts, 2, 4)
+        >>> asked.shape, asked.positions, asked.work
+        ((3, 5, 2), 15, 120)
+    """
+    if x.dim() < 1 or x.shape[-1] != inputs:
+        raise UsageError(
+            f"sparse_linear on an input of shape {tuple(x.shape)}",
+            f"the weight is {outputs} x {inputs}",
+            f"the last axis of the input is to have {inputs} features",
+            "transpose or reshape the input, or give the parts of another layer",
+        )
+    stored = Operands(Spec("linear", outputs, inputs), values, index, bias)
+    return Asked(stored, (*x.shape[:-1], outputs), math.prod(x.shape[:-1]))
+
+
+def ask_conv(  # noqa: PLR0913, PLR0917 - as the operator
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    weight: Sequence[int],
+    stride: Sequence[int],
+    pads: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Asked:
+    """What a call of ``sparse_conv`` asks for.
+
+    Raises:
+        UsageError: The input does not fit the weight.
+    """
+    shape = _conv_shape(x, weight, stride, pads, dilation)
+    if x.shape[1] != weight[1] * groups:
+        raise UsageError(
+            f"sparse_conv on an input of shape {tuple(x.shape)}",
+            f"the weight is {tuple(weight)} in {groups} groups",
+            f"the input is to have {weight[1] * groups} channels",
+            "permute the input to (n, c, h, w), or give the parts of another layer",
+        )
+    if min(shape[2:]) <= 0:
+        raise UsageError(
+            f"sparse_conv on an input of shape {tuple(x.shape)}",
+            f"its output would be {shape[2]} x {shape[3]}",
+            "the kernel is larger than the padded input",
+            "give a larger image, or more padding",
+        )
+    spec = Spec(
+        "conv",
+        weight[0],
+        weight[1],
+        groups,
+        kernel=(weight[2], weight[3]),
+        stride=(stride[0], stride[1]),
+        dilation=(dilation[0], dilation[1]),
+        pads=(pads[0], pads[1], pads[2], pads[3]),
+    )
+    return Asked(Operands(spec, values, index, bias), shape, shape[2] * shape[3])
+
+
+def _run(asked: Asked, x: Tensor, threads: int, measure: bool) -> Tensor:
+    if not x.numel() and 0 in asked.shape:
+        return x.new_empty(asked.shape)
+    way = Way(threads, measure)
+    return packed(asked.stored).run(asked.stored, x, asked.positions, way)
 
 
 def _fake_weight(

@@ -172,9 +172,7 @@ def _fastest(entrants: dict[Variant | None, Run], x: Tensor, pool: Workers) -> V
 def _way_of(stored: Operands, kernel: Variant | None) -> Run:
     bias = None if stored.bias is None else stored.bias.detach()
     if kernel is None:
-        whole = stored.spec.kind == "linear"
-        dense = stored.dense()
-        return DenseLinear(dense, bias) if whole else _dense_conv(stored.spec, dense, bias)
+        return Dense(stored.spec, stored.dense(), bias)
     wide = None if bias is None else bias.float().contiguous()
     given = (stored.values.detach().contiguous(), stored.index.detach().contiguous())
     layer = Layer.from_stored(Stored("bitmask", *given), stored.spec, kernel, wide)
@@ -183,34 +181,29 @@ def _way_of(stored: Operands, kernel: Variant | None) -> Run:
 
 
 @dataclass(frozen=True, eq=False)
-class DenseLinear:
-    """A linear layer in PyTorch.
+class Dense:
+    """A layer in PyTorch.
 
     Args:
+        spec: Its shape.
         matrix: Its weight, unpacked.
         bias: ``(outputs,)`` or None.
     """
 
+    spec: Spec
     matrix: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor, _: Workers) -> Tensor:
-        return functional.linear(x, self.matrix, self.bias)
-
-
-def _dense_conv(spec: Spec, matrix: Tensor, bias: Tensor | None) -> Run:
-    weight = matrix.view(spec.outputs, spec.inputs, *spec.kernel)
-    top, left, bottom, right = spec.pads
-    even = (top, left) == (bottom, right)
-    inside = (top, left) if even else (0, 0)
-
-    def run(x: Tensor, _: Workers) -> Tensor:
-        padded = x if even else functional.pad(x, (left, right, top, bottom))
-        return functional.conv2d(
-            padded, weight, bias, spec.stride, inside, spec.dilation, spec.groups
-        ).contiguous()
-
-    return run
+        if self.spec.kind == "linear":
+            return functional.linear(x, self.matrix, self.bias)
+        spec, (top, left, bottom, right) = self.spec, self.spec.pads
+        weight = self.matrix.view(spec.outputs, spec.inputs, *spec.kernel)
+        inside = (top, left)
+        if inside != (bottom, right):
+            x, inside = functional.pad(x, (left, right, top, bottom)), (0, 0)
+        y = functional.conv2d(x, weight, self.bias, spec.stride, inside, spec.dilation, spec.groups)
+        return y.contiguous()
 
 
 def _once(run: Run, x: Tensor, pool: Workers) -> Callable[[], None]:
@@ -274,22 +267,17 @@ def _require_whole(stored: Operands) -> None:
         )
 
 
-def stays_dense(
-    values: Tensor, index: Tensor, bias: Tensor | None, shape: tuple[int, ...], tokens: int
-) -> bool | None:
-    """Whether a linear layer was fastest dense for so many tokens; None if that is not known yet."""
-    stored = Operands(Spec("linear", shape[0], shape[1]), values, index, bias)
+def stays_dense(stored: Operands, positions: int) -> bool | None:
+    """Whether a layer was fastest dense for so many positions or tokens; None if not known yet."""
     chosen = packed(stored).chosen
-    size = tokens.bit_length()
+    size = positions.bit_length()
     return chosen[size] is None if size in chosen else None
 
 
-def unpacked(
-    values: Tensor, index: Tensor, bias: Tensor | None, shape: tuple[int, ...]
-) -> Tensor | None:
-    """The dense weight of a linear layer, if it was unpacked because dense was fastest."""
-    way = packed(Operands(Spec("linear", shape[0], shape[1]), values, index, bias)).ways.get(None)
-    return way.matrix if isinstance(way, DenseLinear) else None
+def unpacked(stored: Operands) -> Tensor | None:
+    """The dense weight of a layer as a matrix, if it was unpacked because dense was fastest."""
+    way = packed(stored).ways.get(None)
+    return way.matrix if isinstance(way, Dense) else None
 
 
 def forget(*, choices: bool = False) -> None:
