@@ -47,6 +47,57 @@ def test_restore_gives_every_bit_back() -> None:
     assert repr(module) == repr(net())
 
 
+def test_restore_takes_hooks_along() -> None:
+    module = prune_(nn.Sequential(nn.Linear(9, 9)))
+    calls: list[str] = []
+    with_old = module[0].register_state_dict_pre_hook(lambda *_: calls.append("old"))
+    layer = accelerate(module)[0]
+    after = layer.register_forward_hook(lambda *_: calls.append("after"))
+    layer.register_forward_pre_hook(
+        lambda _m, _args, _kwargs: calls.append("before"), with_kwargs=True
+    )
+    layer.register_full_backward_hook(lambda *_: calls.append("back"))
+    layer.register_state_dict_pre_hook(lambda *_: calls.append("saved"))
+    x = torch.randn(2, 9)
+    with torch.no_grad():
+        module(x)
+        assert calls == ["before", "after"]
+        restore(module)
+        module(x)
+        assert calls == ["before", "after"] * 2
+    calls.clear()
+    after.remove()
+    module(x.requires_grad_()).sum().backward()
+    assert calls == ["before", "back"]
+    calls.clear()
+    module.state_dict()
+    assert sorted(calls) == ["old", "saved"]
+    with_old.remove()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("part", ["module", "layer", "parameters"])
+def test_restore_keeps_what_was_frozen_meanwhile(part: str, bias: bool) -> None:
+    for flag in (False, True):
+        module = prune_(nn.Sequential(nn.Linear(9, 9, bias=bias))).requires_grad_(not flag)
+        numbers = 9 if bias else 0
+        accelerate(module)
+        assert "trainable" not in str(list(module.state_dict()))
+        assert sum(p.numel() for p in module.parameters()) == numbers
+        module.load_state_dict(module.state_dict())
+        module.load_state_dict(module.state_dict(), assign=True)
+        assert all(p.requires_grad is not flag for p in module.parameters())
+        copied = copy.deepcopy(module)
+        for each in (module, copied):
+            if part == "parameters":
+                for parameter in each.parameters():
+                    parameter.requires_grad_(flag)
+            else:
+                (each if part == "module" else each[0]).requires_grad_(flag)
+            assert all(p.requires_grad is flag for p in restore(each).parameters())
+            assert len(list(each.parameters())) == 1 + bias
+
+
 def test_the_state_dict_is_that_of_the_dense_module() -> None:
     module = prune_(net())
     dense = {k: v.clone() for k, v in module.state_dict().items()}

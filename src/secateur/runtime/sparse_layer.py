@@ -73,7 +73,6 @@ class SparseLayer(nn.Module):
         shell: Dense = copy.copy(dense)
         shell._parameters, shell._buffers, shell._modules = {}, {}, {}
         self._shell: tuple[Dense] = (shell,)
-        self._trainable = dense.weight.requires_grad
         self._known: _Known | None = None
         self.shape = tuple(dense.weight.shape)
         # Its order in memory, without the gaps and overlaps that a view may have.
@@ -82,6 +81,9 @@ class SparseLayer(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self._store_(dense.weight)
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+        # An empty stand-in for the weight among the parameters, so that requires_grad_() of this
+        # module, or of one around it, is not lost.
+        self.trainable = nn.Parameter(self.values.new_empty(0), dense.weight.requires_grad)
         self.geometry = _geometry(dense) if isinstance(dense, nn.Conv2d) else None
         # As the operators take them.
         self._dimensions: tuple[Any, ...] = self.shape
@@ -197,12 +199,18 @@ class SparseLayer(nn.Module):
         return dense
 
     def dense(self) -> Dense:
-        """The layer as it was before, with the same bits in its weight."""
+        """The layer as it was before, with the same bits in its weight; hooks are taken along."""
         layer = copy.copy(self._shell[0])
         layer._buffers, layer._modules = {}, {}
-        weight = nn.Parameter(self._unpacked(), requires_grad=self._trainable)
+        weight = nn.Parameter(self._unpacked(), requires_grad=self.trainable.requires_grad)
         layer._parameters = {"weight": weight, "bias": self.bias}
         layer.training = self.training
+        for name, hooks in vars(self).items():
+            if "_hooks" in name:
+                # The dictionaries themselves: handles remove hooks from these.
+                hooks.update(vars(layer)[name])
+            if "_hook" in name:  # and what kind they are
+                setattr(layer, name, hooks)
         return layer
 
     def extra_repr(self) -> str:
@@ -250,6 +258,7 @@ class SparseLayer(nn.Module):
     ) -> None:
         destination[prefix + "weight"] = self._unpacked()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "trainable"]
 
     def _load_from_state_dict(  # noqa: PLR0913, PLR0917 - the signature is torch's
         self,
@@ -273,6 +282,7 @@ class SparseLayer(nn.Module):
             if not like.is_meta:  # torch, too, copies nothing into a tensor without memory
                 self._store_(given.to(dtype=like.dtype, device=like.device))
         own = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k != name}
+        own[prefix + "trainable"] = self.values.new_empty(0)
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

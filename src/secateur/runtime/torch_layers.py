@@ -112,6 +112,8 @@ def accelerate(
 def restore(module: nn.Module) -> nn.Module:
     """Undo :func:`accelerate`, bit for bit.
 
+    Hooks and ``requires_grad`` that were set in the meantime stay.
+
     Parameters of the layers that were swapped are new objects with the old contents: an optimizer
     that was made before must be made again.
 
