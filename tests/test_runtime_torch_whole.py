@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import subprocess
+import sys
+import weakref
 
 import pytest
 import torch
@@ -165,18 +168,77 @@ def test_the_weight_can_be_read() -> None:
     assert "Linear, weight=(9, 9), sparsity=0." in repr(ours)
 
 
-def test_packed_forms_go_with_their_modules() -> None:
-    gc.collect()
-    torch_packed.forget()
-    before = len(torch_packed._PACKED)
-    ours = accelerate(prune_(net()))
+def _forms() -> int:
+    return len(torch_packed._PACKED)
+
+
+@pytest.fixture
+def none_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_packed, "_PACKED", {})
+
+
+@pytest.mark.usefixtures("none_packed")
+@pytest.mark.parametrize("cycle", [False, True])
+def test_packed_forms_go_with_their_modules(cycle: bool) -> None:
+    ours = accelerate(prune_(net()), choose="first")
+    x = torch.randn(20, 3, 16, 16)
     with torch.inference_mode():
-        ours(torch.randn(20, 3, 16, 16))
-    assert len(torch_packed._PACKED) == before + 3
-    del ours
+        ours(x)
+        assert _forms() == 3
+        copied = copy.deepcopy(ours)
+        copied(x)
+        assert _forms() == 6
+        if cycle:
+            ours.itself = [ours]
+        gone = weakref.ref(ours)
+        del ours
+        gc.collect()
+        assert gone() is None
+        assert _forms() == 3
+        copied(x)
+        assert _forms() == 3
+    del copied
     gc.collect()
-    torch_packed.forget()
-    assert len(torch_packed._PACKED) == before
+    assert _forms() == 0
+
+
+@pytest.mark.usefixtures("none_packed")
+def test_packed_forms_go_when_other_weights_are_loaded_and_when_restored() -> None:
+    ours, x = accelerate(prune_(net()), choose="first"), torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        ours(x)
+        ours.load_state_dict(prune_(net()).state_dict())
+        assert _forms() == 0
+        ours(x)
+        assert _forms() == 3
+        restore(ours)
+    assert _forms() == 0
+
+
+def test_an_exported_program_outlives_its_module() -> None:
+    module = prune_(net())
+    x = torch.randn(2, 3, 16, 16)
+    ours = accelerate(copy.deepcopy(module), choose="first")
+    program = torch.export.export(ours, (x,)).module()
+    with torch.no_grad():
+        ours(x)
+        del ours
+        gc.collect()
+        assert relative(program(x), module(x)) < 1e-5
+
+
+def test_a_process_ends_quietly_with_an_accelerated_module() -> None:
+    code = """
+import torch
+from torch import nn
+from secateur.runtime import accelerate
+class Kept:
+    net = accelerate(nn.Sequential(nn.Linear(40, 40)).eval(), choose="first", minimum_sparsity=0)
+with torch.no_grad():
+    Kept.net(torch.ones(1, 40))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
 
 
 # ---- compile and export

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,7 @@ class SparseLayer(nn.Module):
             self._dimensions = (self.shape, *self.geometry)
         for name in dense.__constants__:  # sizes, strides and such, which a parent may read
             setattr(self, name, getattr(dense, name))
+        self._release_at_the_end()
 
     @property
     def weight(self) -> Tensor:
@@ -222,7 +224,17 @@ class SparseLayer(nn.Module):
         # A copy, or another process, has weights at other addresses.
         return self.__dict__ | {"_known": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._release_at_the_end()
+
+    def _release_at_the_end(self) -> None:
+        # The dictionary does not know the layer, so it does not keep it, and has its latest tensors.
+        end = weakref.finalize(self, torch_packed.release, self._buffers)
+        end.atexit = False
+
     def _store_(self, weight: Tensor) -> None:
+        torch_packed.release(self._buffers)
         value = weight.detach().contiguous()
         parts = _BITMASK.pack(value, value != 0)
         self.values, self.index = parts["values"], parts["bitmask"]

@@ -1,6 +1,6 @@
 """Stored weights in the form that a kernel runs from, and which kernel that is.
 
-The form is packed at the first call and kept for as long as the memory of the stored weight lives.
+The form is packed at the first call and kept until the layer goes, or the memory of the stored weight.
 Which kernel, is decided once for each size of input (by powers of two) and each kind of layer: those
 of one shape, type, sparsity and pattern share the choice. The dense layer takes part in the race:
 where it wins, its weight is unpacked and kept, too.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -219,22 +220,31 @@ def _kernels(stored: Operands, positions: int) -> list[Variant]:
     return sorted(found, key=lambda k: k.family == "gemv" and positions > _FEW_TOKENS)
 
 
-_PACKED: dict[tuple[object, ...], Packed] = {}
+class _Key(NamedTuple):
+    """Changes with a weight, or the place of its bias."""
+
+    spec: Spec
+    values: tuple[object, ...]
+    kept: tuple[object, ...]
+    bias: tuple[object, ...] | None
+
+
+_PACKED: dict[_Key, Packed] = {}
 # The fastest kernel for each kind of layer, size of input and number of threads; None is dense.
 _CHOICES: dict[Hashable, Variant | None] = {}
-# Held while the first of them changes, or is walked through.
+# Held while a form is added.
 _CHANGING = threading.RLock()
 
 
 def packed(stored: Operands) -> Packed:
     """The packed form of a weight; made once for as long as its memory lives and is unchanged."""
-    key: tuple[object, ...] = (stored.spec, identity(stored.values), identity(stored.index))
-    bias = None
+    bias, place = None, None
     if stored.bias is not None:
         # Biases are changed through .data and in inference mode, too, which count no versions. They
         # are small enough to be compared at every call: as bytes, where NaN is equal to itself.
-        key = (*key, _place(stored.bias))
+        place = _place(stored.bias)
         bias = stored.bias.detach().reshape(-1).contiguous().view(torch.uint8)
+    key = _Key(stored.spec, identity(stored.values), identity(stored.index), place)
     found = _PACKED.get(key)
     if found is None or not found.holds(bias):
         _require_whole(stored)
@@ -286,11 +296,27 @@ def forget(*, choices: bool = False) -> None:
     Args:
         choices: Forget also which kernels were fastest, so that they are timed anew.
     """
-    with _CHANGING:
-        if choices:
-            _CHOICES.clear()
-        for key in [k for k, form in _PACKED.items() if not form.alive]:
-            del _PACKED[key]
+    if choices:
+        _CHOICES.clear()
+    _drop_([key for key, form in _PACKED.copy().items() if not form.alive])
+
+
+def release(parts: Mapping[str, Tensor | None]) -> None:
+    """Drop the packed forms of a weight that is not used any more.
+
+    Args:
+        parts: Its ``values``, by name. Who else uses their memory packs them again.
+    """
+    values = parts.get("values")
+    if values is not None:
+        place = values.untyped_storage()._cdata
+        _drop_([key for key in _PACKED.copy() if key.values[0] == place])
+
+
+def _drop_(keys: list[_Key]) -> None:
+    # Without a lock: the garbage collector may ask for this in the middle of anything.
+    for key in keys:
+        _PACKED.pop(key, None)
 
 
 def identity(x: Tensor) -> tuple[object, ...]:
