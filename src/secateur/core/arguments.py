@@ -162,6 +162,37 @@ torch.nn.Module. Pass the module itself.
     raise UsageError(asked, f"{found} was given", "a network is a torch.nn.Module", do)
 
 
+def require_dense(asked: str, model: nn.Module) -> None:
+    """Raise if layers of a network keep their weights packed, as accelerated ones do.
+
+    Args:
+        asked: What was asked, as an error names it.
+        model: The network. Packed layers are known by an attribute of their class, ``is_packed``,
+            because they are made upstairs.
+
+    Raises:
+        UsageError: There are such layers.
+
+    Example:
+        >>> require_dense("the model", nn.Linear(1, 1))
+        >>> class Packed(nn.Module):
+        ...     is_packed = True
+        >>> require_dense("the model", nn.Sequential(Packed()))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: the model: it is accelerated ('0' is a Packed). Its weights are \
+packed, and cannot be seen or changed one by one. Call secateur.runtime.restore() first.
+    """
+    for name, module in model.named_modules():
+        if getattr(type(module), "is_packed", False):
+            raise UsageError(
+                asked,
+                f"it is accelerated ({repr(name) if name else 'it'} is a {type(module).__name__})",
+                "its weights are packed, and cannot be seen or changed one by one",
+                "call secateur.runtime.restore() first",
+            )
+
+
 def require_part(asked: str, value: object, has: Sequence[str], *, what: str, write: str) -> None:
     """Raise unless a value is an object with the given attributes, and not a class of such objects.
 

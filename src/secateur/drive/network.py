@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from secateur.core.arguments import require_dense
 from secateur.core.errors import UsageError
 from secateur.drive.training import ranks
 
@@ -20,7 +21,8 @@ def network_of(model: nn.Module) -> nn.Module:
     modules can be watched, which compiled code does not allow.
 
     Raises:
-        UsageError: It is no network, or none with values and layers that can be seen.
+        UsageError: It is no network, none with values and layers that can be seen, or an accelerated
+            one.
 
     Example:
         >>> import torch
@@ -33,6 +35,7 @@ def network_of(model: nn.Module) -> nn.Module:
     found = _obstacle(model)
     if found is not None:
         raise UsageError("the model", *found)
+    require_dense("the model", model)
     return model
 
 

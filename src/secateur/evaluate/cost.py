@@ -16,6 +16,7 @@ from secateur.drive.money import uses
 from secateur.drive.training.held import SUFFIX, masks_of
 from secateur.formats import write_bundle
 from secateur.frontends import discover
+from secateur.runtime.torch_layers import dense_copy
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def cost_of(model: nn.Module, masks: Masks | None = None, example: Batch | None 
     attention; products of two activations (inside attention) are not among them.
 
     Args:
-        model: Left as it is.
+        model: Left as it is. Of an accelerated one, the weights that it has packed are counted.
         masks: The weights that were pruned; they are what a file stores sparse.
         example: A batch to see how often each weight is used.
 
@@ -63,6 +64,7 @@ def cost_of(model: nn.Module, masks: Masks | None = None, example: Batch | None 
         >>> cost.parameters, cost.macs_dense
         (10, 8.0)
     """
+    model = dense_copy(model)
     parameters = [p.detach() for p in model.parameters()]
     dense: float | None = None
     kept: float | None = None

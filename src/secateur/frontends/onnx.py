@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur.core.arguments import require_network
+from secateur.core.arguments import require_dense, require_network
 from secateur.core.atomic import new_file
 from secateur.core.batches import (
     Batch,
@@ -86,7 +86,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
 
     Raises:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
-        UsageError: PyTorch cannot export the model, or ONNX Runtime cannot run it.
+        UsageError: The model is accelerated, PyTorch cannot export it, or ONNX Runtime cannot run it.
         DataError: The file computes something else, or the example is empty; no file is kept.
         FileError: The file cannot be written.
 
@@ -101,6 +101,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     require_network("exporting to ONNX", model)
     path = Path(path)
     asked = f"exporting a {type(model).__name__} to {path.name!r}"
+    require_dense(asked, model)
     call = _Call(model, *_inputs(model, example))
     halves = sorted({str(p.dtype) for p in model.parameters() if p.dtype in _HALF})
     notes: tuple[str, ...] = ()
@@ -223,13 +224,6 @@ def _write(call: _Call, file: Path, asked: str) -> tuple[str, ...]:
         while deepest.__cause__ is not None:  # the outer ones only say at which step it failed
             deepest = deepest.__cause__
         first = next((line for line in str(deepest).splitlines() if line.strip()), "no message")
-        if "secateur.sparse_" in first:
-            raise UsageError(
-                asked,
-                "the model is accelerated",
-                "the operators of secateur.runtime.accelerate are not those of ONNX",
-                "call secateur.runtime.restore() first, and secateur compile on the file",
-            ) from error
         raise UsageError(
             asked,
             f"PyTorch's exporter failed ({type(deepest).__name__}: {first[:300]})",

@@ -61,6 +61,8 @@ class SparseLayer(nn.Module):
         measure: Time the kernels at the first input of each size.
     """
 
+    is_packed = True  # secateur.core.arguments.require_dense knows it by this
+
     values: Tensor
     index: Tensor
     negative: Tensor | None

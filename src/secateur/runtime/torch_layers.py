@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,9 +124,22 @@ def restore(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or the dense layer if the module is itself a swapped one.
     """
-    restored = _swap_(module, lambda m: m.dense() if isinstance(m, SparseLayer) else None)
+    restored = _swap_(module, _dense)
     forget(choices=True)
     return restored
+
+
+def dense_copy(module: nn.Module) -> nn.Module:
+    """The module itself; of an accelerated one a restored copy, to count what it has.
+
+    Example:
+        >>> net = accelerate(nn.Linear(4, 4).eval(), minimum_sparsity=0)
+        >>> type(dense_copy(net)).__name__, type(net).__name__
+        ('Linear', 'SparseLayer')
+    """
+    if not any(isinstance(layer, SparseLayer) for layer in module.modules()):
+        return module
+    return _swap_(copy.deepcopy(module), _dense)
 
 
 def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Considered, ...]:
@@ -202,6 +216,10 @@ def _obstacle(layer: Dense) -> str:
         if weight.shape[1] == 1:
             return "it is depthwise: there is little to skip in it"
     return ""
+
+
+def _dense(layer: nn.Module) -> nn.Module | None:
+    return layer.dense() if isinstance(layer, SparseLayer) else None
 
 
 def _swap_(module: nn.Module, replacement: Any) -> nn.Module:

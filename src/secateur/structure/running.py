@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from secateur.core.arguments import require_network
+from secateur.core.arguments import require_dense, require_network
 from secateur.core.attention import unfused_attention
 from secateur.core.batches import mapped
 from secateur.core.errors import UsageError
@@ -64,7 +64,7 @@ def require_python(model: nn.Module) -> None:
     """Refuse a network that hides its modules or its operators.
 
     Raises:
-        UsageError: It is wrapped for several devices, or compiled to TorchScript.
+        UsageError: It is wrapped for several devices, accelerated, or compiled to TorchScript.
 
     Example:
         >>> require_python(nn.DataParallel(nn.Linear(1, 1)))
@@ -73,6 +73,7 @@ def require_python(model: nn.Module) -> None:
         secateur.core.errors.UsageError: tracing DataParallel: it wraps a Linear for several devices...
     """
     require_network("tracing a network", model)
+    require_dense(f"tracing {type(model).__name__}", model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(
             f"tracing {type(model).__name__}",
