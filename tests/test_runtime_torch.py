@@ -421,6 +421,31 @@ def test_other_types_are_refused_with_the_reason(dtype: torch.dtype) -> None:
             ours(torch.ones(shape, dtype=dtype))
 
 
+def test_a_module_that_was_made_float64_says_that_there_is_no_kernel() -> None:
+    ours = accelerate(prune_(nn.Linear(9, 9)), choose="first").double()
+    for dtype in (torch.float64, torch.float32):
+        with pytest.raises(
+            UsageError, match=r"weight is torch.float64. There are kernels for"
+        ) as e:
+            ours(torch.ones(2, 9, dtype=dtype))
+        assert all(e.value.parts().values())
+    x = torch.ones(2, 9)
+    with torch.no_grad():
+        assert ours.float()(x).dtype == torch.float32
+        assert restore(ours.double())(x.double()).dtype == torch.float64
+
+
+def test_a_call_with_tensors_of_its_own_gets_no_weight() -> None:
+    ours = accelerate(prune_(nn.Sequential(nn.Linear(9, 9))))
+    given, x = dict(ours.state_dict()), torch.ones(2, 9)
+    with torch.no_grad():
+        with pytest.raises(UsageError, match=r"functional_call is given, leave .* out") as caught:
+            torch.func.functional_call(ours, given, x)
+        assert all(caught.value.parts().values())
+        found = torch.func.functional_call(ours, {"0.bias": given["0.bias"] + 1}, x)
+        assert torch.allclose(found, ours(x) + 1)
+
+
 def test_wrong_shapes_are_refused() -> None:
     linear, conv = accelerate(prune_(nn.Linear(9, 9))), accelerate(prune_(nn.Conv2d(9, 9, 3)))
     wrong = ((linear, (2, 8)), (conv, (1, 8, 5, 5)), (conv, (1, 9, 2, 5)), (conv, (1, 1, 9, 5, 5)))

@@ -117,7 +117,8 @@ class SparseLayer(nn.Module):
                 "assigning the weight of an accelerated layer",
                 "it has no dense weight, only the values that are not zero",
                 "the kernels run from those",
-                "use load_state_dict, or restore() the module first and accelerate() it again",
+                "use load_state_dict, or restore() the module first; of what torch.func.functional_call "
+                "is given, leave the weights of such layers out",
             )
         super().__setattr__(name, value)
 

@@ -281,7 +281,15 @@ def _conv_shape(
 
 def _ready(name: str, x: Tensor, values: Tensor) -> Tensor:
     """The input as the kernels read it; in another order in memory it is copied."""
-    if x.dtype != values.dtype or x.dtype not in DTYPES:
+    if values.dtype not in DTYPES:
+        raise UsageError(
+            f"secateur::{name}",
+            f"the weight is {values.dtype}",
+            "there are kernels for float32, bfloat16 and float16",
+            f"convert the module, e.g. with .float(), or use secateur.runtime.restore, which leaves "
+            f"it {values.dtype}",
+        )
+    if x.dtype != values.dtype:
         raise UsageError(
             f"secateur::{name}",
             f"the input is {x.dtype}, and the weight {values.dtype}",
