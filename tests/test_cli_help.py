@@ -29,6 +29,18 @@ def test_flags_take_no_value_in_the_help() -> None:
     assert [(name, option.name) for name, option in flags if option.metavar != ""] == []
 
 
+def test_every_data_option_says_which_metrics_are_better() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    told = {
+        name: option.help
+        for name, command in commands.items()
+        for option in command.params
+        if option.name == "data"
+    }
+    assert {"evaluate", "compare", "prune", "shrink", "ticket"} <= told.keys()
+    assert {name for name, text in told.items() if "larger is better" not in text} == set()
+
+
 def test_a_recipe_of_shrink_is_told_as_such() -> None:
     with pytest.raises(UsageError, match="secateur shrink --recipe") as caught:
         from_plain(to_plain(secateur.ShrinkRecipe()))

@@ -158,6 +158,41 @@ def test_own_metric_and_its_name() -> None:
     assert net.training
 
 
+def fails(model: nn.Module, batches: Iterable[Any]) -> float:
+    return 1 / 0
+
+
+def takes_one(model: nn.Module) -> float:
+    return 1.0
+
+
+def gives_none(model: nn.Module, batches: Iterable[Any]) -> None:
+    return None
+
+
+def gives_many(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+    return torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        (fails, r"it fails \(ZeroDivisionError: division by zero\)"),
+        (takes_one, r"it fails \(TypeError: takes_one\(\) takes 1 positional argument but 2"),
+        (gives_none, "it returned None, which is no number"),
+        (gives_many, r"it returned tensor\(\[0\., 0\., 0\.\]\), which is no number"),
+    ],
+)
+def test_a_metric_that_is_none_is_blamed(metric: Any, told: str) -> None:
+    net = network()
+    data = Data(test=labelled(net), metric=metric)
+    with pytest.raises(DataError, match=f"the metric '{metric.__name__}': {told}") as found:
+        measure(net, data, latency=False)
+    assert "metric(model, batches)" in found.value.why
+    with pytest.raises(DataError, match="the metric"):
+        compare(net, net, data, latency=False)
+
+
 def test_an_empty_loader_is_an_error() -> None:
     with pytest.raises(DataError, match="no samples"):
         measure(network(), [], latency=False)

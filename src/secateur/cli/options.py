@@ -22,7 +22,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="FILE.PY:FUNCTION",
-        help="Returns Data, a mapping with train and test, or (train, test[, metric]).",
+        help="Returns Data, a mapping with train and test, or (train, test[, metric]). "
+        "metric(model, batches) gives a number: larger is better.",
         show_default=False,
     ),
 ]

@@ -53,7 +53,11 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
         typer.Option("--output", "-o", metavar="FOLDER", help="Of runs; finished stages are kept."),
     ],
     data: Annotated[
-        str, typer.Option(metavar="FILE.PY:FUNCTION", help="Training and test batches.")
+        str,
+        typer.Option(
+            metavar="FILE.PY:FUNCTION",
+            help="Training and test batches, and a metric if there is one: larger is better.",
+        ),
     ],
     weights: options.Weights = None,
     architecture: options.Architecture = None,

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, Data, as_data, evaluating, narrow, size_of, to_device
-from secateur.core.errors import DataError, UsageError
+from secateur.core.batches import (
+    Batch,
+    Data,
+    Metric,
+    as_data,
+    evaluating,
+    narrow,
+    size_of,
+    to_device,
+)
+from secateur.core.errors import DataError, SecateurError, UsageError
 from secateur.core.masks import Masks
 from secateur.core.slots import device_of
 from secateur.drive.pruned import Pruned
@@ -29,8 +38,8 @@ class Measurement:
 
     Args:
         cost: Parameters, non-zeros, multiply-adds, bytes.
-        accuracy: Share of right answers (0 to 1), or the value of the user's metric; ``None``
-            without targets.
+        accuracy: Share of right answers (0 to 1), or the value of the user's metric (larger is
+            better); ``None`` without targets.
         metric: ``"accuracy"``, or the name of the user's metric.
         loss: Mean loss over the samples, or ``None``.
         samples: How many samples were seen.
@@ -185,6 +194,31 @@ def quality(model: nn.Module, data: Data | None, tally: Tally) -> tuple[float | 
         return tally.accuracy, "accuracy"
     device = device_of(model)
     _, batches = batches_of(data)
+    name = getattr(data.metric, "__name__", type(data.metric).__name__)
+    filled = (to_device(b, device) for b in batches if size_of(b))
     with evaluating(model), torch.no_grad():
-        value = float(data.metric(model, (to_device(b, device) for b in batches if size_of(b))))
-    return value, getattr(data.metric, "__name__", type(data.metric).__name__)
+        return _judged(name, data.metric, model, filled), name
+
+
+def _judged(name: str, metric: Metric, model: nn.Module, batches: Iterable[Batch]) -> float:
+    """The value of a metric of the user's own; the network alone was run on the batches before."""
+    found = ""
+    try:
+        value = metric(model, batches)
+    except (SecateurError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = str(error).strip().partition("\n")[0][:300]
+        found = f"it fails ({type(error).__name__}: {told})"
+        cause: Exception = error
+    else:
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            found, cause = f"it returned {value!r:.60}, which is no number", error
+    raise DataError(
+        f"the metric {name!r}",
+        found,
+        "it is called as metric(model, batches) and returns a number; larger is better",
+        "correct the metric, or leave it out to count right answers",
+    ) from cause
