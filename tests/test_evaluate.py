@@ -147,6 +147,70 @@ def test_perplexity_counts_every_token_alike() -> None:
     assert found.perplexity == pytest.approx(math.exp((1 * 1.0 + 6 * 2.0 + 1 * 4.0) / 8))
 
 
+class Scored(nn.Module):
+    """Computes the mean loss of all labels that count, as models of Transformers do."""
+
+    def __init__(self, shifts: bool) -> None:
+        super().__init__()
+        self.table, self.shifts = nn.Embedding(5, 5), shifts
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.table(input_ids)
+        rows, target = (logits[:, :-1], labels[:, 1:]) if self.shifts else (logits, labels)
+        loss = nn.functional.cross_entropy(rows.flatten(0, 1), target.flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+def test_the_loss_of_texts_does_not_depend_on_how_they_are_batched(shifts: bool) -> None:
+    net, ids = Scored(shifts), torch.randint(5, (6, 9))
+    length = torch.tensor([2, 9, 3, 9, 5, 1])
+    labels = torch.where(torch.arange(9) < length[:, None], ids, -100)
+    if not shifts:
+        labels = torch.where(labels == -100, labels, (labels + 1 + torch.arange(9)) % 5)
+    found = []
+    for sizes in ([6], [1] * 6, [2, 3, 1], [5, 1]):
+        batches = [
+            {"input_ids": x, "labels": y}
+            for x, y in zip(ids.split(sizes), labels.split(sizes), strict=True)
+        ]
+        found.append(measure(net, batches, latency=False))
+    with torch.no_grad():
+        whole = float(net(ids, labels).loss)
+    for one in found:
+        assert one.loss == pytest.approx(whole)
+        assert one.accuracy == found[0].accuracy
+        if shifts:
+            assert one.perplexity == pytest.approx(math.exp(whole))
+        else:
+            assert one.perplexity is None
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertForTokenClassification"])
+def test_the_loss_of_padded_texts_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    if kind == "GPT2LMHeadModel":
+        config = transformers.GPT2Config(**sizes, n_positions=12, bos_token_id=0, eos_token_id=0)
+    else:
+        config = transformers.BertConfig(**sizes, intermediate_size=16, num_labels=3)
+    net = getattr(transformers, kind)(config)
+    ids = torch.randint(20, (4, 12))
+    mask = (torch.arange(12) < torch.tensor([[3], [12], [5], [2]])).long()
+    labels = ids if kind == "GPT2LMHeadModel" else ids % 3
+    whole = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels.masked_fill(mask == 0, -100),
+    }
+    single = [{name: x[i : i + 1] for name, x in whole.items()} for i in range(4)]
+    one, each = (measure(net, batches, latency=False) for batches in ([whole], single))
+    assert each.loss == pytest.approx(one.loss, rel=1e-5)
+    if one.perplexity is not None and one.loss is not None:
+        assert math.log(one.perplexity) == pytest.approx(one.loss)
+    assert (one.perplexity is None) == (kind == "BertForTokenClassification")
+
+
 def test_own_metric_and_its_name() -> None:
     def f1(model: nn.Module, batches: Iterable[Any]) -> float:
         assert not model.training

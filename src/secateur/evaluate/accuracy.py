@@ -45,6 +45,11 @@ class Answers:
     samples: int
     language: bool = False
 
+    @property
+    def counted(self) -> int:
+        """What the loss is a mean over: the units that have a label, or else the samples."""
+        return self.samples if self.right is None else len(self.right)
+
 
 @torch.no_grad()
 def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:

@@ -41,7 +41,8 @@ class Measurement:
         accuracy: Share of right answers (0 to 1), or the value of the user's metric (larger is
             better); ``None`` without targets.
         metric: ``"accuracy"``, or the name of the user's metric.
-        loss: Mean loss over the samples, or ``None``.
+        loss: Mean loss over what has a label (samples, tokens, pixels), else over the samples; or
+            ``None``.
         samples: How many samples were seen.
         split: Where they came from: ``"test"``, ``"train"``, or ``""`` without data.
         latency: Of one batch, or ``None`` if it was not asked for.
@@ -120,7 +121,6 @@ class Tally:
     units: int = 0
     losses: float = 0.0
     weighed: int = 0
-    nats: float = 0.0
     tokens: int = 0
     example: Batch | None = None
     judged: bool = field(default=False)
@@ -134,12 +134,11 @@ class Tally:
             self.judged = True
             self.right += int(answers.right.sum())
             self.units += len(answers.right)
-        if answers.loss is not None:
-            self.losses += answers.loss * answers.samples
-            self.weighed += answers.samples
-            if answers.language and answers.right is not None:
-                self.nats += answers.loss * len(answers.right)
-                self.tokens += len(answers.right)
+        # The mean over nothing is NaN: a batch without any label that counts says nothing.
+        if answers.loss is not None and answers.counted:
+            self.losses += answers.loss * answers.counted
+            self.weighed += answers.counted
+            self.tokens += answers.counted if answers.language else 0
 
     @property
     def accuracy(self) -> float | None:
@@ -148,13 +147,15 @@ class Tally:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss over samples."""
+        """Mean loss over the units that have a label, or else over the samples."""
         return self.losses / self.weighed if self.weighed else None
 
     @property
     def perplexity(self) -> float | None:
         """Of a causal language model."""
-        return math.exp(min(self.nats / self.tokens, _LARGE)) if self.tokens else None
+        if self.loss is None or self.tokens != self.weighed:
+            return None
+        return math.exp(min(self.loss, _LARGE))
 
     def require_samples(self) -> None:
         """Raise if nothing was seen."""
