@@ -1,7 +1,8 @@
-"""What a pipe or a file gets is searched line by line, so a row stays one line."""
+"""What a pipe or a file gets: a row stays one line, since lines are searched; a document is alone."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -81,3 +82,40 @@ def test_a_reader_that_goes_away_is_no_mistake_of_the_user(place: Path) -> None:
     assert done.returncode == 1
     assert "sys.exit" not in done.stderr
     assert "UsageError" not in done.stderr
+
+
+LOUD = """
+import ctypes, os, subprocess, sys
+import torch
+
+def loud():
+    print("by Python")
+    sys.__stdout__.write("by the first stdout\\n")
+    os.write(1, b"by the system\\n")
+    subprocess.run([sys.executable, "-c", "print('by a program')"], check=True)
+    ctypes.CDLL(None).printf(b"by a library\\n")
+
+def load():
+    loud()
+    return {"test": [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))]}
+
+def fails():
+    loud()
+    raise RuntimeError("out of luck")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="looks into its own C library")
+@pytest.mark.parametrize(("data", "code"), [("load", 0), ("fails", 2)])
+def test_nothing_is_written_beside_a_document(place: Path, data: str, code: int) -> None:
+    (place / "loud.py").write_text(LOUD)
+    words = ["evaluate", "net.py:build", "--data", f"loud.py:{data}", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "secateur", *words],
+        capture_output=True, text=True, cwd=place, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    found = json.loads(done.stdout)
+    assert ("error" in found) == bool(code)
+    for by in ("Python", "the first stdout", "the system", "a program", "a library"):
+        assert f"by {by}\n" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Annotated
 
@@ -86,6 +88,7 @@ def run() -> None:
             sys.stderr.write("Interrupted.\n")
             sys.exit(INTERRUPTED)
         return
+    _keep_stdout()
     # Wrong options are found before any command runs; they must give a document, too.
     try:
         code = app(prog_name="secateur", standalone_mode=False)
@@ -102,3 +105,17 @@ def run() -> None:
         sys.stdout.write(error_document(version(), command, wrong, UsageError.exit_code) + "\n")
         sys.exit(UsageError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _keep_stdout() -> None:
+    """From here on ``sys.stdout`` alone is the real one: what writes below Python reaches stderr.
+
+    Programs that the user's own functions start, libraries in C, and ``sys.__stdout__`` would else
+    spoil the document.
+    """
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started this
+        return
+    with contextlib.suppress(OSError):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
