@@ -30,6 +30,7 @@ def seeded():
 
 
 def command(place: Path, *words: str, network: str = "build") -> Result:
+    place.mkdir(exist_ok=True)
     file = place / "parts.py"
     file.write_text(FILES.format(tests=str(Path(__file__).parent)))
     fixed = ["ticket", f"{file}:{network}", "--data", f"{file}:load", "-o", str(place / "runs")]
@@ -81,3 +82,38 @@ def test_command_refuses_in_its_own_words(tmp_path: Path) -> None:
         error = json.loads(ended.stdout)["error"]
         assert match in " ".join(str(value) for value in error.values())
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_says_the_seed_and_the_last_level(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("target: 36%\nallocation: global\nseed: 3\n")
+    words = ["--recipe", str(file), "--lr", "0.05", "--json"]
+    told = json.loads(command(tmp_path / "file", *words).stdout)
+    flags = ["--sparsity", "36%", "--allocation", "global", "--lr", "0.05", "--json", "--seed"]
+    same = json.loads(command(tmp_path / "flags", *flags, "3").stdout)
+    masks = [level["mask"] for level in same["levels"]]
+    assert [level["mask"] for level in told["levels"]] == masks
+    assert told["levels"][-1]["sparsity"] == pytest.approx(0.36, abs=0.01)
+    other = json.loads(command(tmp_path / "other", *words, "--seed", "4").stdout)
+    assert [level["mask"] for level in other["levels"]] != masks
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("target: 80%", True),
+        ("method: {magnitude: {sparsity: 0.8}}", True),
+        ("allocation: global", False),
+        ("method: magnitude", False),
+    ],
+)
+def test_levels_and_a_recipe_with_a_target(tmp_path: Path, text: str, refused: bool) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    words = ["--recipe", str(file), "--levels", "0.36", "--lr", "0.05", "--json"]
+    ended = command(tmp_path, *words)
+    told = json.loads(ended.stdout)
+    assert ended.exit_code == (2 if refused else 0)
+    if refused:
+        assert "the recipe has a target" in told["error"]["found"]
+        assert not (tmp_path / "runs").exists()

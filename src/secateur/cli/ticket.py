@@ -18,6 +18,7 @@ from secateur.cli.screen import screen
 from secateur.core.budget import number
 from secateur.core.errors import UsageError
 from secateur.core.facts import environment
+from secateur.drive.parts import read_plain
 from secateur.experiments import (
     Structure,
     TicketPlan,
@@ -105,7 +106,14 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
     lr: Annotated[float, _training("RATE", "Peak learning rate.")] = 0.1,
     optimizer: Annotated[str, _training("NAME", "sgd or adamw.")] = "sgd",
     decay: Annotated[str, _training("NAME", "Of the rate: steps or cosine.")] = "steps",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Of everything random. Default: that of the recipe, or 0.",
+            show_default=False,
+        ),
+    ] = None,
     connectivity: Annotated[
         bool,
         typer.Option(
@@ -125,7 +133,6 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
     secateur ticket net.py:build -o runs --data data.py:load --levels 0.36,0.79 --rewind rate
     """
     with screen("ticket", json=json, threads=threads) as out:
-        _require_one_target(levels, sparsity)
         flags = Flags(
             recipe=recipe,
             sparsity=sparsity,
@@ -135,7 +142,10 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
             ignore=tuple(ignore or ()),
             include=tuple(include or ()),
         )
-        wanted = dataclasses.replace(recipe_from(flags), seed=seed)
+        wanted = recipe_from(flags)
+        _require_one_target(levels, sparsity, recipe)
+        if seed is not None:  # the same recipe, another draw
+            wanted = dataclasses.replace(wanted, seed=seed)
         steps = re.fullmatch(r"(\d+)\s*steps?", rewind_to)
         plan = TicketPlan(
             levels=None if levels is None else _levels(levels),
@@ -143,7 +153,9 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
             rewind_to=float(steps[1]) if steps else number(rewind_to),
             unit="steps" if steps else "epochs",
             one_shot=one_shot,
-            training=Training(epochs=epochs, lr=lr, optimizer=optimizer, decay=decay, seed=seed),
+            training=Training(
+                epochs=epochs, lr=lr, optimizer=optimizer, decay=decay, seed=wanted.seed
+            ),
         )
         network = _network(model, weights, architecture)
         with out.progress() as progress:
@@ -168,7 +180,14 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
         out.finish({**content, "structure": shares, "environment": environment()})
 
 
-def _require_one_target(levels: str | None, sparsity: str | None) -> None:
+def _require_one_target(levels: str | None, sparsity: str | None, recipe: str | None) -> None:
+    if levels is not None and recipe is not None and _has_target(recipe):
+        raise UsageError(
+            f"--levels {levels} --recipe {recipe}",
+            "the recipe has a target, and both say where the levels end",
+            "the last of --levels is the target",
+            "take the target out of the file, or leave --levels out",
+        )
     if levels is not None and sparsity is not None:
         raise UsageError(
             f"--levels {levels} --sparsity {sparsity}",
@@ -176,6 +195,16 @@ def _require_one_target(levels: str | None, sparsity: str | None) -> None:
             "the last of --levels is the target",
             "leave one of them out",
         )
+
+
+def _has_target(recipe: str) -> bool:
+    """Whether a file says how sparse, itself or as an argument of its method."""
+    plain = read_plain(recipe)
+    method = plain.get("method")
+    arguments = list(method.values()) if isinstance(method, Mapping) else []
+    return plain.get("target") is not None or any(
+        isinstance(own, Mapping) and "sparsity" in own for own in arguments
+    )
 
 
 def _network(
