@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from secateur.cli.main import app
+
 _NET = """
 import torch
 from torch import Tensor, nn
@@ -59,3 +64,20 @@ def test_inspect_structure(tmp_path: Path) -> None:
     assert [w["name"] for w in told["widths"]] == ["0", "3"]
     assert all(row["width"] or row["pinned"] for row in told["parameters"])
     assert 0.5 < told["removable"] < 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rounds", "1"), ("--seed", "0"), ("--align", "0"), ("--epochs", "2"), ("--lr", "0.1"),
+        ("--distill", "0.5"), ("--uniform",), ("--ignore", "0"), ("--target", "macs=40%"),
+    ],
+)  # fmt: skip
+def test_a_recipe_file_says_everything(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    (tmp_path / "net.py").write_text(_NET)
+    (tmp_path / "r.yaml").write_text("rounds: 2\nseed: 5\nrecovery: [{finetune: {epochs: 1}}]")
+    words = ["shrink", f"{tmp_path}/net.py:build", "-o", f"{tmp_path}/out", "--json"]
+    words += ["--data", f"{tmp_path}/net.py:data", "--recipe", f"{tmp_path}/r.yaml", *flags]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["error"]["found"] == f"{flags[0]} was given too"

@@ -100,14 +100,7 @@ def recipe_from(flags: Flags) -> Recipe:
         'Alternating'
     """
     if flags.recipe is not None:
-        given = [f"--{n}" for n, v in vars(flags).items() if v not in (None, ()) and n != "recipe"]
-        if given:
-            raise UsageError(
-                f"--recipe {flags.recipe}",
-                f"{', '.join(given)} was given too",
-                "a recipe file says everything",
-                "change the file, or leave --recipe out",
-            )
+        require_alone(flags.recipe, {n: v for n, v in vars(flags).items() if n != "recipe"})
         return read_recipe(flags.recipe)
     if flags.sparsity is not None and _SHORT_PATTERN.fullmatch(flags.sparsity.strip()):
         raise UsageError(
@@ -125,6 +118,27 @@ def recipe_from(flags: Flags) -> Recipe:
         )
     _require_trainable({"epochs": flags.epochs, "lr": flags.lr})
     return _trained(from_plain(_plain(flags)), flags)
+
+
+def require_alone(recipe: str, others: Mapping[str, Any]) -> None:
+    """Refuse flags beside a recipe file; those that were not given are None or empty.
+
+    Example:
+        >>> require_alone("r.yaml", {"epochs": None, "ignore": ()})
+        >>> require_alone("r.yaml", {"epochs": None, "seed": 0})
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: --recipe r.yaml: --seed was given too. A recipe file says \
+everything. Change the file, or leave --recipe out.
+    """
+    given = [f"--{name}" for name, value in others.items() if value not in (None, (), [])]
+    if given:
+        raise UsageError(
+            f"--recipe {recipe}",
+            f"{', '.join(given)} was given too",
+            "a recipe file says everything",
+            "change the file, or leave --recipe out",
+        )
 
 
 def _plain(flags: Flags) -> dict[str, Any]:

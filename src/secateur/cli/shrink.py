@@ -10,11 +10,10 @@ import typer
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.flags import part, with_training
+from secateur.cli.flags import part, require_alone, with_training
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
 from secateur.core.batches import first_of
-from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.recipe import ShrinkRecipe
@@ -83,15 +82,14 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         ),
     ] = False,
     align: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
             metavar="N",
             help="Widths in multiples of N; 1: any width. Default: up to 16, as runtimes like it.",
-            show_default=False,
             rich_help_panel=_RECIPE,
         ),
-    ] = 0,
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -102,11 +100,14 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         ),
     ] = None,
     rounds: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, metavar="N", help="Cut and repair in N steps.", rich_help_panel=_RECIPE
+            min=1,
+            metavar="N",
+            help="Cut and repair in N steps. Default: 1.",
+            rich_help_panel=_RECIPE,
         ),
-    ] = 1,
+    ] = None,
     epochs: Annotated[
         float | None,
         typer.Option(metavar="N", help="Fine-tune the cut network.", rich_help_panel=_TRAIN),
@@ -114,7 +115,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
     lr: options.Lr = None,
     distill: options.Distill = None,
     calibration: options.Calibration = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,
     onnx: options.Onnx = None,
     pretrained: Annotated[
         Path | None,
@@ -142,18 +143,15 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 "criterion": criterion,
                 "allocation": allocation,
                 "recovery": recovery,
-                "scope": {"ignore": ignore, "include": include},
-            },
-            {
-                "uniform": uniform,
+                "uniform": uniform or None,
                 "align": align,
                 "engine": engine,
-                "rounds": 0 if rounds == 1 else rounds,
+                "rounds": rounds,
                 "seed": seed,
             },
+            {"ignore": ignore, "include": include},
+            {"epochs": epochs, "lr": lr, "distill": distill},
         )
-        training = {"epochs": epochs, "lr": lr, "distill": distill}
-        wanted = with_training(wanted, training, recovery or ())
         require_places(output, onnx, data, pretrained=pretrained, overwrite=overwrite)
         loaded = load_model(model, weights=weights, model=architecture)
         if pretrained is not None:
@@ -189,25 +187,27 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         _report(out, pruned, found, (exported, saved), output)
 
 
-def _recipe(path: str | None, parts: dict[str, Any], settings: dict[str, Any]) -> ShrinkRecipe:
-    given = {key: value for key, value in parts.items() if value and key != "scope"}
-    scope = {key: list(value) for key, value in parts["scope"].items() if value}
-    given |= {key: value for key, value in settings.items() if value}
+def _recipe(
+    path: str | None,
+    keys: dict[str, Any],
+    selectors: dict[str, list[str] | None],
+    training: dict[str, float | None],
+) -> ShrinkRecipe:
+    """The recipe of a file, or of flags: what was not given is None (or no names)."""
     if path is not None:
-        if given or scope:
-            raise UsageError(
-                f"--recipe {path}",
-                f"{', '.join(f'--{key}' for key in (*given, *scope))} was given too",
-                "a recipe file says everything",
-                "change the file, or leave --recipe out",
-            )
+        require_alone(path, {**keys, **selectors, **training})
         return read_shrink_recipe(path)
+    given = {key: value for key, value in keys.items() if value is not None}
     for key in ("criterion", "allocation"):
         if key in given:
             given[key] = part(key, given[key])
-    if "recovery" in given:
-        given["recovery"] = [part("recovery", text) for text in given["recovery"]]
-    return from_plain({**given, **({"scope": scope} if scope else {})})
+    recovery = given.pop("recovery", [])
+    if recovery:
+        given["recovery"] = [part("recovery", text) for text in recovery]
+    scope = {key: list(value) for key, value in selectors.items() if value}
+    if scope:
+        given["scope"] = scope
+    return with_training(from_plain(given), training, recovery)
 
 
 def _note_masks(pruned: Pruned, masks: Masks) -> None:
