@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import secateur
 from secateur import FineTune, Recipe, Scope, Target, read_recipe, recipes
 from secateur.allocate import ALLOCATIONS, Given, Ranked, Sensitivity, Tolerance
 from secateur.core.errors import (
@@ -19,6 +21,7 @@ from secateur.core.errors import (
     UsageError,
 )
 from secateur.drive.recipe_file import from_plain, part, to_plain
+from secateur.drive.structural.recipe_file import read_shrink_recipe
 from secateur.pattern import NM, PATTERNS, Blocks
 from secateur.recover import (
     RECOVERIES,
@@ -224,8 +227,58 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         read_recipe(file)
     with pytest.raises(FormatError):
         read_recipe(tmp_path)
-    file.write_text("")
+    file.write_text("day: 2001-99-99")
+    with pytest.raises(FormatError, match="month must be"):
+        read_recipe(file)
+    for text in ("", "# nothing yet\n", "---\n"):
+        file.write_text(text)
+        with pytest.raises(
+            FormatError, match=r"nothing is written in it.*Write e\.g\. target: 90%"
+        ):
+            read_recipe(file)
+    file.write_text("{}")
     assert read_recipe(file) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("target:", "recipe key 'target': nothing stands behind it.* target: 90%, or leave"),
+        ("criterion:\ntarget: 90%", "recipe key 'criterion': nothing stands behind it"),
+        ("seed: null", "recipe key 'seed': nothing stands behind it"),
+        ("version: '1'", "'1' was given. A version is a number. Write version: 1"),
+        ("version: true", "True was given. A version is a number"),
+        ("seed: 99999999999999999999", "99999999999999999999 was given. A seed is .* 64 bits"),
+        ("seed: -9223372036854775809", "64 bits"),
+    ],
+)
+def test_keys_without_a_value_versions_and_seeds(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    for read in (read_recipe, read_shrink_recipe):
+        with pytest.raises(UsageError, match=told):
+            read(str(file))
+
+
+@pytest.mark.parametrize("seed", [-(1 << 63), -1, (1 << 63) - 1])
+def test_seeds_of_64_bits_are_taken(seed: int) -> None:
+    net = torch.nn.Linear(4, 4)
+    assert secateur.prune(net, Recipe(Random(), seed=seed)).facts.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("pattern: 2:4", NM(2, 4)),
+        ("pattern: 1:4 # of four", NM(1, 4)),
+        ("method: {sparsegpt: {pattern: 2:4}}", NM(2, 4)),
+        ("pattern: 4x1", Blocks(4, 1)),
+        ("pattern: {nm: {keep: 3, of: 8}}", NM(3, 8)),
+    ],
+)
+def test_patterns_need_no_quotes(tmp_path: Path, text: str, pattern: Any) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    assert read_recipe(tmp_path / "r.yaml").pattern == pattern
 
 
 def test_parts_of_the_users_own_are_recorded_by_path() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from secateur.core.errors import UsageError
 from secateur.drive.methods import ALIASES, window
-from secateur.drive.parts import named
+from secateur.drive.parts import named, plain_text
 from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import from_plain, read_recipe, to_plain
 from secateur.drive.structural.recipe import ShrinkRecipe
@@ -71,9 +71,7 @@ def part(kind: str, text: str) -> str | dict[str, Any]:
                 f"see secateur inspect --{_plural(kind)}",
             )
         try:
-            # YAML 1.1 reads 2:4 as a number to base 60.
-            short = _SHORT_PATTERN.fullmatch(value.strip())
-            arguments[key.strip()] = value.strip() if short else yaml.safe_load(value)
+            arguments[key.strip()] = plain_text(value)
         except yaml.YAMLError as error:
             raise UsageError(
                 f"--{kind} {text!r}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ CATALOGUES: dict[str, Mapping[str, type]] = {
     },
 }
 _LARGEST = 1 << 20
+_VALUES = {"target": "target: 90%", "pattern": "pattern: 2:4", "seed": "seed: 0"}
 
 
 def require_readable(data: Any, keys: Sequence[str]) -> None:
@@ -65,6 +67,21 @@ def require_readable(data: Any, keys: Sequence[str]) -> None:
     unknown = next((str(key) for key in data if key not in keys), None)
     if unknown is not None:
         raise UnknownName("recipe key", unknown, keys)
+    bare = next((str(key) for key, value in data.items() if value is None), None)
+    if bare is not None:
+        raise UsageError(
+            f"recipe key {bare!r}",
+            "nothing stands behind it",
+            "a key says what to do, and what is left out is the default",
+            f"write its value, e.g. {_VALUES.get(bare, f'{bare}: ...')}, or leave the key out",
+        )
+    if type(data.get("version", VERSION)) not in (int, float):
+        raise UsageError(
+            "recipe key 'version'",
+            f"{data['version']!r} was given",
+            "a version is a number",
+            f"write version: {VERSION}",
+        )
     if data.get("version", VERSION) != VERSION:
         raise FormatError(
             f"a recipe of version {data['version']}",
@@ -236,11 +253,34 @@ def plain_value(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``2:4`` is text: version 1.1 reads a number to base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    mark: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *found] if mark.isdigit() else found
+    for mark, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def plain_text(text: str) -> Any:
+    """YAML as plain data; patterns need no quotes.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+
+    Example:
+        >>> plain_text("pattern: 2:4"), plain_text("{sparsegpt: {pattern: 2:4}}")
+        ({'pattern': '2:4'}, {'sparsegpt': {'pattern': '2:4'}})
+    """
+    return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+
+
 def read_plain(path: str | Path) -> Mapping[str, Any]:
     """A YAML file as plain data; anchors, keys given twice and files of over a megabyte are refused.
 
     Raises:
-        FormatError: The file is missing, too large, or not YAML.
+        FormatError: The file is missing, too large, empty, or not YAML.
 
     Example:
         >>> read_plain("gone.yaml")
@@ -273,8 +313,8 @@ def read_plain(path: str | Path) -> Mapping[str, Any]:
                 "YAML would silently take the last one",
                 "leave one of them out",
             )
-        data = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = plain_text(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: of 2001-99-99, no date
         if isinstance(error, FormatError):
             raise
         raise FormatError(
@@ -283,7 +323,14 @@ def read_plain(path: str | Path) -> Mapping[str, Any]:
             "it must be a YAML file",
             "check the path and text",
         ) from None
-    return data or {}
+    if data is None:
+        raise FormatError(
+            f"reading {str(path)!r}",
+            "nothing is written in it",
+            "a recipe is a mapping of keys",
+            "write e.g. target: 90%",
+        )
+    return data  # type: ignore[no-any-return]
 
 
 def _twice(node: yaml.Node | None) -> str | None:

@@ -216,7 +216,7 @@ given. It is a Recipe. Write e.g. Recipe(target=Target('sparsity', 0.9)) or reci
 
 
 def require_settings(recipe: Any, kinds: Mapping[str, tuple[Any, str, str]]) -> None:
-    """Refuse fields of a recipe that are not of their type.
+    """Refuse fields of a recipe that are not of their type, and seeds that no generator takes.
 
     Args:
         recipe: Of pruning or of shrinking.
@@ -228,6 +228,13 @@ def require_settings(recipe: Any, kinds: Mapping[str, tuple[Any, str, str]]) -> 
     for name, (kind, what, write) in kinds.items():
         asked = f"{type(recipe).__name__}({name}=...)"
         require_kind(asked, getattr(recipe, name), kind, what=what, write=write)
+    if not -(1 << 63) <= recipe.seed < 1 << 63:
+        raise UsageError(
+            f"{type(recipe).__name__}(seed=...)",
+            f"{recipe.seed} was given",
+            "a seed is an integer of 64 bits: at most 2**63 - 1 either way",
+            "write e.g. seed=0",
+        )
 
 
 def _require_order(steps: Sequence[Step], *, trains: bool) -> None:
