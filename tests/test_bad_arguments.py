@@ -115,7 +115,7 @@ def shrinking(**given: Any) -> Any:
         (lambda: ticket(plan=TicketPlan), "the class TicketPlan"),
         (lambda: ticket(recipe=0.9), "It is a Recipe"),
         (lambda: ticket(model=None), "A network is a torch.nn.Module"),
-        (lambda: ticket(model=lambda: 3), "a int. A network is"),
+        (lambda: ticket(model=lambda: 3), "an int. A network is"),
         (lambda: connectivity(mlp(), mlp(), mlp(), BATCHES, points="a"), "points=11"),  # type: ignore[arg-type]
         (lambda: connectivity(mlp(), mlp(), mlp(), BATCHES, points=1), "two ends"),
         (lambda: connectivity("net", {}, {}, BATCHES), "A network is a torch.nn.Module"),  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ def test_labels_beyond_the_classes(run: Any) -> None:
         ("allocation", Ranked, "the class Ranked"),
         ("allocation", "global", "allocation=Ranked()"),
         ("schedule", OneShot, "the class OneShot"),
-        ("schedule", 3, "3, a int"),
+        ("schedule", 3, "3, an int"),
         ("recovery", FineTune, "the class FineTune"),
         ("recovery", (LeastSquares, FineTune(1)), "the class LeastSquares"),
         ("recovery", "finetune", "'finetune', a str"),
@@ -365,7 +365,7 @@ def test_a_result_of_pruning_is_told_from_its_network(tmp_path: Path) -> None:
     ("given", "said"),
     [
         ({"training": BATCHES}, "data key 'training'"),
-        (5, "a int"),
+        (5, "an int"),
         (BATCHES[0], "a single batch"),
         (BATCHES[0][0], "rows would be taken for batches"),
     ],

@@ -260,7 +260,7 @@ def test_errors_have_four_lines_and_no_traceback(place: Path) -> None:
     ("model", "code", "piece"),
     [
         ("gone.py:build", 4, "there is no file"),
-        ("net.py:number", 2, "returned a int"),
+        ("net.py:number", 2, "returned an int"),
         ("net.py:broken", 2, "out of luck"),
         ("net.py:needy", 2, "needs the arguments size"),
         ("net.py", 2, "the function is missing"),

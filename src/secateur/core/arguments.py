@@ -9,7 +9,7 @@ from os import PathLike
 
 from torch import nn
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 
 
 def is_number(value: object) -> bool:
@@ -154,7 +154,7 @@ torch.nn.Module. Pass the module itself.
     """
     if isinstance(value, nn.Module):
         return
-    found = "None" if value is None else f"a {type(value).__name__}"
+    found = "None" if value is None else kind_of(value)
     if isinstance(value, type):
         found = f"the class {value.__name__}"
     inside = isinstance(getattr(value, "model", None), nn.Module)
@@ -217,7 +217,7 @@ def require_part(asked: str, value: object, has: Sequence[str], *, what: str, wr
 
 
 def _refuse(asked: str, value: object, what: str, write: str) -> None:
-    kind = f"{value!r:.60}, a {type(value).__name__}," if value is not None else "None"
+    kind = f"{value!r:.60}, {kind_of(value)}," if value is not None else "None"
     if isinstance(value, type):
         kind = f"the class {value.__name__}, and not an object of it,"
     elif type(value).__name__ == "function":

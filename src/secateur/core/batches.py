@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from secateur.core.arguments import require_count
-from secateur.core.errors import DataError, NeedsData, UnknownName, UsageError
+from secateur.core.errors import DataError, NeedsData, UnknownName, UsageError, kind_of
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -126,7 +126,7 @@ def _require_batches(asked: str, batches: object) -> None:
     elif isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
         found = "a tuple of tensors, which is a single batch,"
     elif batches is not None and not isinstance(batches, Iterable) and not _indexed(batches):
-        found = f"a {type(batches).__name__}"
+        found = kind_of(batches)
     if found:
         raise UsageError(
             asked,
@@ -214,7 +214,7 @@ def first_tensor(batch: Batch) -> Tensor:
     if found is None:
         raise DataError(
             "a batch",
-            f"a {type(batch).__name__} without any tensor of samples",
+            f"{kind_of(batch)} without any tensor of samples",
             "batches are a tensor, a tuple (inputs, targets) or a mapping of keyword arguments",
             "change what the loader yields",
         )
@@ -329,7 +329,7 @@ def looking_inside(model: nn.Module) -> Iterator[None]:
         if "vmap" not in str(error):
             raise
         raise UsageError(
-            f"reading the inputs of the layers of a {type(model).__name__}",
+            f"reading the inputs of the layers of {kind_of(model)}",
             "it calls them inside torch.vmap",
             "what is inside stands for many values at once, and cannot be read",
             "write that part for batches, or ask for what reads no inputs: a target in params, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.core.errors import BudgetError, UsageError
+from secateur.core.errors import BudgetError, UsageError, kind_of
 from secateur.core.select import quota
 
 #: kept elements -> cost in the target's unit; must not decrease.
@@ -120,7 +120,7 @@ class Target:
         if type(given) is bool or not isinstance(given, Real):
             raise BudgetError(
                 f"{self.unit}={given!r}",
-                f"a {type(given).__name__}",
+                kind_of(given),
                 "the value of a target is a number",
                 "write 0.9, or Target.parse('90%') where it is a text",
             )
@@ -184,7 +184,7 @@ class Target:
             return Target("sparsity", number(text))
         raise UsageError(
             f"target {text!r}",
-            f"a {type(text).__name__}",
+            kind_of(text),
             "a target is a number, or one unit with its value",
             "write 0.9, '90%' or {macs: 50%}",
         )

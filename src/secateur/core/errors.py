@@ -24,6 +24,7 @@ Each message has four parts: what was asked, what was found, why it cannot be, w
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -166,6 +167,27 @@ class NotYet(SecateurError, NotImplementedError):
     """Planned, not built."""
 
     exit_code = 5
+
+
+def with_article(noun: str) -> str:
+    """A noun with ``a`` or ``an`` before it, as it is spoken.
+
+    Example:
+        >>> with_article("int"), with_article("str"), with_article("UNet"), with_article("uint8")
+        ('an int', 'a str', 'a UNet', 'a uint8')
+    """
+    spoken_as_you = re.match(r"u(int|n[ei]|s)", noun, re.IGNORECASE)
+    return f"{'an' if noun[:1] in 'aeiouAEIOU' and not spoken_as_you else 'a'} {noun}"
+
+
+def kind_of(value: object) -> str:
+    """The type of a value, with its article.
+
+    Example:
+        >>> kind_of(3), kind_of([])
+        ('an int', 'a list')
+    """
+    return with_article(type(value).__name__)
 
 
 def _revived(kind: type[SecateurError], *parts: str) -> SecateurError:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward, size_of
-from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError
+from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError, kind_of
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.
 IGNORED = -100
@@ -84,10 +84,10 @@ def _outline(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     if isinstance(output, Mapping):
-        return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
+        return f"{kind_of(output)} of {', '.join(map(str, output)) or 'nothing'}"
     if isinstance(output, (tuple, list)):
-        return f"a {type(output).__name__} of {', '.join(map(_outline, output)) or 'nothing'}"
-    return "None" if output is None else f"a {type(output).__name__}"
+        return f"{kind_of(output)} of {', '.join(map(_outline, output)) or 'nothing'}"
+    return "None" if output is None else kind_of(output)
 
 
 def task_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from secateur.core.arguments import require_dense
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 from secateur.drive.training import ranks
 
 
@@ -44,10 +44,10 @@ def _obstacle(model: object) -> tuple[str, str, str] | None:
     if isinstance(model, type):
         return f"the class {model.__name__}", "it is no network yet", f"write {model.__name__}(...)"
     if isinstance(model, Mapping):
-        found, why = f"a {type(model).__name__}", "weights alone do not say what computes with them"
+        found, why = kind_of(model), "weights alone do not say what computes with them"
         return found, why, "build the network and call load_state_dict"
     if not isinstance(model, nn.Module):
-        found = "None" if model is None else f"a {type(model).__name__}"
+        found = "None" if model is None else kind_of(model)
         inside = isinstance(getattr(model, "model", None), nn.Module)
         do = "pass its .model" if inside else "pass the module itself"
         return found, "a network is a torch.nn.Module", do

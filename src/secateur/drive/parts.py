@@ -17,7 +17,7 @@ import yaml
 from secateur.allocate import ALLOCATIONS
 from secateur.allocate.widths import WIDTH_ALLOCATIONS
 from secateur.core.budget import number
-from secateur.core.errors import FormatError, UnknownName, UsageError
+from secateur.core.errors import FormatError, UnknownName, UsageError, kind_of
 from secateur.drive.training.finetune import FineTune
 from secateur.drive.training.regrow import REGROWTHS
 from secateur.pattern import PATTERNS
@@ -60,7 +60,7 @@ def require_readable(data: Any, keys: Sequence[str]) -> None:
     if not isinstance(data, Mapping):
         raise UsageError(
             "a recipe",
-            f"a {type(data).__name__}",
+            kind_of(data),
             "a recipe is a mapping of keys",
             "write e.g. criterion: magnitude",
         )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.core.errors import FormatError, UsageError
+from secateur.core.errors import FormatError, UsageError, kind_of
 from secateur.core.masks import Masks
 from secateur.formats.container import read_tensors, write_tensors
 from secateur.formats.table import read_json
@@ -235,7 +235,7 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         if not isinstance(value, Counter) and all(isinstance(key, str) for key, _ in pairs):
             return {"mapping": dict(pairs)}
         return {"counter" if isinstance(value, Counter) else "pairs": pairs}
-    raise _foreign(where, f"a {type(value).__name__}")
+    raise _foreign(where, kind_of(value))
 
 
 def _decode(tree: Any, tensors: Mapping[str, Tensor], used: set[str], depth: int) -> Any:

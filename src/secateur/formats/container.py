@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.core.atomic import new_file
-from secateur.core.errors import FormatError, UsageError
+from secateur.core.errors import FormatError, UsageError, kind_of
 from secateur.core.masks import Masks
 from secateur.formats.layouts import LAYOUTS, SPARSE_DTYPES, smallest
 from secateur.formats.sharing import find_aliases
@@ -249,7 +249,7 @@ def _plain(tensor: Tensor) -> Tensor:
 def _require_storable(name: str, tensor: object) -> None:
     asked = f"writing the tensor {name!r}"
     if not isinstance(tensor, Tensor):
-        found, why = f"it is a {type(tensor).__name__}", "a file holds tensors only"
+        found, why = f"it is {kind_of(tensor)}", "a file holds tensors only"
         raise UsageError(asked, found, why, "leave it out of the state_dict")
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         found = f"it is {tensor.layout} on {tensor.device}, quantized: {tensor.is_quantized}"

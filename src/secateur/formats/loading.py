@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 from secateur.formats.bundle import Bundle
 from secateur.formats.layouts import same_bits
 
@@ -41,7 +41,7 @@ def load_into_(model: nn.Module, bundle: Bundle) -> None:
 the bundle was made from.
     """
     state = model.state_dict()
-    asked = f"loading {len(bundle.tensors)} tensors into a {type(model).__name__} with {len(state)}"
+    asked = f"loading {len(bundle.tensors)} tensors into {kind_of(model)} with {len(state)}"
     found = "; ".join(_differences(state, bundle.tensors))
     if found:
         why = "names, shapes and types must be the same"

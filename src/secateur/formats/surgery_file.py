@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.core.errors import FormatError, UsageError
+from secateur.core.errors import FormatError, UsageError, kind_of, with_article
 from secateur.formats.surgery import BlockEdit, Selection, Surgery, plain_json
 from secateur.formats.table import read_json
 
@@ -237,8 +237,8 @@ def _require_fields(data: Any, kinds: Mapping[str, type], where: str) -> None:
         raise _lie(f"the fields of {where} are {found}", f"they must be {sorted(kinds)}")
     wrong = [name for name, kind in kinds.items() if type(data[name]) is not kind]
     if wrong:
-        found = f"{wrong[0]!r} in {where} is a {type(data[wrong[0]]).__name__}"
-        raise _lie(found, f"it must be a {kinds[wrong[0]].__name__}")
+        found = f"{wrong[0]!r} in {where} is {kind_of(data[wrong[0]])}"
+        raise _lie(found, f"it must be {with_article(kinds[wrong[0]].__name__)}")
 
 
 def _lie(found: str, why: str) -> FormatError:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from secateur.core.errors import FormatError
+from secateur.core.errors import FormatError, kind_of
 from secateur.formats.layouts import LAYOUTS, SPARSE_DTYPES, Shape, require_shape
 
 #: Version of the format that this package writes and reads.
@@ -144,7 +144,7 @@ def read_json(text: str, what: str) -> dict[str, Any]:
         found = f"it is not JSON ({str(error)[:120]})"
         raise FormatError(what, found, "it must be one JSON object", _AGAIN) from error
     if not isinstance(data, dict):
-        raise FormatError(what, f"it is a {type(data).__name__}", "it must be an object", _AGAIN)
+        raise FormatError(what, f"it is {kind_of(data)}", "it must be an object", _AGAIN)
     return data
 
 
@@ -184,7 +184,7 @@ def _alias(name: str, data: Any) -> Alias:
 
 def _mapping(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise _lie("the table", f"a field is a {type(data).__name__}", "it must be an object")
+        raise _lie("the table", f"a field is {kind_of(data)}", "it must be an object")
     return data
 
 

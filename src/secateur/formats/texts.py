@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from secateur.core.errors import FormatError, UsageError
+from secateur.core.errors import FormatError, UsageError, kind_of, with_article
 from secateur.core.facts import Facts
 from secateur.formats.table import read_json
 
@@ -77,7 +77,7 @@ def parse_recipe(data: bytes) -> dict[str, Any]:
         found = f"it holds a value that cannot be ({str(error)[:160]})"
         raise FormatError("the recipe", found, "recipes hold plain values", _FIX) from error
     if not isinstance(recipe, dict):
-        found = f"it is a {type(recipe).__name__}"
+        found = f"it is {kind_of(recipe)}"
         raise FormatError("the recipe", found, "it must be a mapping", _FIX)
     return recipe
 
@@ -121,7 +121,7 @@ def parse_facts(data: bytes) -> Facts:
         kinds |= {"history": list, "environment": dict}
         for name, kind in kinds.items():
             if not isinstance(getattr(facts, name), kind):
-                raise TypeError(f"{name!r} is not a {kind.__name__}")
+                raise TypeError(f"{name!r} is not {with_article(kind.__name__)}")
         for layer in facts.layers:
             if not all(type(n) is int for n in (*layer.shape, layer.total, layer.kept)):
                 raise TypeError(f"the sizes of layer {str(layer.name)[:80]!r} are not integers")
@@ -160,7 +160,7 @@ def _plain(value: Any, depth: int) -> Any:
         return [_plain(item, depth + 1) for item in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise ValueError(f"{str(value)[:80]!r} is a {type(value).__name__}")
+    raise ValueError(f"{str(value)[:80]!r} is {kind_of(value)}")
 
 
 def _events(value: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 
 _TOKENS = 16
 _WRITTEN = re.compile(r"(?:(?P<name>\w+)=)?(?P<kind>tokens:)?(?P<shape>\d+(?:x\d+)*)")
@@ -73,7 +73,7 @@ def _from_configuration(model: nn.Module) -> Any:
             return {name: ids, "decoder_input_ids": ids}
         return {name: ids}
     raise UsageError(
-        f"example inputs for a {type(model).__name__}",
+        f"example inputs for {kind_of(model)}",
         "nothing says what it reads",
         "the network is run once on them, to see what it does",
         "give --input, e.g. --input 1x3x224x224, or --data",

@@ -29,7 +29,7 @@ from secateur.core.batches import (
     to_device,
 )
 from secateur.core.difference import largest_error
-from secateur.core.errors import DataError, MissingExtra, UsageError
+from secateur.core.errors import DataError, MissingExtra, UsageError, kind_of
 from secateur.core.slots import device_of
 
 #: Largest allowed difference, relative to the largest output.
@@ -100,7 +100,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     _packages()  # before the work
     require_network("exporting to ONNX", model)
     path = Path(path)
-    asked = f"exporting a {type(model).__name__} to {path.name!r}"
+    asked = f"exporting {kind_of(model)} to {path.name!r}"
     require_dense(asked, model)
     call = _Call(model, *_inputs(model, example))
     halves = sorted({str(p.dtype) for p in model.parameters() if p.dtype in _HALF})

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from secateur.core.errors import FileError, UnknownName, UsageError
+from secateur.core.errors import FileError, UnknownName, UsageError, kind_of
 
 # Modules that files of one folder imported from that folder. They are put back when the folder is
 # used again and taken away afterwards, so that two projects may both have a network.py.
@@ -116,7 +116,7 @@ def _function(module: ModuleType, name: str, spec: str) -> Callable[[], Any]:
     if not callable(function):
         raise UsageError(
             f"{spec!r}",
-            f"{name} is a {type(function).__name__}",
+            f"{name} is {kind_of(function)}",
             "it is called to get the result",
             "name a function that takes no arguments",
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from secateur.core.batches import Data
-from secateur.core.errors import FileError, FormatError, NotYet, UnknownName, UsageError
+from secateur.core.errors import FileError, FormatError, NotYet, UnknownName, UsageError, kind_of
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.formats import Bundle, read_bundle
@@ -128,7 +128,7 @@ def load_data(spec: str) -> Data:
     size = f" of {len(found)}" if isinstance(found, tuple) else ""
     raise UsageError(
         f"data from {spec!r}",
-        f"it returned a {type(found).__name__}{size}",
+        f"it returned {kind_of(found)}{size}",
         "data is Data(...), a mapping with train and test, or a tuple (train, test)",
         "return one of the three",
     )
@@ -183,7 +183,7 @@ def _built(spec: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"a model from {spec!r}",
-            f"it returned a {type(network).__name__}",
+            f"it returned {kind_of(network)}",
             "pruning works on torch.nn.Module",
             "return the module itself",
         )

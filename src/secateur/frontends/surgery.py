@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.core.errors import FormatError, UsageError
+from secateur.core.errors import FormatError, UsageError, kind_of, with_article
 from secateur.formats import (
     BlockEdit,
     Bundle,
@@ -209,11 +209,13 @@ def load_bundle_(model: nn.Module, bundle: Bundle, *, check_weights: bool = Fals
 
 def require_fit(model: nn.Module, surgery: Surgery, *, check_weights: bool = False) -> None:
     """Raise if a surgery was made for another model; see :func:`replay_`."""
-    asked = f"replaying a surgery on a {type(model).__name__}"
+    asked = f"replaying a surgery on {kind_of(model)}"
     mine = type(model).__qualname__
     # A script is __main__ today and a module tomorrow, so only the name of the class must agree.
     if not f".{surgery.model}".endswith(f".{mine}"):
-        raise _misfit(asked, f"it was made for a {surgery.model}", "classes must be the same")
+        raise _misfit(
+            asked, f"it was made for {with_article(surgery.model)}", "classes must be the same"
+        )
     tensors = _tensors(model)
     for name, axes in surgery.cuts.items():
         shape = tuple(tensors[name].shape) if name in tensors else None
@@ -272,7 +274,7 @@ def _carry_out_(model: nn.Module, surgery: Surgery) -> None:
 def _require_result(model: nn.Module, surgery: Surgery) -> None:
     if shapes_hash(model.state_dict()) != surgery.result:
         raise _misfit(
-            f"replaying a surgery on a {type(model).__name__}",
+            f"replaying a surgery on {kind_of(model)}",
             "the shapes that it leaves are not those that it promises",
             "weights may be tied differently here, or the file was altered",
         )
@@ -319,7 +321,7 @@ def _size(model: nn.Module, path: str, name: str) -> int:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise _misfit(asked, "there is no such attribute") from error
     if type(value) is not int:
-        raise _misfit(asked, f"it is a {type(value).__name__}", "sizes are integers")
+        raise _misfit(asked, f"it is {kind_of(value)}", "sizes are integers")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 
 
 def example_for(model: Any, example: Any = None) -> Any:
@@ -42,7 +42,7 @@ def example_for(model: Any, example: Any = None) -> Any:
         shape = (2, getattr(config, "num_channels", 3), height, width)
         return {name: torch.randn(shape, generator=generator).to(model.device, model.dtype)}
     raise UsageError(
-        f"example inputs for a {type(model).__name__}",
+        f"example inputs for {kind_of(model)}",
         f"none can be made up for {name!r}",
         "the model has to run once",
         "pass example=: a tensor, a tuple, or a mapping of named inputs",

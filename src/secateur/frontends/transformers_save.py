@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur.core.atomic import new_folder
 from secateur.core.batches import evaluating
-from secateur.core.errors import MissingExtra, UsageError
+from secateur.core.errors import MissingExtra, UsageError, kind_of
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.formats import Bundle, Surgery, read_surgery, read_tensors, surgery_text
@@ -276,7 +276,7 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
             return predictions(call(model, example))
     except _FAILURES as error:
         raise UsageError(
-            f"saving a {type(model).__name__} for Transformers",
+            f"saving {kind_of(model)} for Transformers",
             f"it does not run on the example ({type(error).__name__}: {str(error)[:200]})",
             "what its configuration builds has to compute the same",
             "pass example=: inputs on which it runs",
@@ -375,7 +375,7 @@ def require_transformers(model: nn.Module) -> None:
         ...
         secateur.core.errors.UsageError: saving a Linear for Transformers: it is no PreTrainedModel...
     """
-    asked = f"saving a {type(model).__name__} for Transformers"
+    asked = f"saving {kind_of(model)} for Transformers"
     try:
         import transformers
     except ImportError:

@@ -27,7 +27,7 @@ from secateur.core.batches import (
     size_of,
     to_device,
 )
-from secateur.core.errors import NeedsData, NonFinite
+from secateur.core.errors import NeedsData, NonFinite, kind_of
 from secateur.core.losses import default_loss, differentiable
 from secateur.core.slots import Slot, device_of
 from secateur.core.weight import Weight
@@ -272,7 +272,7 @@ class _Watch:
         if not isinstance(x, (Tensor, PackedSequence)):
             raise NeedsData(
                 f"the inputs of {slot.module!r}",
-                f"its first argument is a {type(x).__name__}",
+                f"its first argument is {kind_of(x)}",
                 "statistics are read from a tensor input",
                 "leave this module out with ignore=",
             )

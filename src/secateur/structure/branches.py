@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 from secateur.structure.deletion import Edit
 from secateur.structure.opaque import opaque
 
@@ -245,7 +245,7 @@ def _conv(model: nn.Module, path: str) -> nn.Conv2d:
         grouped = f"with {module.groups} groups" if isinstance(module, nn.Conv2d) else ""
         raise _misfit(
             path,
-            f"it is a {type(module).__name__} {grouped}".rstrip(),
+            f"it is {kind_of(module)} {grouped}".rstrip(),
             "branches are made of a Conv2d inside the model, without groups",
         )
     return module

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur.core.batches import evaluating
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 from secateur.structure.depth import Block, PassThrough, bypassed, named_blocks
 from secateur.structure.masked import call, compare
 from secateur.structure.outputs import predictions
@@ -133,7 +133,7 @@ def bypass_(model: nn.Module, path: str, details: Mapping[str, Any]) -> None:
     known = details.get("returns", "tensor") in ("tensor", "tuple")
     if set(details) - {"returns", "rest"} or not good or not known:
         raise UsageError(
-            f"removing a {type(old).__name__}",
+            f"removing {kind_of(old)}",
             f"its details are {str(dict(details))[:80]}",
             "'returns' is 'tensor' or 'tuple', and 'rest' lists arguments that are passed on",
             "take the surgery that was written; nothing was changed",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.core.batches import evaluating
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 from secateur.structure.masked import call
 
 _SUMS = {"aten.add", "aten.add_"}
@@ -107,7 +107,7 @@ def blocks_of(model: nn.Module, example: Any) -> list[Block]:
             call(model, example)
         except Exception as error:
             raise UsageError(
-                f"finding the blocks of a {type(model).__name__}",
+                f"finding the blocks of {kind_of(model)}",
                 f"it fails on the example: {str(error)[:200]}",
                 "blocks are found by running the network once",
                 "pass an example that the model accepts",

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from secateur.core.arguments import require_dense, require_network
 from secateur.core.attention import unfused_attention
 from secateur.core.batches import mapped
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def require_python(model: nn.Module) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(
             f"tracing {type(model).__name__}",
-            f"it wraps a {type(model.module).__name__} for several devices",
+            f"it wraps {kind_of(model.module)} for several devices",
             "the network is cut, not its wrapper",
             "pass its .module, and wrap the result anew",
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
 from secateur.core.budget import Target
-from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError
+from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError, kind_of
 from secateur.core.facts import Facts, environment
 from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
@@ -213,7 +213,7 @@ class _Run:
                 )
         elif not 1 <= drop < len(blocks) or drop > len(free):
             raise UsageError(
-                f"removing {drop} blocks of a {type(self.model).__name__}",
+                f"removing {drop} blocks of {kind_of(self.model)}",
                 f"it has {len(blocks)} that can be left out, and {len(blocks) - len(free)} are kept",
                 "at least one goes and one stays; a block adds to what passes through it, and only "
                 "an identity shortcut can be left alone",

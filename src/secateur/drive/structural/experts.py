@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
-from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.errors import DataError, NeedsData, UsageError, kind_of
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.select import keep_top
@@ -128,7 +128,7 @@ def _chosen(model: nn.Module, ignore: Sequence[str]) -> list[Mixture]:
     chosen = [m for m in mixtures if not any(matches(s, m.path, "") for s in ignore)]
     if not chosen:
         raise UsageError(
-            f"removing experts of a {type(model).__name__}",
+            f"removing experts of {kind_of(model)}",
             f"none of {len(mixtures)} mixtures takes part",
             "a mixture has stacked or listed experts, and beside them a router with a row for each",
             "see mixtures_of(model)",

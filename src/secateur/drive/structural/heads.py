@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.arguments import require_kind
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
 from secateur.core.facts import Facts, Note
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
@@ -269,5 +269,5 @@ def _matrix(model: nn.Module, name: str) -> bool:
 
 def _refused(model: nn.Module, found: str, why: str, do: str) -> UsageError:
     return UsageError(
-        f"removing heads of a {type(model).__name__}", found, why, f"{do}; nothing was changed"
+        f"removing heads of {kind_of(model)}", found, why, f"{do}; nothing was changed"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.widths import WidthItem
 from secateur.core.batches import Data
-from secateur.core.errors import DataError, UsageError
+from secateur.core.errors import DataError, UsageError, kind_of
 from secateur.core.facts import WidthFacts
 from secateur.core.widths import Width
 from secateur.drive.structural.cutting import proved, widths_in
@@ -215,7 +215,7 @@ def require_slots_alike(
             if isinstance(odd, Tensor) and (odd.numel() <= 1 or alike(odd, parameter)):
                 continue
             if len(odd):
-                shape = tuple(odd.shape) if isinstance(odd, Tensor) else f"a {type(odd).__name__}"
+                shape = tuple(odd.shape) if isinstance(odd, Tensor) else kind_of(odd)
                 raise UsageError(
                     f"cutting the state of {type(optimizer).__name__}",
                     f"its slot {key!r} of {name!r} is {shape}, the parameter is "
