@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from secateur.cli.flags import Flags, recipe_from, with_training
+from secateur.cli.main import app
 from secateur.core.errors import FileError, FormatError, UsageError
 from secateur.core.facts import Facts, LayerFacts
 from secateur.drive.diagnosis import _hints
@@ -65,3 +68,33 @@ def test_a_folder_is_exported_first(tmp_path: Path) -> None:
 
     with pytest.raises(FileError, match=r"Export it first: secateur export .* --output"):
         read_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "pair"),
+    [
+        (["net.py:build", "--structure", "--ignore", "nosuch"], "--structure --ignore"),
+        (["net.py:build", "--structure", "--include", "0"], "--structure --include"),
+        (["net.py:build", "--structure", "--pattern", "2:4"], "--structure --pattern"),
+        (["net.py:build", "--structure", "--input", "1x8", "--data", "d.py:f"], "--input --data"),
+        (["net.py:build", "--input", "1x8"], "MODEL net.py:build --input"),
+        (["net.py:build", "--data", "d.py:f"], "MODEL net.py:build --data"),
+        (["--criteria", "--pattern", "2:4"], "--criteria --pattern"),
+        (["--methods", "--structure"], "--methods --structure"),
+        (["--patterns", "--weights", "w.safetensors"], "--patterns --weights"),
+    ],
+)
+def test_inspect_refuses_what_would_change_nothing(words: list[str], pair: str) -> None:
+    found = CliRunner().invoke(app, ["inspect", *words, "--json"])
+    assert found.exit_code == 2
+    error = json.loads(found.stdout)["error"]
+    assert error["asked"] == f"secateur inspect {pair}"
+    assert f"leave {pair.rpartition(' ')[2]} out" in error["do"]
+
+
+def test_inspect_shows_a_list_and_a_model(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\nbuild = lambda: nn.Linear(8, 8)\n")
+    words = ["inspect", f"{tmp_path}/net.py:build", "--patterns", "--ignore", "bias", "--json"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.stderr
+    assert {"patterns", "slots"} <= json.loads(found.stdout).keys()

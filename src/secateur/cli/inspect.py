@@ -120,6 +120,17 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 "",
                 "name a model (file.py:function), or a list such as --criteria",
             )
+        given = {
+            "weights": weights,
+            "model": architecture,
+            "structure": structure or None,
+            "pattern": pattern,
+            "ignore": ignore,
+            "include": include,
+            "input": inputs,
+            "data": data,
+        }
+        _require_use({name for name, value in given.items() if value}, model, chosen)
         content: dict[str, Any] = {}
         for name in chosen:
             content[name] = [_entry(key, part) for key, part in _LISTS[name].items()]
@@ -134,6 +145,29 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
             slots = plan(loaded.model, recipe_from(flags)).slots
             content |= _parameters(out, loaded.model, slots)
         out.finish(content)
+
+
+def _require_use(given: set[str], model: str | None, lists: list[str]) -> None:
+    """Refuse options that would change nothing, each with what it stands beside."""
+    if model is None:
+        beside, idle = f"--{lists[0]}", sorted(given)
+        why, do = "a list of parts is the same for all models", "name a MODEL"
+    elif "structure" in given:
+        beside, idle = "--structure", sorted(given & {"pattern", "ignore", "include"})
+        why, do = "it shows all that shrink could remove", "leave --structure out"
+        if {"input", "data"} <= given:
+            beside, idle = "--input", ["data"]
+            why, do = "each says what the network reads", "leave --input out"
+    else:
+        beside, idle = f"MODEL {model}", sorted(given & {"input", "data"})
+        why, do = "only to follow its structure a network is run", "add --structure"
+    if idle:
+        raise UsageError(
+            f"secateur inspect {beside} --{idle[0]}",
+            f"--{idle[0]} would change nothing",
+            why,
+            f"leave --{idle[0]} out, or {do}",
+        )
 
 
 def _structure(
