@@ -71,17 +71,27 @@ def test_what_is_indented_is_not_filled_up_with_spaces(
     assert max(map(len, lines)) < 400
 
 
-def test_a_reader_that_goes_away_is_no_mistake_of_the_user(place: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "net.py:build"],
+        ["inspect", "net.py:build", "--json"],
+        ["inspect", "nothing.py:build", "--json"],
+        ["inspect", "net.py:build", "--wrong", "--json"],
+        ["prune", "--help"],
+    ],
+)
+def test_a_reader_that_goes_away_is_no_mistake(place: Path, words: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-m", "secateur", "inspect", "net.py:build"]
     with os.fdopen(write, "w") as stdout:
         done = subprocess.run(
-            words, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=place, check=False
-        )
-    assert done.returncode == 1
-    assert "sys.exit" not in done.stderr
-    assert "UsageError" not in done.stderr
+            [sys.executable, "-m", "secateur", *words],
+            stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=place, check=False,
+        )  # fmt: skip
+    assert done.returncode == 141
+    for word in ("Traceback", "BrokenPipe", "error", "sys.exit"):
+        assert word not in done.stderr
 
 
 LOUD = """

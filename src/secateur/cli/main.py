@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -22,13 +22,14 @@ from secateur.cli import (
     ticket,
 )
 from secateur.cli import compile as compiling
-from secateur.cli.screen import INTERRUPTED, version
+from secateur.cli.screen import INTERRUPTED, UNREAD, version
 from secateur.core.errors import UsageError
 from secateur.report import error_document
 
 _EXIT_CODES = """Exit codes: 0 done; 1 internal error; 2 usage; 3 unusable data or weights;
 4 a file is missing, damaged or in the way; 5 an extra is missing, or not built yet;
-6 a gain asked for with --require is missing; 130 interrupted (Ctrl-C)."""
+6 a gain asked for with --require is missing; 130 interrupted (Ctrl-C);
+141 nobody read the output to its end, as with head."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,6 +82,29 @@ def main(
 
 def run() -> None:
     """Run the command line; the entry point of the console script."""
+    try:
+        try:
+            _run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _unread()
+    except SystemExit as error:
+        # What rich and typer make of a closed pipe.
+        if isinstance(error.__context__, BrokenPipeError):
+            _unread()
+        raise
+
+
+def _unread() -> NoReturn:
+    """End as other programs do whose reader went away, e.g. ``head``: at once, and without a word."""
+    with contextlib.suppress(OSError):  # what is left in the buffer is written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(UNREAD)
+
+
+def _run() -> None:
     if "--json" not in sys.argv[1:]:
         try:
             app(prog_name="secateur")

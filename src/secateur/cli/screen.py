@@ -25,6 +25,8 @@ from secateur.core.errors import SecateurError, UsageError
 from secateur.report import document, error_document
 
 INTERRUPTED = 130
+#: What a shell shows for a program that a closed pipe ended.
+UNREAD = 141
 INTERNAL = 1
 #: A bar appears for what takes longer than this.
 PATIENCE = 2.0
