@@ -71,6 +71,19 @@ def test_a_loader_without_samples_is_refused(words: tuple[str, ...], place: Path
     assert not (place / "out").exists()
 
 
+def test_what_the_exporter_cannot_follow_is_still_told_as_such(place: Path) -> None:
+    pytest.importorskip("onnxscript")
+    (place / "odd.py").write_text(
+        "from torch import nn\n"
+        "class Odd(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x if x.sum() > 0 else x + 1)\n"
+        "build = lambda: Odd(16, 2)\n"
+    )
+    error = refused("export", "odd.py:build", "-o", "out.onnx", "--input", "1x16", code=2)
+    assert "exporter failed" in error["found"]
+
+
 def test_a_model_is_exported_from_shapes(place: Path) -> None:
     pytest.importorskip("onnxscript")
     words = ("export", "net.py:build", "-o", "out.onnx")
@@ -78,7 +91,8 @@ def test_a_model_is_exported_from_shapes(place: Path) -> None:
     assert "nothing says what it reads" in error["found"]
     assert "--input" in error["do"]
     error = refused(*words, "--input", "1x15", code=2)
-    assert "exporter failed" in error["found"]
+    assert "its own forward fails (RuntimeError: mat1 and mat2" in error["found"]
+    assert "pass example inputs on which it runs" in error["do"]
     assert not (place / "out.onnx").exists()
     done = CliRunner().invoke(app, [*words, "--input", "1x16", "--json"])
     told = json.loads(done.stdout)["onnx"]

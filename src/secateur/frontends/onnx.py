@@ -29,7 +29,7 @@ from secateur.core.batches import (
     to_device,
 )
 from secateur.core.difference import largest_error
-from secateur.core.errors import DataError, MissingExtra, UsageError, kind_of
+from secateur.core.errors import DataError, MissingExtra, SecateurError, UsageError, kind_of
 from secateur.core.slots import device_of
 
 #: Largest allowed difference, relative to the largest output.
@@ -86,7 +86,8 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
 
     Raises:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
-        UsageError: The model is accelerated, PyTorch cannot export it, or ONNX Runtime cannot run it.
+        UsageError: The model is accelerated or does not run on the example, PyTorch cannot export it, or
+            ONNX Runtime cannot run it.
         DataError: The file computes something else, or the example is empty; no file is kept.
         FileError: The file cannot be written.
 
@@ -112,6 +113,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         notes = (
             f"weights are {kinds}; the file has float32, which ONNX Runtime computes everywhere",
         )
+    _require_runs(call)
     call = replace(call, lengths=any(map(_is_tokens, tree_leaves((call.args, call.kwargs)))))
     with (
         evaluating(call.model),
@@ -139,6 +141,25 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     lengths: bool = False
+
+
+@torch.no_grad()
+def _require_runs(call: _Call) -> None:
+    """Run the model once, so that what is wrong with the example is not blamed on the exporter."""
+    try:
+        with evaluating(call.model):
+            call.model(*mapped(call.args), **mapped(call.kwargs))
+    except (SecateurError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = str(error).strip().partition("\n")[0][:300]
+        types = sorted({str(p.dtype) for p in call.model.parameters()})
+        raise UsageError(
+            f"running {type(call.model).__name__} on the example",
+            f"its own forward fails ({type(error).__name__}: {told})",
+            "the exporter follows it as it runs, and the file is checked against it",
+            f"pass example inputs on which it runs; its parameters are {', '.join(types)}",
+        ) from error
 
 
 def _written(call: _Call, file: Path, asked: str) -> Exported:
