@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import nn
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import secateur
+from secateur.cli.flags import describe
+from secateur.cli.inspect import _LISTS
 from secateur.cli.main import app
 from secateur.cli.ticket import _network
 from secateur.core.errors import UsageError
 from secateur.drive.recipe_file import from_plain
 from secateur.drive.structural.recipe_file import to_plain
+from secateur.pattern import NM
 
 
 def test_flags_take_no_value_in_the_help() -> None:
@@ -27,6 +31,32 @@ def test_flags_take_no_value_in_the_help() -> None:
     ]
     assert len(flags) > len(commands)  # --json everywhere, and others
     assert [(name, option.name) for name, option in flags if option.metavar != ""] == []
+
+
+@pytest.mark.parametrize("command", [[], ["prune"], ["doctor"]])
+def test_the_help_of_help_shows_no_type(command: list[str]) -> None:
+    (line,) = (
+        line
+        for line in CliRunner().invoke(app, [*command, "--help"]).stdout.splitlines()
+        if "Show this message" in line
+    )
+    assert "--help" in line
+    assert "bool" not in line.lower()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shown"),
+    [(NM(2, 4), "2:4"), (NM(1, 4), "1:4"), (NM(2, 8), "2:8"), (NM(2, 4, rows=4), "2:4 (rows=4)")],
+)
+def test_runs_are_shown_as_they_are_written(pattern: NM, shown: str) -> None:
+    assert dict(describe(secateur.Recipe(pattern=pattern)))["pattern"] == shown
+
+
+def test_lists_show_no_objects_of_python() -> None:
+    lists = [f"--{name}" for name in _LISTS]
+    shown = CliRunner().invoke(app, ["inspect", *lists]).stdout
+    assert "<" not in shown
+    assert "levels={}, rest=" in shown
 
 
 def test_every_data_option_says_which_metrics_are_better() -> None:

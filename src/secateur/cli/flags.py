@@ -18,6 +18,7 @@ from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import from_plain, read_recipe, to_plain
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.training.finetune import FineTune
+from secateur.pattern import NM
 from secateur.schedule import OneShot
 
 _R = TypeVar("_R", Recipe, ShrinkRecipe)
@@ -284,13 +285,15 @@ def describe(recipe: Recipe) -> list[tuple[str, str]]:
     """A recipe as lines of name and value, for people; defaults are left out.
 
     Example:
-        >>> describe(Recipe())[0]
-        ('criterion', 'magnitude')
+        >>> describe(Recipe(pattern=NM(1, 4)))[:2]
+        [('criterion', 'magnitude'), ('pattern', '1:4')]
     """
     plain = to_plain(recipe)
     rows = []
     for kind in ("criterion", "pattern", "allocation", "schedule"):
         rows.append((kind, _words(plain[kind], getattr(recipe, kind))))
+        if kind == "pattern" and isinstance(recipe.pattern, NM):
+            rows[-1] = (kind, _runs(recipe.pattern))
     pairs = zip(plain.get("recovery", []), recipe.recovery, strict=True)
     rows.append(("recovery", ", then ".join(_words(*pair) for pair in pairs) or "none"))
     if recipe.rounding is not None:
@@ -299,6 +302,12 @@ def describe(recipe: Recipe) -> list[tuple[str, str]]:
         # What tells RigL from SET is said, though one of them is the default.
         rows.append(("regrow", _words(plain["regrow"], recipe.regrow, always=("grow",))))
     return rows
+
+
+def _runs(pattern: NM) -> str:
+    """As it is written everywhere else: ``2:4``, not ``nm`` with what is no default."""
+    rows = f" (rows={pattern.rows})" if pattern.rows > 1 else ""
+    return f"{pattern.keep}:{pattern.of}{rows}"
 
 
 def _words(spec: Any, value: Any, always: tuple[str, ...] = ()) -> str:

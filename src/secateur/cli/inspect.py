@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect as introspection
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -265,8 +266,13 @@ def _shape(slot: Slot, *, wide: bool) -> Text:
 
 def _entry(name: str, part: Callable[..., Any]) -> dict[str, Any]:
     summary = (introspection.getdoc(part) or "").split("\n", 1)[0].replace("``", "")
+    made = {
+        f.name: f.default_factory()
+        for f in (dataclasses.fields(part) if dataclasses.is_dataclass(part) else ())
+        if f.default_factory is not dataclasses.MISSING
+    }
     arguments = {
-        p.name: None if p.default is p.empty else _default(p.default)
+        p.name: None if p.default is p.empty else _default(made.get(p.name, p.default))
         for p in introspection.signature(part).parameters.values()
     }
     return {"name": name, "summary": summary, "arguments": arguments}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from secateur.cli import (
     bench,
@@ -31,7 +32,29 @@ _EXIT_CODES = """Exit codes: 0 done; 1 internal error; 2 usage; 3 unusable data 
 6 a gain asked for with --require is missing; 130 interrupted (Ctrl-C);
 141 nobody read the output to its end, as with head."""
 
+
+class _Command(TyperCommand):
+    """A command whose help shows no type behind ``--help``, as behind no other flag."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _bare(super().get_help_option(ctx))
+
+
+class _Group(TyperGroup):
+    """The same of all commands together."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _bare(super().get_help_option(ctx))
+
+
+def _bare(option: Any) -> Any:
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,17 +62,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     epilog=_EXIT_CODES.replace("\n", " "),
 )
-app.command("inspect")(inspect.inspect)
-app.command("prune")(prune.prune)
-app.command("shrink")(shrink.shrink)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("export")(export.export)
-app.command("compile")(compiling.compile_model)
-app.command("bench")(bench.bench)
-app.command("ticket")(ticket.ticket)
-app.command("plot")(plot.plot)
-app.command("doctor")(doctor.doctor)
+app.command("inspect", cls=_Command)(inspect.inspect)
+app.command("prune", cls=_Command)(prune.prune)
+app.command("shrink", cls=_Command)(shrink.shrink)
+app.command("evaluate", cls=_Command)(evaluate.evaluate)
+app.command("compare", cls=_Command)(compare.compare)
+app.command("export", cls=_Command)(export.export)
+app.command("compile", cls=_Command)(compiling.compile_model)
+app.command("bench", cls=_Command)(bench.bench)
+app.command("ticket", cls=_Command)(ticket.ticket)
+app.command("plot", cls=_Command)(plot.plot)
+app.command("doctor", cls=_Command)(doctor.doctor)
 
 
 def _show_version(wanted: bool) -> None:
