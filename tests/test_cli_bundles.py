@@ -200,3 +200,29 @@ def test_compare_says_how_alike_two_masks_are(place: Path) -> None:
     printed = CliRunner().invoke(app, ["compare", "a", "m"]).stdout
     assert "of the weights that either network keeps" in " ".join(printed.split())
     assert told("compare", "net.py:mlp", "a")["masks"] is None
+
+
+def test_a_network_of_another_file_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told("prune", "net.py:mlp", "--sparsity", "50%", "-o", "small")
+    words = ["evaluate", str(place / "small"), "--data", "net.py:rows"]
+    same = CliRunner().invoke(app, words)
+    assert same.exit_code == 0
+    assert "is not the file" not in same.output
+    # A file of the same name, where somebody else stands.
+    other = place / "other"
+    other.mkdir()
+    (other / "net.py").write_text(NETWORKS.replace("nn.ReLU()", "nn.Tanh()"))
+    monkeypatch.chdir(other)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0
+    said = " ".join(done.output.split())
+    assert "Note: net.py is not the file that the bundle" in said
+    assert "is not the file" in CliRunner().invoke(app, [*words, "--json"]).stderr
+    # Who says what to build knows.
+    named = CliRunner().invoke(app, [*words, "--model", "net.py:mlp"])
+    assert "is not the file" not in named.output
+    # A bundle that is made of this one says what it was built with.
+    monkeypatch.chdir(other)
+    told("prune", str(place / "small"), "--sparsity", "60%", "-o", "smaller")
+    again = CliRunner().invoke(app, ["evaluate", "smaller", "--data", "net.py:rows"])
+    assert "is not the file" not in again.output

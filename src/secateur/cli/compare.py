@@ -57,8 +57,10 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
     with screen("compare", json=json, threads=threads) as out:
         claims = [_claim(text, data) for text in require or ()]
         # --model is for bundles; a function or a folder says itself what to build.
-        first = load_model(a, weights=weights, model=architecture if is_bundle(a) else None)
-        second = load_model(b, model=architecture if is_bundle(b) else None)
+        first = out.noting(
+            load_model(a, weights=weights, model=architecture if is_bundle(a) else None)
+        )
+        second = out.noting(load_model(b, model=architecture if is_bundle(b) else None))
         batches = None if data is None else load_data(data)
         masks = first.masks or None, second.masks or None
         with out.watching(batches) as watched:

@@ -26,7 +26,7 @@ def evaluate(
     secateur evaluate small --data data.py:load
     """
     with screen("evaluate", json=json, threads=threads) as out:
-        loaded = load_model(model, weights=weights, model=architecture)
+        loaded = out.noting(load_model(model, weights=weights, model=architecture))
         batches = None if data is None else load_data(data)
         with out.watching(batches) as watched:
             found = measure(loaded.model, watched, masks=loaded.masks)

@@ -52,7 +52,7 @@ def export(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 "write -o name.onnx",
             )
         require_new_file(output, overwrite=overwrite)
-        loaded = load_model(model, weights=weights, model=architecture)
+        loaded = out.noting(load_model(model, weights=weights, model=architecture))
         if inputs is None and data is not None:
             example = first_of(batches_of(load_data(data))[1])
         else:

@@ -137,7 +137,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - a parameter for each option
             content[name] = [_entry(key, part) for key, part in _LISTS[name].items()]
             _show_list(out, name, content[name])
         if model is not None:
-            loaded = load_model(model, weights=weights, model=architecture)
+            loaded = out.noting(load_model(model, weights=weights, model=architecture))
             if structure:
                 content |= _structure(out, loaded.model, inputs, data)
                 out.finish(content)

@@ -129,7 +129,7 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
         wanted = recipe_from(flags)
         require_places(output, onnx, data, overwrite=overwrite)
         saved = _checkpoints(wanted, checkpoint, checkpoint_every)
-        loaded = load_model(model, weights=weights, model=architecture)
+        loaded = out.noting(load_model(model, weights=weights, model=architecture))
         batches = None if data is None else load_data(data)
         if batches is not None and calibration is not None:
             batches = dataclasses.replace(batches, calibration=calibration)

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from secateur.core.batches import Batch, Data, length_of
 from secateur.core.errors import SecateurError, UsageError
+from secateur.frontends import Loaded
 from secateur.report import document, error_document
 
 INTERRUPTED = 130
@@ -71,6 +72,12 @@ class Screen:
     def say(self, line: str) -> None:
         """One line of progress."""
         self.text.print(Text(line))
+
+    def noting(self, loaded: Loaded) -> Loaded:
+        """What was loaded, after a note if there is something to know of it."""
+        if loaded.remark:
+            self.say(f"Note: {loaded.remark}.")
+        return loaded
 
     def finish(self, content: Mapping[str, Any]) -> None:
         """Write the JSON document, if one was asked for."""

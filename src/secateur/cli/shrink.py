@@ -153,7 +153,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             {"epochs": epochs, "lr": lr, "distill": distill},
         )
         require_places(output, onnx, data, pretrained=pretrained, overwrite=overwrite)
-        loaded = load_model(model, weights=weights, model=architecture)
+        loaded = out.noting(load_model(model, weights=weights, model=architecture))
         if pretrained is not None:
             require_transformers(loaded.model)
         batches = None if data is None else load_data(data)

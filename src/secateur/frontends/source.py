@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,14 +31,17 @@ class Loaded:
     Args:
         model: In evaluation mode.
         masks: Of a bundle; empty otherwise.
-        source: How the architecture is built: ``{"factory": ...}`` or ``{"transformers": ...}``.
+        source: How the architecture is built: ``{"factory": ..., "sha256": ...}``, with the hash of the
+            Python file, or ``{"transformers": ...}``.
         facts: Of a bundle; ``None`` otherwise.
+        remark: What a user should know of how it was built; ``""`` for nothing.
     """
 
     model: nn.Module
     masks: Masks
     source: Mapping[str, str] = field(default_factory=dict)
     facts: Facts | None = None
+    remark: str = ""
 
     def __post_init__(self) -> None:
         remember_source_(self.model, self.source)
@@ -95,7 +99,7 @@ def load_model(spec: str, *, weights: str | None = None, model: str | None = Non
     if ".py:" in spec:
         network = _built(spec)
         masks = Masks({}) if weights is None else load_weights_(network, weights)
-        return Loaded(network.eval(), masks, {"factory": spec})
+        return Loaded(network.eval(), masks, _factory(spec))
     _explain(path, spec)
     raise AssertionError
 
@@ -137,12 +141,26 @@ def load_data(spec: str) -> Data:
 def _from_bundle(folder: Path, model: str | None) -> Loaded:
     bundle = read_bundle(folder)
     source = _source_of(bundle, folder, model)
+    remark = ""
     if "factory" in source:
         network = _built(source["factory"])
+        told = bundle.facts.environment.get("source")
+        before = told.get("sha256") if model is None and isinstance(told, Mapping) else None
+        if before not in (None, source["sha256"]):
+            file, _ = pyfile.split(source["factory"])
+            remark = (
+                f"{file} is not the file that the bundle {str(folder)!r} was made with, or was changed "
+                "since: the same weights may compute something else in it"
+            )
     else:
         network = _transformers(Path(source["transformers"]), skeleton=True)
     masks = load_weights_(network, str(folder), bundle)
-    return Loaded(network.eval(), masks, source, bundle.facts)
+    return Loaded(network.eval(), masks, source, bundle.facts, remark)
+
+
+def _factory(spec: str) -> dict[str, str]:
+    file, _ = pyfile.split(spec)
+    return {"factory": spec, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def _source_of(bundle: Bundle, folder: Path, model: str | None) -> dict[str, str]:
@@ -153,7 +171,7 @@ def _source_of(bundle: Bundle, folder: Path, model: str | None) -> dict[str, str
     somebody else must not bring its own code along.
     """
     if model is not None:
-        return {"factory": model} if ".py:" in model else {"transformers": model}
+        return _factory(model) if ".py:" in model else {"transformers": model}
     told = bundle.facts.environment.get("source")
     asked = f"the architecture of the bundle {str(folder)!r}"
     do = "pass --model file.py:function (or a Transformers folder), as when it was pruned"
@@ -169,7 +187,7 @@ def _source_of(bundle: Bundle, folder: Path, model: str | None) -> dict[str, str
             raise UsageError(
                 asked, f"{factory!r} lies inside the bundle", "no code is run out of a bundle", do
             )
-        return {"factory": factory}
+        return _factory(factory)
     if isinstance(other, str):
         for place in (Path(other), folder / other):
             if (place / "config.json").is_file():
