@@ -162,3 +162,40 @@ def test_recipes_round_trip() -> None:
     for recipe in recipes:
         assert from_plain(json.loads(json.dumps(to_plain(recipe)))) == recipe
     assert len({recipe.fingerprint() for recipe in recipes}) == 3
+
+
+class Normed(nn.Module):
+    """Three widths, each under an operator that sees the kept units only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.first = nn.Linear(4, 8), nn.LayerNorm(8)
+        self.two, self.second = nn.Linear(8, 8), nn.GroupNorm(1, 8)
+        self.three = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.mean, self.four = Mean(), nn.Linear(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.two(self.first(self.one(x)).relu()))
+        return self.four(self.mean(self.three(x)))  # type: ignore[no-any-return]
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("cut", "noted"),
+    [
+        (("one",), ["first"]),
+        (("two",), ["second", "three.parametrizations.weight.0"]),
+        (("three.parametrizations.weight",), ["mean"]),
+        (("one", "two"), ["first", "second", "three.parametrizations.weight.0"]),
+    ],
+)
+def test_only_what_lost_units_is_noted(cut: tuple[str, ...], noted: list[str]) -> None:
+    recipe = secateur.ShrinkRecipe(
+        allocation=GivenWidths(dict.fromkeys(cut, 0.5)), recovery=(), align=1
+    )
+    found = secateur.shrink(Normed(), recipe, torch.randn(2, 4))
+    assert sorted(note.where for note in found.facts.notes if note.topic == "reduces") == noted

@@ -33,7 +33,8 @@ class Trace:
         axes: The units of every axis of every parameter and buffer.
         sizes: Where the code states a size that shrinks with units.
         reached: Parameters that an operator used.
-        reductions: Operators that reduce over units, so that they see only the kept ones.
+        reductions: Operators that reduce over units, so that they see only the kept ones: module, what
+            it does, and the units.
         ratios: Pairs of attributes whose quotient the code computes.
         names: Modules and attributes that were seen in a statement of a size.
         valued: Modules and attributes with whose values the code computes.
@@ -46,7 +47,7 @@ class Trace:
     axes: Mapping[tuple[str, int], Tensor]
     sizes: list[SizeUse]
     reached: frozenset[str]
-    reductions: Mapping[str, str]
+    reductions: list[tuple[str, str, Tensor]]
     ratios: list[Quotient]
     names: set[tuple[str, str]]
     valued: set[tuple[str, str]]
@@ -61,7 +62,7 @@ class Seen:
 
     sizes: list[SizeUse] = field(default_factory=list)
     reached: set[str] = field(default_factory=set)
-    reductions: dict[str, str] = field(default_factory=dict)
+    reductions: list[tuple[str, str, Tensor]] = field(default_factory=list)
     ratios: list[Quotient] = field(default_factory=list)
     names: set[tuple[str, str]] = field(default_factory=set)
     valued: set[tuple[str, str]] = field(default_factory=set)

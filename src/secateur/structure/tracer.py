@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from secateur.core.errors import SecateurError
 from secateur.structure.counted import Counted, Sizes, Source, follow, rows_along
 from secateur.structure.counted import plain as plain_number
-from secateur.structure.labels import along, fill, narrowed, own_shape, varying
+from secateur.structure.labels import NONE, along, fill, narrowed, own_shape, varying
 from secateur.structure.named import Named
 from secateur.structure.named_sizes import count_named, names_in
 from secateur.structure.running import Call, run_plainly
@@ -253,9 +253,12 @@ class Tracer(TorchDispatchMode):
         """The axes of which ``x`` is a part."""
         yield from self._wider.get(x, ())
 
-    def reduces(self, what: str) -> None:
-        """Note an operator whose value depends on how many units there are."""
-        self.seen.reductions.setdefault(self.stack[-1] if self.stack else "", what)
+    def reduces(self, what: str, label: Tensor) -> None:
+        """Note an operator whose value depends on how many of some units there are."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            units = narrowed(label).reshape(-1).unique()
+        where = self.stack[-1] if self.stack else ""
+        self.seen.reductions.append((where, what, units[units != NONE]))
 
     # -- the mode itself ------------------------------------------------------------------------
 

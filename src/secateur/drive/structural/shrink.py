@@ -285,8 +285,6 @@ class _Run:
             self.facts.note("traced-path", "", text)
         for name in self.structure.unreached:
             self.facts.note("pinned", name, "the example inputs do not reach it")
-        for where, text in trace.reductions.items():
-            self.facts.note("reduces", where, text)
         for (name, axis), reason in self.structure.pinned.items():
             self.facts.note("pinned", f"{name}[{axis}]", reason)
 
@@ -321,6 +319,16 @@ class _Run:
         after = sum(p.numel() for p in self.model.parameters())
         told["parameters"] = [told.get("parameters", [before])[0], after]
         self._note_widths(keep)
+        self._note_reductions(keep)
+
+    def _note_reductions(self, keep: Mapping[str, Tensor]) -> None:
+        """One note for each module that reduces over an axis which lost units."""
+        alive = self.structure.alive(keep)
+        noted = {note.where for note in self.facts.notes if note.topic == "reduces"}
+        for where, text, units in self.structure.trace.reductions:
+            if where not in noted and not bool(alive[units].all()):
+                self.facts.note("reduces", where, text)
+                noted.add(where)
 
     def _note_widths(self, keep: Mapping[str, Tensor]) -> None:
         """One entry a width, over all rounds."""

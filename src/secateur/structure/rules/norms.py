@@ -34,8 +34,9 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
     """Scale, shift and running statistics of a channel go with it."""
     x = call.args[0]
     labels = _scaled(tracer, x, list(call.args[1:5]), 1)
-    if own_statistics(call) and any(set(varying(label)) - {1} for label in labels):
-        tracer.reduces(f"{call.name} over a cut axis sees the kept units only")
+    for label in labels:
+        if own_statistics(call) and set(varying(label)) - {1}:
+            tracer.reduces(f"{call.name} over a cut axis sees the kept units only", label)
     tracer.put(call.outputs[0], labels)
 
 
@@ -55,7 +56,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     for label in labels:
         for axis in over:
             if axis in varying(label):
-                tracer.reduces(f"{call.name} over a cut axis sees the kept units only")
+                tracer.reduces(f"{call.name} over a cut axis sees the kept units only", label)
                 tracer.size(label, axis, value=label.shape[axis])
     tracer.put(call.outputs[0], labels)
 
@@ -73,7 +74,7 @@ def group_norm(tracer: Tracer, call: Call) -> None:
             continue
         places = label.unflatten(1, (groups, -1))
         tracer.ledger.box(places)
-        tracer.reduces(f"{call.name} over a cut axis sees the kept units only")
+        tracer.reduces(f"{call.name} over a cut axis sees the kept units only", label)
         if groups > 1 and tracer.size(places, 1) is None:
             tracer.ledger.whole(places, 1, f"its code gives the {groups} groups as a number")
     tracer.put(call.outputs[0], labels)

@@ -74,7 +74,7 @@ def _reduce(tracer: Tracer, call: Call, label: Tensor, axes: list[int]) -> Tenso
     if not mine & set(axes):
         return label
     if call.name not in _EXACT:
-        tracer.reduces(f"{call.name} over a cut axis sees the kept units only")
+        tracer.reduces(f"{call.name} over a cut axis sees the kept units only", label)
     if mine <= set(axes):
         return None
     left: Tensor | None = label
@@ -118,7 +118,10 @@ def _glu(tracer: Tracer, call: Call, axis: int) -> None:
 def _weight_norm(tracer: Tracer, call: Call) -> None:
     """``g * v / ||v||``, the norm over all axes but one."""
     v, g = call.args[:2]
-    tracer.reduces("a weight norm over a cut axis sees the kept units only")
+    for label in tracer.labels(v):
+        # g has one number for each slice of v, and size 1 along the axes of the norm.
+        if g.ndim != v.ndim or any(g.shape[axis] == 1 for axis in varying(label)):
+            tracer.reduces("a weight norm over a cut axis sees the kept units only", label)
     operands = [(tuple(v.shape), tracer.labels(v)), (tuple(g.shape), tracer.labels(g))]
     labels = tracer.meet_labels(tuple(v.shape), operands, "")
     tracer.put(call.outputs[0], labels)
