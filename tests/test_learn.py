@@ -396,11 +396,11 @@ def test_where_nothing_takes_part_the_error_says_why() -> None:
         with pytest.raises(UsageError, match="no weight takes part") as error:
             Learned(net, optimizer, Leap(), scope=scope)
         if scope is None:
-            assert error.value.why.startswith("one.weight: tied to two.weight: a learned mask")
-            assert error.value.why.endswith("head.weight: the last linear layer (classifier)")
+            assert error.value.why.startswith("left out are one.weight (tied to two.weight: ")
+            assert error.value.why.endswith("; head.weight (the last linear layer (classifier))")
             assert "or prune with Gradual" in error.value.do
         else:
-            assert error.value.why.startswith("0.weight: ignored by '*'")
+            assert error.value.why.startswith("left out are 0.weight (ignored by '*'); ")
             assert error.value.do == "widen the scope (include=, sensitive=True)"
 
 

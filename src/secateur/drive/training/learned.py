@@ -275,14 +275,14 @@ def _begin(how: Learner, model: nn.Module, slots: list[Slot], every: list[Slot])
     learning = how.begin_(model, slots)
     if not learning.masks():
         left = [slot for slot in every if slot.axes is not None]
-        told = [f"{slot.name}: {slot.reason}" for slot in left if slot.reason]
+        told = [f"{slot.name} ({slot.reason})" for slot in left if slot.reason]
         do = "widen the scope (include=, sensitive=True)"
         if any(slot.reason and slot.reason == obstacle(model, slot) for slot in left):
             do += ", or prune with Gradual or prune, which take weights like these, too"
         raise UsageError(
             f"learning masks with {type(how).__name__}",
             f"no weight takes part ({len(left)} were looked at)",
-            "; ".join(told[:3]) or "there is nothing to prune",
+            f"left out are {'; '.join(told[:3])}" if told else "there is nothing to prune",
             do,
         )
     return learning
