@@ -275,6 +275,13 @@ def test_two_processes_share_the_batches_of_one() -> None:
         Shuffled((X, Y), 10, share=(0, 3))
     with pytest.raises(UsageError, match="make no batch"):
         Shuffled((X, Y), 64, drop_last=True)
+    with pytest.raises(UsageError, match="hold 10 and 20 samples"):
+        Shuffled((X[:20], Y[:10]), 4)
+    with pytest.raises(UsageError, match="it is empty"):
+        Shuffled((), 4)
+    for wrong in ({"size": 0}, {"size": 2.5}, {"size": 4, "share": (0, 0)}):
+        with pytest.raises(UsageError, match=r"Shuffled\((size|share)=.*1 or more"):
+            Shuffled((X, Y), **wrong)
 
 
 def _shares(processes: int) -> list[list[torch.Tensor]]:

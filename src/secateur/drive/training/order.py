@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from secateur.core.arguments import require_count
 from secateur.core.batches import Batch
 from secateur.core.errors import DataError, UsageError
 from secateur.drive.training.chance import (
@@ -62,9 +63,23 @@ class Shuffled:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
+        require_count("Shuffled(size=...)", self.size, what="samples of a batch", write="size=128")
         process, processes = self.share
+        what, write = "how many processes there are", "share=(0, 1)"
+        require_count("Shuffled(share=(process, processes))", processes, what=what, write=write)
+        parts = self.data if isinstance(self.data, tuple) else (self.data,)
+        lengths = sorted({len(part) for part in parts})
+        if len(lengths) != 1:
+            raise UsageError(
+                "Shuffled(data)",
+                f"its tensors hold {' and '.join(map(str, lengths))} samples"
+                if parts
+                else "it is empty",
+                "a sample is an entry of each",
+                "give a tuple of tensors of equal length, e.g. (inputs, targets)",
+            )
         wrong = ""
-        if self.size < 1 or self.size % processes:
+        if self.size % processes:
             wrong = f"size={self.size} cannot be shared among {processes} processes"
         elif not 0 <= process < processes:
             wrong = f"process {process} is not one of {processes}"
