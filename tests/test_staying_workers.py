@@ -30,8 +30,14 @@ def loader(**how: Any) -> Any:
     return DataLoader(TensorDataset(X, Y), 8, num_workers=1, persistent_workers=True, **how)
 
 
-def test_a_look_at_the_data_does_not_begin_the_epoch_anew() -> None:
-    model, batches = net(), loader()
+def prepared(batches: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(batches)
+
+
+@pytest.mark.parametrize("wrap", [lambda batches: batches, prepared], ids=["torch", "accelerate"])
+def test_a_look_at_the_data_does_not_begin_the_epoch_anew(wrap: Any) -> None:
+    model, batches = net(), wrap(loader())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wanted = Recipe(Wanda(), target=Target("sparsity", 0.75), schedule=Linear(0, 20, 4))
     pruner = Gradual(model, optimizer, wanted, data=Data(train=batches, calibration=16))

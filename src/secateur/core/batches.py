@@ -99,7 +99,7 @@ def _aside(batches: Iterable[Batch]) -> Iterable[Batch]:
     """
     if not (isinstance(batches, DataLoader) and batches.persistent_workers):
         return batches
-    twin = copy(batches)
+    twin = copy(vars(batches).get("base_dataloader", batches))  # Accelerate's hold torch's own
     vars(twin).update(persistent_workers=False, _iterator=None)  # plain assignment is refused
     return twin
 
