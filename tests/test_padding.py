@@ -13,7 +13,7 @@ from secateur import prune, recipes  # noqa: E402 - only where it is installed
 from secateur.frontends import discover  # noqa: E402
 from secateur.score import BlockInfluence  # noqa: E402
 from secateur.stats import InputNorm, collect  # noqa: E402
-from secateur.stats.activations import Positions  # noqa: E402
+from secateur.stats.activations import Gram, Positions, Sketch  # noqa: E402
 
 GIVEN = torch.Generator().manual_seed(0)
 LENGTHS = torch.randint(4, 12, (16,), generator=GIVEN).tolist()
@@ -48,6 +48,18 @@ WAYS = [batches(1), batches(4), batches(8, 40)]
 def test_masks_are_the_same_however_sentences_are_padded() -> None:
     found = [prune(model(), recipes.wanda(0.5), data=way).masks for way in WAYS]
     assert found[0] == found[1] == found[2]
+
+
+def test_a_batch_of_nothing_but_padding_counts_for_nothing() -> None:
+    real = batches(4)
+    empty = {name: x.clone() for name, x in real[0].items()}
+    empty["attention_mask"] = torch.zeros_like(empty["attention_mask"])
+    slots = [s for s in discover(model()) if s.prunable and ".layer." in s.name]  # read all tokens
+    for need in (InputNorm(), Sketch(), Gram()):
+        with_it, without = (collect(model(), slots, [need], way) for way in ([empty, *real], real))
+        for slot in slots:
+            weight = slot.weight(model())
+            assert torch.equal(with_it(need, weight), without(need, weight))
 
 
 def test_input_norms_and_block_influence_are_those_of_real_tokens() -> None:

@@ -246,7 +246,7 @@ class Sketch:
         # At most ``rows`` of what is seen at a time, evenly spread: errors are ratios, so a sample
         # will do. The signs depend on the data and the place in it, so that parts of the data that
         # were sketched apart and merged do not share them.
-        taken = seen[:, :: -(-seen.shape[1] // self.rows)].float()
+        taken = seen[:, :: max(1, -(-seen.shape[1] // self.rows))].float()
         fingerprint = zlib.crc32(taken.sum((0, 1)).cpu().numpy().tobytes())
         generator = torch.Generator().manual_seed(fingerprint + int(state["rows"]))
         signs = torch.randint(0, 2, (taken.shape[1], self.size), generator=generator) * 2.0 - 1.0
