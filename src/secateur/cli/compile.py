@@ -12,7 +12,8 @@ from secateur.cli.places import require_new_file
 from secateur.cli.screen import screen
 from secateur.cli.sparse_options import Batch, File, Shape, Threads, sample_of
 from secateur.report.runtime import compiled_json, compiled_layers, compiled_text
-from secateur.runtime.compiler.compile import compile_onnx, require_known, require_threads
+from secateur.runtime.compiler.compile import compile_onnx, require_known
+from secateur.runtime.session import require_threads
 
 
 def compile_model(  # noqa: PLR0913, PLR0917 - a parameter for each option

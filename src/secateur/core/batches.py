@@ -99,7 +99,8 @@ def _aside(batches: Iterable[Batch]) -> Iterable[Batch]:
     """
     if not (isinstance(batches, DataLoader) and batches.persistent_workers):
         return batches
-    twin = copy(vars(batches).get("base_dataloader", batches))  # Accelerate's hold torch's own
+    # Accelerate's loaders hold one of torch's own.
+    twin: DataLoader[Batch] = copy(vars(batches).get("base_dataloader", batches))
     vars(twin).update(persistent_workers=False, _iterator=None)  # plain assignment is refused
     return twin
 

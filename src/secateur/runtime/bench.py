@@ -11,13 +11,7 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import UsageError
-from secateur.runtime.compiler.compile import (
-    compile_onnx,
-    is_compiled,
-    metadata,
-    read_graph,
-    require_threads,
-)
+from secateur.runtime.compiler.compile import compile_onnx, is_compiled, metadata, read_graph
 from secateur.runtime.compiler.graph import Graph, packages
 from secateur.runtime.compiler.rebuild import dense_model
 from secateur.runtime.compiler.sample import Sample, not_running
@@ -27,6 +21,7 @@ from secateur.runtime.compiler.whole import Progress
 from secateur.runtime.native import Variant, isa
 from secateur.runtime.operators import is_sparse
 from secateur.runtime.race import TURN, Raced, open_session, race, runner
+from secateur.runtime.session import require_threads
 
 _ONE = Sample()
 _SECONDS = 10.0

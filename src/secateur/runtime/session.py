@@ -14,6 +14,8 @@ from secateur.runtime.operators import DOMAIN
 #: Under this key of a session's options our operators find how many threads it has. ONNX Runtime
 #: itself does not tell them; without it they ask the operating system for its processors.
 THREADS_ENTRY = "secateur.threads"
+#: More than that wait for each other, and very many never come to work.
+MOST_THREADS = 256
 _PROVIDERS = ("CPUExecutionProvider",)
 
 
@@ -44,7 +46,7 @@ def session(
         FileError: There is no such file.
         FormatError: The file is truncated or altered, or it was written for another version of
             the operators. The message of ONNX Runtime is part of it.
-        UsageError: ``threads`` is below 1.
+        UsageError: ``threads`` is not 1 to 256.
         MissingExtra: ONNX Runtime is not installed.
         MissingNative: secateur was installed without its native part.
 
@@ -117,6 +119,24 @@ def _reason(said: str) -> tuple[str, str]:
     )
 
 
+def require_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no session should have.
+
+    Raises:
+        UsageError: It is not 1 to 256.
+
+    Example:
+        >>> require_threads(2)
+    """
+    if threads is not None and not (is_whole(threads) and 1 <= threads <= MOST_THREADS):
+        raise UsageError(
+            f"threads={threads!r}",
+            f"1 to {MOST_THREADS} are possible",
+            "more than that wait for each other",
+            "give as many threads as there are cores, or leave it to ONNX Runtime",
+        )
+
+
 def session_options(threads: int | None = None, options: Any = None) -> Any:
     """Options of a session that knows our operators, for those who open it themselves.
 
@@ -128,7 +148,7 @@ def session_options(threads: int | None = None, options: Any = None) -> Any:
         ``options``, or new ones
 
     Raises:
-        UsageError: ``threads`` is below 1.
+        UsageError: ``threads`` is not 1 to 256.
         MissingNative: secateur was installed without its native part.
 
     Example:
@@ -139,13 +159,7 @@ def session_options(threads: int | None = None, options: Any = None) -> Any:
 
     from secateur.runtime.library import library_path, load
 
-    if threads is not None and not (is_whole(threads) and threads >= 1):
-        raise UsageError(
-            f"threads={threads!r}",
-            "1 or more are possible",
-            "it is a number of threads",
-            "leave it out to let ONNX Runtime choose",
-        )
+    require_threads(threads)
     load()  # says what is wrong with a library that cannot be used
     options = SessionOptions() if options is None else options
     if threads is not None:

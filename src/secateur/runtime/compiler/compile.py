@@ -29,14 +29,13 @@ from secateur.runtime.compiler.verify import (
 from secateur.runtime.compiler.whole import Clock, Plan, Progress, fastest
 from secateur.runtime.native import Variant, has_half, isa
 from secateur.runtime.operators import is_sparse
-from secateur.runtime.session import is_whole, session
+from secateur.runtime.session import require_threads, session
 
 #: The key under which a compiled file says how it was made.
 METADATA = "secateur.compiled"
 PRECISIONS = ("float32", "float16")
 CHOICES = ("measure", "first")
 _ONE = Sample()
-_MOST_THREADS = 256
 # Seconds that choosing may take: for the layers, and for the whole model.
 _LAYERS, _WHOLE = 50.0, 25.0
 
@@ -253,24 +252,6 @@ def metadata(model: Any) -> dict[str, Any] | None:
                 return None
             return held if isinstance(held, dict) else None
     return None
-
-
-def require_threads(threads: int | None) -> None:
-    """Refuse a number of threads that no session should have.
-
-    Raises:
-        UsageError: It is not 1 to 256.
-
-    Example:
-        >>> require_threads(2)
-    """
-    if threads is not None and not (is_whole(threads) and 1 <= threads <= _MOST_THREADS):
-        raise UsageError(
-            f"threads={threads!r}",
-            f"1 to {_MOST_THREADS} are possible",
-            "more than that wait for each other",
-            "give as many threads as there are cores, or leave it to ONNX Runtime",
-        )
 
 
 def require_known(precision: str, choose: str) -> None:
