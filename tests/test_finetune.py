@@ -29,6 +29,12 @@ def test_finetune_holds_the_masks(kind: str) -> None:
     assert history[-1]["sparsity"] == pytest.approx(masks.sparsity)
 
 
+@pytest.mark.parametrize("on_nan", ["raise", "rollback"])
+def test_an_empty_batch_is_told_as_such(on_nan: str) -> None:
+    with pytest.raises(DataError, match="it has no samples"):
+        finetune(net(), Data(train=[*BATCHES, (X[:0], Y[:0])]), FineTune(1, on_nan=on_nan))
+
+
 def test_distillation_moves_towards_the_teacher() -> None:
     teacher = net().train()
     with torch.no_grad():

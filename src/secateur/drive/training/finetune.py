@@ -247,6 +247,13 @@ class Loop:
         return tally.history
 
     def _loss(self, batch: Batch) -> Tensor:
+        if not size_of(batch):
+            raise DataError(
+                "a batch of the training data",
+                "it has no samples",
+                "a mean over nothing is NaN",
+                "leave empty batches out of what the loader yields",
+            )
         with explaining(self.model, batch, self.data.loss):
             return _objective(self.model, batch, self.how, self.teacher, self.data)
 
