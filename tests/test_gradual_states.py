@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from gradual_cases import BATCHES, net, recipe, train
 from torch import nn
 
-from secateur import Gradual, Masks, Pruned, Recipe, TopKast
+from secateur import Gradual, Masks, Pruned, Recipe, Scope, TopKast
 from secateur.core.errors import UsageError
 from secateur.drive.training.regrow import Regrow
-from secateur.schedule import Linear, Polynomial
+from secateur.schedule import Linear, OneShot, Polynomial
 from secateur.score import Taylor
 
 
@@ -168,3 +168,27 @@ def test_a_mean_of_gradients_is_of_the_steps_since_the_last_update() -> None:
         part.load_state_dict(state)
     train(other, resumed, 4, 4)
     assert resumed.masks == pruner.masks
+
+
+@pytest.mark.parametrize("part", [Regrow(frequency=3), TopKast(frequency=3)])
+def test_weights_with_sparse_gradients_are_exchanged(part: Regrow | TopKast) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(30, 16, sparse=True), nn.Flatten(), nn.Linear(48, 3, bias=False)
+    )
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    wanted = recipe(regrow=part, scope=Scope(sensitive=True), schedule=OneShot(unit="steps"))
+    pruner = Gradual(model, optimizer, wanted, steps=20)
+    ids = torch.arange(30).reshape(10, 3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids), torch.arange(10) % 3).backward()
+        optimizer.step()
+        pruner.step()
+    pruned = pruner.finalize()
+    assert pruned.masks == true_masks(pruned)
+    assert pruned.facts.sparsity == pytest.approx(0.75, abs=0.01)
+    kept = pruned.masks["0.weight"]
+    assert not torch.equal(pruned.model[0].weight[kept], before[kept])
+    assert sum(int(event["grown"]) for event in pruned.facts.history) > 0

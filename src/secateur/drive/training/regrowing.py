@@ -85,6 +85,8 @@ def gradient_promise(model: nn.Module, found: Sequence[Weight], step: int) -> di
         gradient = model.get_parameter(weight.name).grad
         if gradient is None:
             continue  # e.g. an expert that no token reached: it keeps its mask
+        if gradient.is_sparse:  # an embedding's, of the rows that were looked up
+            gradient = gradient.to_dense()
         bad = int((~torch.isfinite(gradient)).sum())
         if bad:
             raise NonFinite(

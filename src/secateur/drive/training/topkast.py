@@ -110,7 +110,8 @@ class Superset:
             parameter, wide = self._model.get_parameter(name), self.wide[name]
             parameter.copy_(values.masked_fill(~wide, 0))
             gradient, group = parameter.grad, groups.get(parameter)
-            if gradient is None or group is None:
+            # What a sparse one changes outside B is not taken over; it knows no weight decay.
+            if gradient is None or group is None or gradient.is_sparse:
                 continue
             gradient.masked_fill_(~wide, 0)
             narrow = self._narrow[name]
