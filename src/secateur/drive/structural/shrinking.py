@@ -31,7 +31,7 @@ from secateur.drive.structural.width_steps import BLOCK, counted
 from secateur.drive.training import ranks
 from secateur.drive.training.finetune import FineTune, Loop
 from secateur.drive.training.recorder import Checkpoints
-from secateur.drive.training.timing import is_due
+from secateur.drive.training.timing import is_due, require_open
 from secateur.formats import Surgery
 from secateur.formats.surgery_file import parse_surgery, surgery_text
 from secateur.frontends import discover
@@ -163,7 +163,7 @@ class Shrinking:
         Raises:
             UsageError: finalize() was called before.
         """
-        self._require_open("step()")
+        require_open("step()", finalized=self._finalized, step=self.steps)
         self.steps += 1
         self._spent += self._macs
         if self.steps == 1:
@@ -227,7 +227,7 @@ class Shrinking:
         Raises:
             UsageError: The schedule has not reached its end, or finalize() was called before.
         """
-        self._require_open("finalize()")
+        require_open("finalize()", finalized=self._finalized, step=self.steps)
         if self._share < 1 and not early:
             raise UsageError(
                 f"finalize() at {self.pace.schedule.unit[:-1]} {self.time:g}",
@@ -259,15 +259,6 @@ class Shrinking:
         measures["training_macs"] = {"dense": dense, "spent": self._spent, "share": share}
         self.facts.widths = width_facts(self._structure, self._surgery)
         return Pruned(self.model, Masks({}), self.facts, surgery=surgery_of(self.model))
-
-    def _require_open(self, asked: str) -> None:
-        if self._finalized:
-            raise UsageError(
-                asked,
-                f"finalize() was called before, at step {self.steps}",
-                "the result is complete, and its facts are those of that moment",
-                "call finalize() once, after the last step; to train on, leave step() out",
-            )
 
     def _told_align(self) -> int:
         """The finest steps of all removals; a note says why if they are finer than usual."""

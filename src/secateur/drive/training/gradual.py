@@ -47,6 +47,7 @@ from secateur.drive.training.timing import (
     is_due,
     require_ended,
     require_last,
+    require_open,
     require_same_epochs,
     require_settled,
     require_stepped,
@@ -395,14 +396,8 @@ class Gradual:
             self._finalized = True
 
     def _require_open(self, asked: str) -> None:
-        if self._finalized:
-            raise UsageError(
-                asked,
-                f"finalize() was called before, at step {self.steps}",
-                "the masks are off the model, and the result is complete",
-                "call finalize() once, after the last step; to train on with the zeros held, use "
-                "attach_(model, pruned.masks) and finetune(...)",
-            )
+        on = "use attach_(model, pruned.masks) and finetune(...), which hold the zeros"
+        require_open(asked, finalized=self._finalized, step=self.steps, to_train_on=on)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the schedule and streamed sums; the masks are in the model's ``state_dict()``."""

@@ -152,6 +152,32 @@ def require_ended(schedule: Schedule, time: float, share: float) -> None:
         )
 
 
+def require_open(
+    asked: str, *, finalized: bool, step: int, to_train_on: str = "leave step() out"
+) -> None:
+    """Raise if a pruner has given its result.
+
+    Args:
+        asked: The method that was called.
+        finalized: Whether it has.
+        step: Of the training.
+        to_train_on: What to do for that.
+
+    Raises:
+        UsageError: It has.
+
+    Example:
+        >>> require_open("step()", finalized=False, step=3)
+    """
+    if finalized:
+        raise UsageError(
+            asked,
+            f"finalize() was called before, at step {step}",
+            "the result is complete, and its facts are those of that moment",
+            f"call finalize() once, after the last step; to train on, {to_train_on}",
+        )
+
+
 def require_settled(step: int, end: int, length: int | None) -> None:
     """Raise if weights would still be exchanged after a step.
 
