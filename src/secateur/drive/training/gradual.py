@@ -145,8 +145,7 @@ class Gradual:
         self._brought = tuple(fresh)
         # What was pruned earlier and takes no part now stays pruned; other pruners keep their own.
         self._names = frozenset([*own, *unheld(model)])
-        self._updated = False  # whether the optimizer has taken a step yet
-        self._last_update = 0
+        self._last_update = 0  # the step at which the optimizer took its last one
         self._stream: RemovableHandle | None = None
         self._watch: RemovableHandle | None = None
         self._regrowing: Regrowing | None = None
@@ -254,7 +253,7 @@ class Gradual:
         if not (now or late or anew):
             return
         # A gradient scaler leaves out its first steps, and then no gradient was seen yet.
-        seen = self._updated or self._starts_at_random or self._deciding.stats.names()
+        seen = self._last_update or self._starts_at_random or self._deciding.stats.names()
         if self._deciding.streamed and not seen and time < schedule.end:
             return
         # Whether anything is due does not depend on the target; at share 0 nothing is, unless a
@@ -265,7 +264,7 @@ class Gradual:
             self._decompress()
 
     def _note_update(self, _: torch.optim.Optimizer) -> None:
-        self._updated, self._last_update = True, self.steps + 1
+        self._last_update = self.steps + 1
 
     def _decompress(self) -> None:
         self._adopt(Masks(_ones(self.model, self._slots)), self.steps)
@@ -407,6 +406,7 @@ class Gradual:
             "missed": self._missed,
             "fingerprint": self.recipe.fingerprint(),
             "per_epoch": self._per_epoch,
+            "last_update": self._last_update,
             "stats": self._deciding.state_dict(),
             "history": list(self.facts.history),
         }
@@ -441,7 +441,8 @@ class Gradual:
         """
         self.require_fit(state)
         self.steps, self._share = int(state["steps"]), float(state["share"])
-        self._missed, self._last_update = str(state.get("missed", "")), self.steps
+        self._missed = str(state.get("missed", ""))
+        self._last_update = int(state.get("last_update", self.steps))
         self.facts.history = [dict(event) for event in state.get("history", ())]
         self._deciding.load_state_dict(state["stats"])
         if self._regrowing is not None:
