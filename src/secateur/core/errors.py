@@ -190,6 +190,17 @@ def kind_of(value: object) -> str:
     return with_article(type(value).__name__)
 
 
+def first_line(error: Exception, most: int = 300) -> str:
+    r"""What an exception says, in one line.
+
+    Example:
+        >>> first_line(ValueError("no good\nat all"))
+        'ValueError: no good'
+    """
+    told = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {told[:most]}"
+
+
 def _revived(kind: type[SecateurError], *parts: str) -> SecateurError:
     error = kind.__new__(kind)
     SecateurError.__init__(error, *parts)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward, size_of
-from secateur.core.errors import DataError, NeedsData, SecateurError, UsageError, kind_of
+from secateur.core.errors import (
+    DataError,
+    NeedsData,
+    SecateurError,
+    UsageError,
+    first_line,
+    kind_of,
+)
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.
 IGNORED = -100
@@ -227,11 +234,10 @@ def unusable(model: nn.Module, batch: Batch, loss: Loss | None = None) -> DataEr
             except (SecateurError, MemoryError, torch.OutOfMemoryError):
                 return None
             except Exception as error:
-                told = str(error).strip().partition("\n")[0][:300]
                 return DataError(
                     f"running {type(model).__name__} on a batch of shape "
                     f"{tuple(first_tensor(batch).shape)}",
-                    f"its own {name} fails ({type(error).__name__}: {told})",
+                    f"its own {name} fails ({first_line(error)})",
                     "inputs and targets must be what the network was made for",
                     "check the shapes, the types and the labels that the data gives",
                 )

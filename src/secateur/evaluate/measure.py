@@ -20,7 +20,7 @@ from secateur.core.batches import (
     size_of,
     to_device,
 )
-from secateur.core.errors import DataError, SecateurError, UsageError
+from secateur.core.errors import DataError, SecateurError, UsageError, first_line
 from secateur.core.masks import Masks
 from secateur.core.slots import device_of
 from secateur.drive.pruned import Pruned
@@ -209,8 +209,7 @@ def _judged(name: str, metric: Metric, model: nn.Module, batches: Iterable[Batch
     except (SecateurError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        told = str(error).strip().partition("\n")[0][:300]
-        found = f"it fails ({type(error).__name__}: {told})"
+        found = f"it fails ({first_line(error)})"
         cause: Exception = error
     else:
         try:

@@ -25,11 +25,12 @@ from secateur.core.batches import (
     inputs_of,
     mapped,
     narrow,
+    on_example,
     size_of,
     to_device,
 )
 from secateur.core.difference import largest_error
-from secateur.core.errors import DataError, MissingExtra, SecateurError, UsageError, kind_of
+from secateur.core.errors import DataError, MissingExtra, UsageError, kind_of
 from secateur.core.slots import device_of
 
 #: Largest allowed difference, relative to the largest output.
@@ -146,20 +147,9 @@ class _Call:
 @torch.no_grad()
 def _require_runs(call: _Call) -> None:
     """Run the model once, so that what is wrong with the example is not blamed on the exporter."""
-    try:
-        with evaluating(call.model):
-            call.model(*mapped(call.args), **mapped(call.kwargs))
-    except (SecateurError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        told = str(error).strip().partition("\n")[0][:300]
-        types = sorted({str(p.dtype) for p in call.model.parameters()})
-        raise UsageError(
-            f"running {type(call.model).__name__} on the example",
-            f"its own forward fails ({type(error).__name__}: {told})",
-            "the exporter follows it as it runs, and the file is checked against it",
-            f"pass example inputs on which it runs; its parameters are {', '.join(types)}",
-        ) from error
+    why = "the exporter follows it as it runs, and the file is checked against it"
+    with on_example(call.model, why), evaluating(call.model):
+        call.model(*mapped(call.args), **mapped(call.kwargs))
 
 
 def _written(call: _Call, file: Path, asked: str) -> Exported:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur.core.atomic import new_folder
 from secateur.core.batches import evaluating
-from secateur.core.errors import MissingExtra, UsageError, kind_of
+from secateur.core.errors import MissingExtra, UsageError, first_line, kind_of
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
 from secateur.formats import Bundle, Surgery, read_surgery, read_tensors, surgery_text
@@ -277,7 +277,7 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     except _FAILURES as error:
         raise UsageError(
             f"saving {kind_of(model)} for Transformers",
-            f"it does not run on the example ({type(error).__name__}: {str(error)[:200]})",
+            f"it does not run on the example ({first_line(error)})",
             "what its configuration builds has to compute the same",
             "pass example=: inputs on which it runs",
         ) from error

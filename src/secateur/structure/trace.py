@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.attention import free_heads_
-from secateur.core.batches import evaluating
-from secateur.core.errors import UsageError
+from secateur.core.batches import evaluating, on_example
 from secateur.structure.counted import Counted, counting
 from secateur.structure.named import Named, naming
 from secateur.structure.outputs import require_predictions
@@ -61,17 +60,8 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
 
 def _failing(model: nn.Module, example: Any, device: str) -> Trace:
-    try:
+    with on_example(model, "its operators are recorded while it runs"):
         return _trace_on(model, example, device)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"tracing {type(model).__name__}",
-            f"its own forward fails on the example ({type(error).__name__}: {str(error)[:300]})",
-            "its operators are recorded while it runs",
-            "pass example inputs on which the model runs",
-        ) from error
 
 
 def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:

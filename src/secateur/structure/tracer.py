@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from secateur.core.errors import SecateurError
+from secateur.core.errors import SecateurError, first_line
 from secateur.structure.counted import Counted, Sizes, Source, follow, rows_along
 from secateur.structure.counted import plain as plain_number
 from secateur.structure.labels import NONE, along, fill, narrowed, own_shape, varying
@@ -299,8 +299,7 @@ class Tracer(TorchDispatchMode):
         except SecateurError:
             raise
         except Exception as error:  # a case that the rule does not know is as good as no rule
-            told = str(error).partition("\n")[0][:120]
-            self.refuse(call, f"the rule for {call.name} fails ({type(error).__name__}: {told})")
+            self.refuse(call, f"the rule for {call.name} fails ({first_line(error, 120)})")
             for x in call.outputs:
                 self.put(x, [])
 

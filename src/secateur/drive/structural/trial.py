@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur.core.batches import forward, to_device
-from secateur.core.errors import DataError, SecateurError, UsageError
+from secateur.core.batches import forward, on_example, to_device
+from secateur.core.errors import DataError, SecateurError, UsageError, first_line
 from secateur.core.randomness import own_random
 from secateur.core.slots import device_of
 from secateur.drive.structural.cutting import as_batch, proved
@@ -34,22 +34,11 @@ def require_runs(model: nn.Module, example: Any) -> None:
         secateur.core.errors.UsageError: running Embedding on the example: its own forward fails
         (IndexError: index out of range in self). ...
     """
-    asked = f"running {type(model).__name__} on the example"
-    try:
+    with on_example(model, "it is run to find what is cut together, and to prove the cut"):
         output = _run(copy.deepcopy(model), example, training=False)
-    except SecateurError:
-        raise
-    except Exception as error:
-        types = sorted({str(p.dtype) for p in model.parameters()})
-        raise UsageError(
-            asked,
-            f"its own forward fails ({_line(error)[:300]})",
-            "it is run to find what is cut together, and to prove the cut",
-            f"pass example inputs on which it runs; its parameters are {', '.join(types)}",
-        ) from error
     if all(x.numel() == 0 for x in require_predictions(output, model)):
         raise UsageError(
-            asked,
+            f"running {type(model).__name__} on the example",
             "its outputs are empty",
             "a cut is proved by comparing them",
             "pass example inputs with at least one sample",
@@ -124,7 +113,7 @@ def _failure(
     except SecateurError:
         raise
     except Exception as error:
-        return _line(error)
+        return first_line(error)
     return None
 
 
@@ -137,11 +126,6 @@ def _run(net: nn.Module, example: Any, *, training: bool) -> Any:
     device = device_of(net)
     with torch.no_grad(), own_random(net):
         return forward(net, to_device(as_batch(example), device))
-
-
-def _line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
 
 
 def unproved(

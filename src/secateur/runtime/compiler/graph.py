@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError
+from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError, first_line
 from secateur.runtime.compiler.shapes import Axis, replaceable, shapes_of
 
 OLDEST_OPSET = 7
@@ -68,7 +68,7 @@ def read_model(path: str | Path) -> Any:
     except Exception as error:
         raise FormatError(
             asked,
-            f"it cannot be decoded ({_first(error)})",
+            f"it cannot be decoded ({first_line(error)})",
             "it is not an ONNX file, or cut",
             "copy anew",
         ) from error
@@ -78,7 +78,7 @@ def read_model(path: str | Path) -> Any:
     except Exception as error:
         raise FileError(
             asked,
-            f"its weights lie in other files, and one is missing or cut ({_first(error)})",
+            f"its weights lie in other files, and one is missing or cut ({first_line(error)})",
             "it names them relative to its own folder",
             "copy them there as well",
         ) from error
@@ -121,10 +121,6 @@ def _require_small(asked: str, model: Any, path: Path) -> None:
             f"it is compiled as one ONNX file, which holds at most {_LARGEST:,}",
             "compile its parts",
         )
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:200]
 
 
 def opset(model: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, first_line
 from secateur.runtime.compiler.graph import Graph, attribute, standard
 from secateur.runtime.compiler.shapes import replaceable
 
@@ -294,10 +294,9 @@ def concrete_shapes(
 def not_running(feeds: Mapping[str, np.ndarray], error: Exception) -> UsageError:
     """What to say when a model does not run on its sample."""
     shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in feeds.items())
-    first = (str(error).strip().splitlines() or ["no message"])[0][:300]
     return UsageError(
         f"running the model on inputs of shape {shapes}",
-        f"ONNX Runtime refuses ({first})",
+        f"ONNX Runtime refuses ({first_line(error)})",
         "open axes were given sizes that may not suit the model",
         "give sizes that do: --batch N, --shape NAME=1x128",
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.core import difference
-from secateur.core.errors import DataError
+from secateur.core.errors import DataError, first_line
 from secateur.runtime.compiler.graph import Graph
 from secateur.runtime.compiler.sample import Sample, not_running
 from secateur.runtime.race import open_session
@@ -138,7 +138,7 @@ def _run(session: Any, feeds: Mapping[str, np.ndarray]) -> list[Any]:
         shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in feeds.items())
         raise DataError(
             f"running the compiled model on {shapes}",
-            f"it fails ({(str(error).strip().splitlines() or [''])[0][:300]})",
+            f"it fails ({first_line(error)})",
             "the dense model runs on the same inputs",
             "this is a defect; report it with the model",
         ) from error
