@@ -294,6 +294,22 @@ def test_other_depths_join_their_study_and_single_arms_do_not(tmp_path: Path) ->
     assert len(markdown.variants(tmp_path, "sparse_training")) == 2
 
 
+def test_other_protocols_and_rates_are_studies_of_their_own(tmp_path: Path) -> None:
+    names = [
+        "",
+        "-resnet56",
+        "-resnet56-held-out",
+        "-resnet56-rate0.1",
+        "-resnet56-held-out-rate0.1",
+    ]
+    for name in (*names, "-resnet56-held-out-seed0", "-resnet56-dense"):
+        record.write(
+            f"recovered{name}", {"name": name}, seeds=[0], watch=record.Stopwatch(), folder=tmp_path
+        )
+    found = [study["result"]["name"] for study in markdown.variants(tmp_path, "recovered")]
+    assert sorted(found) == sorted(names)
+
+
 def test_both_networks_share_a_section(tmp_path: Path) -> None:
     page(tmp_path, "compensation-resnet56", RESULTS["compensation-resnet20"])
     found = page(tmp_path, "compensation-resnet20", RESULTS["compensation-resnet20"])
