@@ -330,7 +330,7 @@ def test_states_by_hand_in_the_documented_order() -> None:
     with pytest.raises(UsageError, match="do not come back"):
         pruner.load_state_dict(saved[0])
     elsewhere = network()
-    with pytest.raises(UsageError, match="other filters from here on"):
+    with pytest.raises(UsageError, match="Another recipe or pace would"):
         shrinking(elsewhere, sgd(elsewhere), pace=pace(0)).load_state_dict(saved[0])
 
 

@@ -12,14 +12,15 @@ from regrow_cases import BATCHES, NAMES, OPTIMIZERS, TOTAL, net, recipe, slots, 
 from secateur import Gradual, Recipe, Target
 from secateur.allocate import Ranked
 from secateur.drive.training.regrow import TopKast
+from secateur.drive.training.topkast import Superset
 from secateur.schedule import Alternating, share_at
 
 # -- Top-KAST -------------------------------------------------------------------------------------
 
 
-def superset(pruner: Gradual) -> Any:
-    assert pruner._superset is not None
-    return pruner._superset
+def superset(pruner: Gradual) -> Superset:
+    assert isinstance(pruner._regrowth, Superset)
+    return pruner._regrowth
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -31,7 +31,7 @@ from secateur.drive.structural.width_steps import BLOCK, counted
 from secateur.drive.training import ranks
 from secateur.drive.training.finetune import FineTune, Loop
 from secateur.drive.training.recorder import Checkpoints
-from secateur.drive.training.timing import is_due, require_open
+from secateur.drive.training.timing import is_due, require_open, require_same
 from secateur.formats import Surgery
 from secateur.formats.surgery_file import parse_surgery, surgery_text
 from secateur.frontends import discover
@@ -293,13 +293,7 @@ class Shrinking:
         Raises:
             UsageError: The state belongs to another recipe, or the model has been cut otherwise.
         """
-        if state["fingerprint"] != self.facts.fingerprint:
-            raise UsageError(
-                f"resuming the shrinking {self.facts.fingerprint}",
-                f"the state was saved by {state['fingerprint']}",
-                "another recipe or pace would remove other filters from here on",
-                "resume with those of the run",
-            )
+        require_same("recipe or pace", self.facts.fingerprint, state["fingerprint"])
         surgery = parse_surgery(state["surgery"].encode()) if state["surgery"] else None
         if surgery == self._surgery:
             return

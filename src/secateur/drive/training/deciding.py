@@ -71,7 +71,7 @@ class Deciding:
     """
 
     def __init__(self, model: nn.Module, found: Plan, recipe: Recipe, data: Data | None) -> None:
-        self._model, self._recipe, self._data = model, recipe, data
+        self.model, self.recipe, self._data = model, recipe, data
         self.slots: list[Slot] = found.chosen
         self.stats = Stats(recipe.seed)
         self.streamed, self._measured = self._split_needs()
@@ -87,10 +87,10 @@ class Deciding:
         Raises:
             BudgetError: What is not pruned costs more than the target.
         """
-        money(self._model, weights(self._model, self.slots), self._recipe, self._uses)
+        money(self.model, weights(self.model, self.slots), self.recipe, self._uses)
 
     def _split_needs(self) -> tuple[list[Stat], list[Any]]:
-        recipe = self._recipe
+        recipe = self.recipe
         needs: list[Any] = list(recipe.criterion.needs)
         streamed = [
             n for n in needs if getattr(n, "source", "") == "gradients" and n.samples is None
@@ -126,7 +126,7 @@ class Deciding:
             steps: Of the optimizer so far.
             at_random: Keep random groups, whatever the criterion.
         """
-        recipe, groups, stats = self._recipe, {}, self.stats
+        recipe, groups, stats = self.recipe, {}, self.stats
         if at_random:
             recipe = dataclasses.replace(recipe, criterion=Random())
         else:
@@ -136,13 +136,13 @@ class Deciding:
         for weight in found:
             old = prior[weight.name] if prior is not None else None
             groups[weight.name] = group_scores(score(weight, recipe, stats), weight, recipe, old)
-        purse = money(self._model, found, recipe, self._uses)
+        purse = money(self.model, found, recipe, self._uses)
         share = share_at(recipe.schedule, time, purse.sparsity)
         probe = None
         if recipe.allocation.needs_probe:
             assert self._data is not None
-            loss = mean_loss(self._model, self._data)
-            probe = probe_for(self._model, found, recipe, groups, loss)
+            loss = mean_loss(self.model, self._data)
+            probe = probe_for(self.model, found, recipe, groups, loss)
         slots = [slot for slot in self.slots if slot.name in groups]
         choice = items(found, slots, recipe, groups, purse.costs)
         budget = purse.at(share, probe)
@@ -167,7 +167,7 @@ class Deciding:
         """
         if self.streamed and not self.stats.names():
             raise NeedsData(
-                f"Gradual with {type(self._recipe.criterion).__name__}",
+                f"Gradual with {type(self.recipe.criterion).__name__}",
                 f"no gradient was seen in {steps} steps",
                 "the criterion reads parameter.grad just before every optimizer step",
                 "call loss.backward() before optimizer.step(), and train the pruned weights",
@@ -176,9 +176,9 @@ class Deciding:
             return self.stats
         assert self._data is not None
         fresh = gather(
-            self._model, self.slots, self._measured, self._data.sample(), loss=self._data.loss
+            self.model, self.slots, self._measured, self._data.sample(), loss=self._data.loss
         )
-        fresh = ranks.merged(fresh, self._measured, self.slots, self._model)
+        fresh = ranks.merged(fresh, self._measured, self.slots, self.model)
         merged = fresh.merge(self.stats)
         merged.memory, merged.seed = self.stats.memory, self.stats.seed
         merged.keep_values(fresh)
@@ -190,7 +190,7 @@ class Deciding:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
-        parts = [*self.streamed, *smoothed_parts(self._recipe.criterion)]
+        parts = [*self.streamed, *smoothed_parts(self.recipe.criterion)]
         keys = [(part, slot.name) for part in parts for slot in self.slots]
         self.stats.load_state_dict(dict(state), keys)
 

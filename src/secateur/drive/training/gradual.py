@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import Data, as_data
-from secateur.core.errors import UsageError
-from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, weights
 from secateur.core.weight import Weight
@@ -41,18 +40,27 @@ from secateur.drive.training.held import (
     untrained,
 )
 from secateur.drive.training.regrow import Regrow, TopKast
-from secateur.drive.training.regrowing import Regrowing, gradient_promise, random_promise, turn
+from secateur.drive.training.regrowing import Regrowing, gradient_promise, turn
+from secateur.drive.training.regrowth import Regrowth
 from secateur.drive.training.timing import (
     every,
     is_due,
     require_ended,
     require_last,
     require_open,
+    require_same,
     require_same_epochs,
     require_settled,
     require_stepped,
     require_time,
     training_length,
+)
+from secateur.drive.training.told import (
+    last_sparsity,
+    layers,
+    tell_change,
+    tell_target,
+    tell_unseen,
 )
 from secateur.drive.training.topkast import Superset
 from secateur.frontends.remembered import surgery_of
@@ -148,8 +156,7 @@ class Gradual:
         self._last_update = 0  # the step at which the optimizer took its last one
         self._stream: RemovableHandle | None = None
         self._watch: RemovableHandle | None = None
-        self._regrowing: Regrowing | None = None
-        self._superset: Superset | None = None
+        self._regrowth = Regrowth()
         self._deciding.require_reachable()
         attach_(model, Masks(fresh))
         try:
@@ -161,7 +168,7 @@ class Gradual:
 
     def _begin_(self) -> None:
         self._held = Held(self.model, self.optimizer, self._names)
-        self._regrowing, self._superset = self._regrowth()
+        self._regrowth = self._begun_regrowth()
         streamed, stats = self._deciding.streamed, self._deciding.stats
         seen = self._slots if streamed else []
         self._stream = stream_gradients(self.optimizer, self.model, seen, streamed, stats)
@@ -171,15 +178,18 @@ class Gradual:
             self._maybe_update()
 
     def _take_hooks_off(self) -> None:
-        for part in (self._stream, self._watch, self._regrowing, self._superset):
+        for part in (self._stream, self._watch, self._regrowth):
             if part is not None:
                 part.remove()
 
-    def _regrowth(self) -> tuple[Regrowing | None, Superset | None]:
+    def _begun_regrowth(self) -> Regrowth:
         part, optimizer, per_epoch = self.recipe.regrow, self.optimizer, self._per_epoch
         if isinstance(part, Regrow):
             assert self._length is not None
-            regrowing = Regrowing(
+            if part.skips and every(part.frequency, part.unit, per_epoch) < 2:
+                said = "an exchange replaces at most every second step of the optimizer"
+                self.facts.note("regrow", "", f"frequency {part.frequency:g} {part.unit}: {said}")
+            return Regrowing(
                 part,
                 optimizer,
                 length=self._length,
@@ -187,14 +197,10 @@ class Gradual:
                 perform=self._exchange,
                 check=lambda step: gradient_promise(self.model, self._found(), step),
             )
-            if part.skips and every(part.frequency, part.unit, per_epoch) < 2:
-                said = "an exchange replaces at most every second step of the optimizer"
-                self.facts.note("regrow", "", f"frequency {part.frequency:g} {part.unit}: {said}")
-            return regrowing, None
         if isinstance(part, TopKast):
             names = [slot.name for slot in self._slots]
-            return None, Superset(self.model, optimizer, names, part, per_epoch, self._held)
-        return None, None
+            return Superset(self.model, optimizer, names, part, per_epoch, self._held)
+        return Regrowth()
 
     @property
     def _starts_at_random(self) -> bool:
@@ -202,8 +208,7 @@ class Gradual:
         return self.steps == 0 and isinstance(part, Regrow) and part.start == "random"
 
     def _found(self) -> list[Weight]:
-        found = weights(self.model, self._slots)
-        return self._superset.dense(found) if self._superset is not None else found
+        return self._regrowth.dense(weights(self.model, self._slots))
 
     @property
     def time(self) -> float:
@@ -215,9 +220,8 @@ class Gradual:
     def imminent(self) -> bool:
         """Whether masks may change at the next step: the moment to keep a copy of everything."""
         following = self.steps + 1
-        parts = [p for p in (self._regrowing, self._superset) if p is not None]
         ticks = is_due(self.recipe.schedule, following, self._per_epoch)
-        return ticks or any(part.is_due(following) for part in parts)
+        return ticks or self._regrowth.is_due(following)
 
     @property
     def masks(self) -> Masks:
@@ -242,14 +246,13 @@ class Gradual:
         self.steps += 1
         self._held.hold_()
         self._maybe_update()
-        if self._regrowing is not None:
-            self._regrowing.step()
+        self._regrowth.step()
 
     def _maybe_update(self) -> None:
         schedule, time = self.recipe.schedule, self.time
         now = is_due(schedule, self.steps, self._per_epoch)
         late = time >= schedule.end and self._share < 1
-        anew = self._superset is not None and self._superset.is_due(self.steps)
+        anew = self._regrowth.anew and self._regrowth.is_due(self.steps)
         if not (now or late or anew):
             return
         # A gradient scaler leaves out its first steps, and then no gradient was seen yet.
@@ -274,63 +277,39 @@ class Gradual:
 
     @torch.no_grad()
     def _exchange(self, step: int, fraction: float) -> int:
-        found, before, recipe = self._found(), self._own(), self.recipe
-        assert isinstance(recipe.regrow, Regrow)
-        if recipe.regrow.grow == "gradient":
-            promise = gradient_promise(self.model, found, step)
-        else:
-            promise = random_promise(found, recipe, step)
-        stats = self._deciding.measure(step)
-        known = {weight.name for weight in self._deciding.scorable(found, stats)}
-        promise = {name: hope for name, hope in promise.items() if name in known}
-        self._note_unseen([weight.name for weight in found if weight.name not in known])
-        done = turn(found, before, recipe, stats, promise, fraction=fraction)
+        done = turn(self._deciding, self._found(), self._own(), step, fraction)
+        tell_unseen(self.facts, done.unseen)
         if done.moved:
-            self._adopt(done.masks, step)
             counts = {"dropped": done.moved, "grown": done.moved, "again": done.again}
-            self.facts.history[-1] |= {**counts, "fraction": fraction}
+            self._adopt(done.masks, step, **counts, fraction=fraction)
         return done.moved
 
-    def _adopt(self, masks: Masks, step: int) -> None:
+    def _adopt(self, masks: Masks, step: int, **told: float) -> None:
         before = self._own()
         masks = ranks.settled(masks, before, f"{self.recipe.fingerprint()} {self.steps}")
         attach_(self.model, masks)
-        self._held.refresh(self._superset.wide if self._superset is not None else None)
+        self._held.refresh(self._regrowth.wide)
         self._held.hold_()
-        dropped, grown = before.diff(masks)
-        self.facts.history.append(
-            {
-                "step": step,
-                "sparsity": masks.sparsity,
-                "dropped": dropped.kept,
-                "grown": grown.kept,
-            }
-        )
+        tell_change(self.facts, step, before, masks, **told)
 
     @torch.no_grad()
     def _update(self, time: float) -> None:
         found, own = self._found(), self._own()
-        free = self.recipe.schedule.cyclic or self._superset is not None
+        free = self.recipe.schedule.cyclic or self._regrowth.anew
         prior = None if free else own
         decided = self._deciding.masks(
             found, time, prior, steps=self.steps, at_random=self._starts_at_random
         )
         masks = Masks({**own, **decided.masks})
-        self._note_unseen([name for name in own if name not in decided.masks])
+        tell_unseen(self.facts, (name for name in own if name not in decided.masks))
         for name, text in decided.idle.items():
             self.facts.note("unseen", name, text)
         if not free:  # a low target, or the first steps to a high one, would revive some
             masks &= self._before
-        if self._superset is not None:
-            self._superset.widen_(found, decided.groups, decided.levels, self.recipe, masks)
+        self._regrowth.widen_(found, decided.groups, decided.levels, self.recipe, masks)
         self._adopt(masks, self.steps)
         self._share = decided.share
         self._missed = decided.missed if decided.share >= 1 else ""
-
-    def _note_unseen(self, names: Sequence[str]) -> None:
-        for name in names:
-            text = "the data of a mask update did not show its inputs: it kept its mask"
-            self.facts.note("unseen", name, text)
 
     def finalize(self, *, early: bool = False) -> Pruned:
         """End: remove the mask buffers, keep the zeros, and return the result with its facts.
@@ -347,42 +326,24 @@ class Gradual:
             self._require_complete()
         self._held.hold_()
         self._take_hooks_off()
-        self._note_target(self._own().sparsity)
+        found, target = self._own().sparsity, self.recipe.target
+        assert target is not None
+        tell_target(self.facts, target, self._share, found, self._missed)
         masks = detach_(self.model, self._names)
         self._finalized = True
-        self.facts.layers = [
-            LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
-            for name, mask in masks.items()
-        ]
+        self.facts.layers = layers(masks)
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
-
-    def _note_target(self, found: float) -> None:
-        why = ""
-        if self._share < 1:
-            why = f"the training ended after {100 * self._share:.0f} % of the way"
-        elif found != self._last_sparsity(found):
-            why = "the masks are those of another moment than the last update"
-        assert self.recipe.target is not None
-        asked = f"asked for {self.recipe.target.unit}={self.recipe.target.value:g}"
-        text = f"{asked}, reached sparsity={found:.4g}: {why}" if why else self._missed
-        if text:
-            self.facts.note("target", "", text)
-
-    def _last_sparsity(self, found: float) -> float:
-        """After the last update of the masks; ``found`` if there was none."""
-        return float(self.facts.history[-1]["sparsity"]) if self.facts.history else found
 
     def _require_complete(self) -> None:
         part, step = self.recipe.regrow, self.steps
         require_ended(self.recipe.schedule, self.time, self._share)
-        if self._regrowing is not None:
-            require_settled(step, int(self._regrowing.end), self._length)
+        require_settled(step, self._regrowth.end, self._length)
         if part is not None:
             require_stepped(
                 step, self._last_update, every(part.frequency, part.unit, self._per_epoch)
             )
         found = self._own().sparsity
-        require_last(step, found, self._last_sparsity(found))
+        require_last(step, found, last_sparsity(self.facts, found))
 
     def abandon_(self) -> None:
         """End without a result: the masks that it brought, and its hooks on the optimizer, go off.
@@ -400,7 +361,7 @@ class Gradual:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the schedule and streamed sums; the masks are in the model's ``state_dict()``."""
-        state = {
+        return {
             "steps": self.steps,
             "share": self._share,
             "missed": self._missed,
@@ -409,11 +370,8 @@ class Gradual:
             "last_update": self._last_update,
             "stats": self._deciding.state_dict(),
             "history": list(self.facts.history),
+            "regrow": self._regrowth.state_dict(),
         }
-        for part in (self._regrowing, self._superset):
-            if part is not None:
-                state["regrow"] = part.state_dict()
-        return state
 
     def require_fit(self, state: Mapping[str, Any]) -> None:
         """Refuse a state of another recipe, or of a training of another length where it matters.
@@ -421,17 +379,10 @@ class Gradual:
         Raises:
             UsageError: With both.
         """
-        if state["fingerprint"] != self.recipe.fingerprint():
-            raise UsageError(
-                f"resuming recipe {self.recipe.fingerprint()}",
-                f"the state was saved by recipe {state['fingerprint']}",
-                "another recipe would prune differently from here on",
-                "resume with the recipe of the run",
-            )
+        require_same("recipe", self.recipe.fingerprint(), state["fingerprint"])
         if "epochs" in {self.recipe.schedule.unit, getattr(self.recipe.regrow, "unit", "steps")}:
             require_same_epochs(self._per_epoch, state.get("per_epoch", self._per_epoch))
-        if self._regrowing is not None:
-            self._regrowing.require_fit(state["regrow"])
+        self._regrowth.require_fit(state.get("regrow", {}))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run: load the model's (masks and all) and optimizer's state first.
@@ -445,11 +396,8 @@ class Gradual:
         self._last_update = int(state.get("last_update", self.steps))
         self.facts.history = [dict(event) for event in state.get("history", ())]
         self._deciding.load_state_dict(state["stats"])
-        if self._regrowing is not None:
-            self._regrowing.load_state_dict(state["regrow"], self.steps)
-        if self._superset is not None:
-            self._superset.load_state_dict(state["regrow"], self.masks)
-        self._held.refresh(self._superset.wide if self._superset is not None else None)
+        self._regrowth.load_state_dict(state.get("regrow", {}), self.steps, self.masks)
+        self._held.refresh(self._regrowth.wide)
 
 
 def _ones(model: nn.Module, slots: list[Slot]) -> dict[str, torch.Tensor]:

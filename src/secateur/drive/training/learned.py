@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.core.arguments import require_kind, require_part
 from secateur.core.batches import Batch, Data, as_data, to_device
 from secateur.core.errors import NotYet, UsageError
-from secateur.core.facts import Facts, LayerFacts, environment
+from secateur.core.facts import Facts, environment
 from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
 from secateur.core.selectors import matches
@@ -25,6 +25,8 @@ from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, Scope, describe
 from secateur.drive.training import ranks
 from secateur.drive.training.held import masks_of
+from secateur.drive.training.timing import require_same
+from secateur.drive.training.told import layers
 from secateur.frontends.remembered import surgery_of
 from secateur.learn import Learner, Learning
 from secateur.learn.masked import obstacle, require_unlearned
@@ -182,10 +184,7 @@ class Learned:
         masks = self._learning.harden_()
         self._hardened = True
         self._leave_optimizer_()
-        self.facts.layers = [
-            LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
-            for name, mask in masks.items()
-        ]
+        self.facts.layers = layers(masks)
         self.facts.measures |= {"steps": self.steps, **self._learning.facts()}
         goal = self.how.goal
         if goal is not None and abs(masks.sparsity - goal) > CLOSE:
@@ -231,13 +230,8 @@ class Learned:
         Raises:
             UsageError: With both fingerprints.
         """
-        if state["fingerprint"] != self.facts.fingerprint:
-            raise UsageError(
-                f"resuming masks {self.facts.fingerprint}",
-                f"the state was saved by masks {state['fingerprint']}",
-                "another learner, scope or model would go on differently from here",
-                "resume with those of the run",
-            )
+        what = "learner, scope or model"
+        require_same(what, self.facts.fingerprint, state["fingerprint"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run: load the model's and the optimizer's state as well.

@@ -15,39 +15,44 @@ from secateur.core.masks import Masks
 from secateur.core.weight import Weight
 from secateur.drive.decide import group_scores, score, spread
 from secateur.drive.recipe import Recipe
+from secateur.drive.training.deciding import Deciding
 from secateur.drive.training.regrow import Regrow, exchange
+from secateur.drive.training.regrowth import Regrowth
 from secateur.drive.training.timing import every, strikes
-from secateur.stats import Stats
 from secateur.stats.steps import before_update
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The masks after an exchange in all weights, and how many entries moved."""
+    """The masks after an exchange in all weights, how many entries moved, and where none could."""
 
     masks: Masks
     moved: int
     again: int
+    unseen: tuple[str, ...]
 
 
 def turn(
-    found: Sequence[Weight],
-    before: Masks,
-    recipe: Recipe,
-    stats: Stats,
-    promise: Mapping[str, Tensor],
-    fraction: float,
+    deciding: Deciding, found: Sequence[Weight], before: Masks, step: int, fraction: float
 ) -> Turn:
-    """Exchange groups in every weight that has a promise; the others keep their masks.
+    """Exchange groups in every weight that can be scored and has a promise; others keep their masks.
 
     Everything is decided before anything is changed: an error leaves all masks as they were.
     """
+    recipe = deciding.recipe
+    assert isinstance(recipe.regrow, Regrow)
+    if recipe.regrow.grow == "gradient":
+        promise = gradient_promise(deciding.model, found, step)
+    else:
+        promise = random_promise(found, recipe, step)
+    stats = deciding.measure(step)
+    known = {weight.name for weight in deciding.scorable(found, stats)}
     masks: dict[str, Tensor] = {}
     moved = again = 0
     for weight in found:
         mask = before[weight.name]
         masks[weight.name] = mask
-        if weight.name not in promise:
+        if weight.name not in promise or weight.name not in known:
             continue
         folded = recipe.pattern.fold(mask, weight.axes)
         scores = group_scores(score(weight, recipe, stats), weight, recipe, None)
@@ -57,7 +62,8 @@ def turn(
             masks[weight.name] = spread(found_here.kept, weight, recipe)
             moved += found_here.moved * folded.shape[2]
             again += found_here.again * folded.shape[2]
-    return Turn(Masks(masks), moved, again)
+    unseen = tuple(weight.name for weight in found if weight.name not in known)
+    return Turn(Masks(masks), moved, again, unseen)
 
 
 def random_promise(found: Sequence[Weight], recipe: Recipe, step: int) -> dict[str, Tensor]:
@@ -107,7 +113,7 @@ def gradient_promise(model: nn.Module, found: Sequence[Weight], step: int) -> di
     return promise
 
 
-class Regrowing:
+class Regrowing(Regrowth):
     """When weights are exchanged, and how the optimizer's step is skipped for it.
 
     Hooks of the optimizer, and no copy of anything: before a step that is to be skipped all
@@ -135,6 +141,7 @@ class Regrowing:
     ) -> None:
         self._part, self._length, self._per_epoch = part, length, per_epoch
         self._optimizer, self._perform, self._check = optimizer, perform, check
+        self.end = int(part.end * length)
         self.steps = 0
         self._last = 0
         self._seen = self._owed = False
@@ -144,13 +151,7 @@ class Regrowing:
             optimizer.register_step_post_hook(self._after),
         ]
 
-    @property
-    def end(self) -> float:
-        """The step after which masks stay."""
-        return self._part.end * self._length
-
     def is_due(self, step: int) -> bool:
-        """Whether weights are exchanged at ``step``."""
         if step > self.end:
             return False
         # At least one ordinary step lies between two exchanges that replace one.
@@ -196,20 +197,13 @@ class Regrowing:
         self._parked = []
 
     def remove(self) -> None:
-        """End: take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the masks."""
         return {"last": self._last, "owed": self._owed, "length": self._length}
 
     def require_fit(self, state: Mapping[str, Any]) -> None:
-        """Raise if the state is that of a training of another length.
-
-        Raises:
-            UsageError: With both lengths.
-        """
         if state["length"] != self._length:
             raise UsageError(
                 f"resuming a training of {self._length} steps",
@@ -218,6 +212,5 @@ class Regrowing:
                 "resume with the epochs, steps= and steps_per_epoch= of the run",
             )
 
-    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Go on from ``steps``."""
+    def load_state_dict(self, state: Mapping[str, Any], steps: int, masks: Masks) -> None:
         self.steps, self._last, self._owed = steps, int(state["last"]), bool(state["owed"])

@@ -239,6 +239,33 @@ def require_last(step: int, found: float, last: float) -> None:
         )
 
 
+def require_same(what: str, now: str, saved: str) -> None:
+    """Raise if a run would go on from the state of one with other settings.
+
+    Args:
+        what: The fingerprint is of.
+        now: That of the run.
+        saved: That in the state.
+
+    Raises:
+        UsageError: With both.
+
+    Example:
+        >>> require_same("recipe", "ab12", "cd34")
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: resuming the run 'ab12': the state was saved by the run \
+'cd34'. Another recipe would go on differently from here. Resume with the recipe of the run.
+    """
+    if saved != now:
+        raise UsageError(
+            f"resuming the run {now!r}",
+            f"the state was saved by the run {saved!r}",
+            f"another {what} would go on differently from here",
+            f"resume with the {what} of the run",
+        )
+
+
 def require_same_epochs(now: int, saved: int) -> None:
     """Raise if a schedule in epochs would go on with epochs of another length.
 

@@ -16,11 +16,12 @@ from secateur.drive.decide import spread
 from secateur.drive.recipe import Recipe
 from secateur.drive.training.held import Held
 from secateur.drive.training.regrow import TopKast
+from secateur.drive.training.regrowth import Regrowth
 from secateur.drive.training.timing import every, strikes
 from secateur.stats.steps import before_update
 
 
-class Superset:
+class Superset(Regrowth):
     """The values and masks beside A that Top-KAST trains with; lives in hooks of the optimizer.
 
     Between steps the model holds A alone. Just before the update in the optimizer's step the values of
@@ -34,6 +35,9 @@ class Superset:
         per_epoch: Steps of an epoch.
         held: The masks on the model: A.
     """
+
+    anew = True
+    wide: dict[str, Tensor]
 
     def __init__(
         self,
@@ -56,13 +60,11 @@ class Superset:
         self._shows_wide = False
 
     def is_due(self, step: int) -> bool:
-        """Whether A and B are chosen anew at ``step``."""
         return step > 0 and strikes(
             step, every(self._part.frequency, self._part.unit, self._per_epoch)
         )
 
     def dense(self, found: Sequence[Weight]) -> list[Weight]:
-        """The weights with all their values."""
         self._take_over()
         return [replace(weight, value=self._values[weight.name]) for weight in found]
 
@@ -137,7 +139,6 @@ class Superset:
             parameter.masked_fill_(~self._narrow[name], 0)
 
     def remove(self) -> None:
-        """End: take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
 
@@ -145,8 +146,7 @@ class Superset:
         """The values outside A, and B."""
         return {"values": dict(self._values), "wide": dict(self.wide)}
 
-    def load_state_dict(self, state: Mapping[str, Any], masks: Masks) -> None:
-        """Go on from a state; ``masks`` is A."""
+    def load_state_dict(self, state: Mapping[str, Any], steps: int, masks: Masks) -> None:
         for name, values in self._values.items():
             values.copy_(state["values"][name])
             self.wide[name] = state["wide"][name].to(values.device)

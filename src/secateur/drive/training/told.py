@@ -1,0 +1,70 @@
+"""What the facts of a pruner in a training loop tell: its layers, their changes, and a missed target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from secateur.core.budget import Target
+from secateur.core.facts import Facts, LayerFacts
+from secateur.core.masks import Masks
+
+
+def layers(masks: Masks) -> list[LayerFacts]:
+    """What is left of each weight.
+
+    Example:
+        >>> import torch
+        >>> layers(Masks({"weight": torch.tensor([[True, False]])}))[0].kept
+        1
+    """
+    return [
+        LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
+        for name, mask in masks.items()
+    ]
+
+
+def tell_change(facts: Facts, step: int, before: Masks, after: Masks, **more: Any) -> None:
+    """Add a change of the masks to the history; ``more`` goes beside or over what is counted."""
+    dropped, grown = before.diff(after)
+    counts = {"dropped": dropped.kept, "grown": grown.kept, **more}
+    facts.history.append({"step": step, "sparsity": after.sparsity, **counts})
+
+
+def tell_unseen(facts: Facts, names: Iterable[str]) -> None:
+    """Say of which weights no input was seen when masks changed."""
+    for name in names:
+        text = "the data of a mask update did not show its inputs: it kept its mask"
+        facts.note("unseen", name, text)
+
+
+def last_sparsity(facts: Facts, found: float) -> float:
+    """After the last change of the masks; ``found`` if there was none."""
+    return float(facts.history[-1]["sparsity"]) if facts.history else found
+
+
+def tell_target(facts: Facts, target: Target, share: float, found: float, missed: str) -> None:
+    """Say why the target was missed, if it was.
+
+    Args:
+        facts: With the history.
+        target: What was asked for.
+        share: Of the schedule's way that was gone.
+        found: The sparsity of the masks.
+        missed: What the last update had to say of that.
+
+    Example:
+        >>> facts = Facts()
+        >>> tell_target(facts, Target("sparsity", 0.5), 0.8, 0.4, "")
+        >>> facts.notes[0].text
+        'asked for sparsity=0.5, reached sparsity=0.4: the training ended after 80 % of the way'
+    """
+    why = ""
+    if share < 1:
+        why = f"the training ended after {100 * share:.0f} % of the way"
+    elif found != last_sparsity(facts, found):
+        why = "the masks are those of another moment than the last update"
+    asked = f"asked for {target.unit}={target.value:g}"
+    text = f"{asked}, reached sparsity={found:.4g}: {why}" if why else missed
+    if text:
+        facts.note("target", "", text)
