@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,19 @@ def test_a_reader_that_goes_away_is_no_mistake(place: Path, words: list[str]) ->
     assert done.returncode == 141
     for word in ("Traceback", "BrokenPipe", "error", "sys.exit"):
         assert word not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes streams as a shell does")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_loses_nothing_but_what_goes_to_it(place: Path, closed: str) -> None:
+    words = [sys.executable, "-m", "secateur", "inspect", "net.py:build", "--json"]
+    done = subprocess.run(
+        ["sh", "-c", f"{shlex.join(words)} {closed}"],
+        capture_output=True, text=True, cwd=place, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    if " >&-" not in f" {closed}":
+        assert json.loads(done.stdout)["command"] == "inspect"
 
 
 LOUD = """

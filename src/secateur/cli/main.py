@@ -105,12 +105,12 @@ def main(
 
 def run() -> None:
     """Run the command line; the entry point of the console script."""
+    _open_closed_streams()
     try:
         try:
             _run()
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except BrokenPipeError:
         _unread()
     except SystemExit as error:
@@ -118,6 +118,14 @@ def run() -> None:
         if isinstance(error.__context__, BrokenPipeError):
             _unread()
         raise
+
+
+def _open_closed_streams() -> None:
+    """What goes to a stream that was closed by whoever started this (``>&-``) goes nowhere."""
+    for name in ("stdin", "stdout", "stderr"):  # in their order: each takes the lowest free number
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDONLY if name == "stdin" else os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "r" if name == "stdin" else "w"))
 
 
 def _unread() -> NoReturn:
@@ -160,8 +168,6 @@ def _keep_stdout() -> None:
     Programs that the user's own functions start, libraries in C, and ``sys.__stdout__`` would else
     spoil the document.
     """
-    if sys.stdout is None or sys.stderr is None:  # closed by whoever started this
-        return
     with contextlib.suppress(OSError):
         kept = os.dup(1)
         os.dup2(2, 1)
