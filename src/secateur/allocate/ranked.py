@@ -12,14 +12,14 @@ from torch import Tensor
 
 from secateur.allocate.allocation import require_reachable, top_up
 from secateur.core.budget import Budget, Item
-from secateur.core.select import RADIX, digit_counts
+from secateur.core.select import RADIX, at_least, digit_counts, digits_of
 
 
 @dataclass(frozen=True)
 class Ranked:
     """Keep the highest-scoring groups over all weights ("global pruning").
 
-    The exact threshold is found by counting 16-bit digits of the scores, so nothing is concatenated
+    The exact threshold is found by counting the digits of the scores, so nothing is concatenated
     or sorted. At the threshold, earlier weights and lower indices win.
 
     **formula** one threshold for the scores of all weights
@@ -56,7 +56,6 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
     """How many groups of each item rank above the one threshold that the budget allows."""
     dtype = torch.float64 if any(i.scores.dtype == torch.float64 for i in items) else torch.float32
     flat = [item.scores.flatten().to(dtype) for item in items]
-    digits = 4 if dtype == torch.float64 else 2
     base = torch.zeros(len(items), dtype=torch.int64)
 
     def within(counts: Tensor) -> bool:
@@ -67,7 +66,7 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
     ties = torch.tensor([f.numel() for f in flat])
     if within(ties):
         return [int(t) for t in ties]
-    for level in range(digits):
+    for level in range(digits_of(dtype)):
         above = _table(flat, prefix, level)
         low, high = 0, 1 << RADIX  # over the limit at low, within at high
         while high - low > 1:
@@ -76,7 +75,7 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
                 high = middle
             else:
                 low = middle
-        ties = (above[:, low] - above[:, high]).long()
+        ties = above[:, low] - above[:, high]
         base = base + above[:, high]
         value = low - (1 << (RADIX - 1)) if level == 0 else low
         prefix = value if prefix is None else (prefix << RADIX) | value
@@ -95,14 +94,5 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
 
 
 def _table(flat: Sequence[Tensor], prefix: int | None, level: int) -> Tensor:
-    """For each item, how many scores have this digit or a larger one: ``(items, 65537)``.
-
-    Filled row by row in int32: with a hundred layers the intermediate copies of a plain
-    ``flip().cumsum()`` of the whole table would weigh more than the network.
-    """
-    largest = max(f.numel() for f in flat)
-    dtype = torch.int32 if largest < 1 << 31 else torch.int64
-    above = torch.zeros(len(flat), (1 << RADIX) + 1, dtype=dtype)
-    for row, scores in zip(above, flat, strict=True):
-        row[:-1] = digit_counts(scores, prefix, level).cpu().flip(0).cumsum(0).flip(0)
-    return above
+    """For each item, how many scores have this digit or a larger one: ``(items, 2049)``."""
+    return torch.stack([at_least(digit_counts(f, prefix, level).cpu()) for f in flat])

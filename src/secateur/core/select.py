@@ -61,11 +61,22 @@ def _keep_ragged(scores: Tensor, keep: Tensor) -> Tensor:
     return rank < keep.to(scores.device)[:, None]
 
 
-# Exact order statistics of long vectors by radix: two or four counting passes over 16 bits each.
+# Exact order statistics of long vectors by radix: three or six counting passes over 11 bits each, whose
+# counts stay in the first cache; those of 16 bits do not, and cost more than they save.
 # torch.kthvalue on 25 M values copies them twice (values and int64 indices); this keeps one
 # chunk at a time, which is what lets global pruning stay below twice the weights in memory.
-RADIX = 16
-_CHUNK = 1 << 20
+RADIX = 11
+_CHUNK = 1 << 18
+
+
+def digits_of(dtype: torch.dtype) -> int:
+    """How many digits scores have.
+
+    Example:
+        >>> digits_of(torch.float32), digits_of(torch.float64)
+        (3, 6)
+    """
+    return -(-(64 if dtype == torch.float64 else 32) // RADIX)
 
 
 def ordered_bits(x: Tensor) -> Tensor:
@@ -76,46 +87,56 @@ def ordered_bits(x: Tensor) -> Tensor:
         >>> bool((bits[1:] > bits[:-1]).all())
         True
     """
-    x = x.contiguous()
-    x = torch.where(x == 0, torch.zeros_like(x), x)  # -0.0 and 0.0 are equal scores
+    x = x.contiguous() + 0.0  # -0.0 and 0.0 are equal scores, and their sum is 0.0
     if x.dtype == torch.float64:
         bits = x.view(torch.int64)
-        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+        return (bits >> 63).bitwise_and_(0x7FFFFFFFFFFFFFFF).bitwise_xor_(bits)
     bits = x.float().view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
 def digit_counts(x: Tensor, prefix: int | None, level: int) -> Tensor:
-    """Counts ``(65536,)`` of the digit at ``level`` (0 = most significant) over the flat ``x``.
+    """Counts ``(2048,)`` of the digit at ``level`` (0 = most significant) over the flat ``x``.
 
     Args:
         x: Scores, float32 or float64, flat.
         prefix: Count only values whose higher digits equal this; ``None`` at level 0.
-        level: Which 16-bit digit.
+        level: Which digit.
     """
-    digits = 4 if x.dtype == torch.float64 else 2
-    shift = RADIX * (digits - 1 - level)
+    shift = RADIX * (digits_of(x.dtype) - 1 - level)
     half = 1 << (RADIX - 1) if level == 0 else 0
-    counts = torch.zeros(1 << RADIX, dtype=torch.int64, device=x.device)
+    counts: Tensor | None = None
     for chunk in x.split(_CHUNK):
         bits = ordered_bits(chunk)
         high = bits >> shift if shift else bits
         if prefix is not None:
             high = high[(high >> RADIX) == prefix]
-        digit = high + half if level == 0 else high & 0xFFFF
-        counts += torch.bincount(digit, minlength=1 << RADIX)
+        digit = high + half if level == 0 else high & ((1 << RADIX) - 1)
+        found = torch.bincount(digit, minlength=1 << RADIX)
+        counts = found if counts is None else counts.add_(found)
+    assert counts is not None  # an empty tensor is one empty chunk
     return counts
+
+
+def at_least(counts: Tensor) -> Tensor:
+    """How many values have each digit or a larger one, from how many have each; 0 behind the last.
+
+    Example:
+        >>> at_least(torch.tensor([2, 0, 1])).tolist()
+        [3, 1, 1, 0]
+    """
+    below = counts.new_zeros(len(counts) + 1)
+    torch.cumsum(counts, 0, out=below[1:])
+    return below[-1] - below
 
 
 def _kth_largest(x: Tensor, k: int) -> Tensor:
     """The ``k``-th largest value of a flat tensor, exactly."""
     prefix: int | None = None
-    digits = 4 if x.dtype == torch.float64 else 2
-    for level in range(digits):
-        counts = digit_counts(x, prefix, level)
-        above = counts.flip(0).cumsum(0).flip(0)  # values with digit >= d
+    for level in range(digits_of(x.dtype)):
+        above = at_least(digit_counts(x, prefix, level))
         digit = int((above >= k).nonzero()[-1])
-        k -= int(above[digit + 1]) if digit + 1 < len(above) else 0
+        k -= int(above[digit + 1])
         value = digit - (1 << (RADIX - 1)) if level == 0 else digit
         prefix = value if prefix is None else (prefix << RADIX) | value
     assert prefix is not None
