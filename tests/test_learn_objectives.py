@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(UsageError, match="the model has 3 of shape"):
         Distill(bert(layers=1), hidden=1.0)(net, tokens())
     plain = nn.Linear(3, 2)
-    with pytest.raises(TypeError):
+    with pytest.raises(UsageError, match="takes no output_hidden_states"):
         Distill(plain, hidden=1.0)(plain, torch.zeros(1, 3))
     fast = bert()
     fast.set_attn_implementation("sdpa")

@@ -210,6 +210,39 @@ def loss_of(output: Any, batch: Batch) -> Tensor:
     )
 
 
+def targets_of(batch: Batch) -> Tensor | None:
+    """The targets inside a batch, or ``None``.
+
+    Example:
+        >>> targets_of((torch.zeros(1, 3), torch.tensor([2]))).item()
+        2
+        >>> targets_of(torch.zeros(1, 3)) is None
+        True
+    """
+    found = None
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[-1]
+    return found if isinstance(found, Tensor) else None
+
+
+def classes_last(logits: Tensor, target: Tensor | None = None) -> Tensor:
+    """Logits with their classes on the last axis, where rows and tokens have them.
+
+    Per pixel ``(N, classes, H, W)`` they are on the second, and with labels ``(N, L)`` also those of
+    ``(N, classes, L)`` are.
+
+    Example:
+        >>> classes_last(torch.zeros(2, 3, 8, 9)).shape, classes_last(torch.zeros(2, 8, 3)).shape
+        (torch.Size([2, 8, 9, 3]), torch.Size([2, 8, 3]))
+    """
+    if target is not None and logits.shape[:-1] == target.shape:
+        return logits
+    flat = target is not None and logits.ndim == 3 and target.ndim == 2
+    return logits.movedim(1, -1) if flat or logits.ndim > 3 else logits
+
+
 def unusable(model: nn.Module, batch: Batch, loss: Loss | None = None) -> DataError | None:
     """Why a network cannot be run on a batch, in its own words; ``None`` if it can.
 

@@ -14,10 +14,12 @@ from secateur.core.batches import Batch, Loss, forward, size_of, to_device
 from secateur.core.errors import SecateurError
 from secateur.core.losses import (
     IGNORED,
+    classes_last,
     entry,
     logits_of,
     own_loss,
     squared_error,
+    targets_of,
     task_loss,
     unusable,
 )
@@ -109,23 +111,6 @@ def _answer(model: nn.Module, batch: Batch, loss: Loss | None) -> Answers:
     return Answers(rows, which, choices(rows) == labels, found, samples, language)
 
 
-def targets_of(batch: Batch) -> Tensor | None:
-    """The targets inside a batch, or ``None``.
-
-    Example:
-        >>> targets_of((torch.zeros(1, 3), torch.tensor([2]))).item()
-        2
-        >>> targets_of(torch.zeros(1, 3)) is None
-        True
-    """
-    found = None
-    if isinstance(batch, Mapping):
-        found = batch.get("labels")
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[-1]
-    return found if isinstance(found, Tensor) else None
-
-
 def choices(rows: Tensor) -> Tensor:
     """The class each row of logits chooses; with one logit, whether it is positive.
 
@@ -154,15 +139,7 @@ def _units(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None
     """Logits as ``(units, classes)``, samples first, and the targets in the same order."""
     if logits.ndim == 1:
         logits = logits[:, None]
-    # Per pixel the classes are axis 1; per token they are the last axis.
-    per_pixel = logits.ndim > 3 or (
-        target is not None
-        and logits.ndim == 3
-        and target.ndim == 2
-        and logits.shape[:2] != target.shape
-    )
-    if per_pixel:
-        logits = logits.movedim(1, -1)
+    logits = classes_last(logits, target)
     rows = logits.reshape(-1, logits.shape[-1])
     if target is None or target.numel() != len(rows):
         return rows, None

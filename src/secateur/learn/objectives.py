@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch, evaluating, inputs_of, real_tokens
 from secateur.core.errors import UsageError
-from secateur.core.losses import default_loss, logits_of, loss_of
+from secateur.core.losses import (
+    IGNORED,
+    classes_last,
+    default_loss,
+    logits_of,
+    loss_of,
+    targets_of,
+)
 from secateur.learn.attacks import Attack
 
 
@@ -92,7 +99,8 @@ class Distill:
     **Units** loss
     **Needs** a teacher of the same shape where hidden states or attention are compared
     **Source** Hinton et al., arXiv 1503.02531; TinyBERT, arXiv 1909.10351
-    **Differs** attention maps are compared after the softmax; padded tokens count for nothing
+    **Differs** attention maps are compared after the softmax; padded tokens count for nothing; outputs
+    that are numbers and no classes have their squared error in place of the first term
 
     Args:
         teacher: Run in evaluation mode, without gradients.
@@ -135,7 +143,7 @@ class Distill:
             taught = run(self.teacher, batch, self.wants)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         student, teacher = logits_of(output), logits_of(taught)
-        total = softened(student, teacher, self.temperature, real_tokens(batch, student))
+        total = distance(student, teacher, batch, self.temperature, of=self.teacher)
         if self.hidden:
             pairs = _paired(output, taught, "hidden_states")
             far = [_squared(s, t, _tokens(mask, s)) for s, t in pairs]
@@ -203,7 +211,82 @@ def run(model: nn.Module, batch: Batch, wants: frozenset[str] = frozenset()) -> 
     """Run ``model`` on a batch and ask for hidden states or attention maps where wanted."""
     names = {"hidden": "output_hidden_states", "attention": "output_attentions"}
     args, kwargs = inputs_of(batch)
-    return model(*args, **kwargs, **{names[want]: True for want in sorted(wants)})
+    flags = {names[want]: True for want in sorted(wants)}
+    try:
+        return model(*args, **kwargs, **flags)
+    except TypeError as error:
+        refused = [flag for flag in flags if f"argument '{flag}'" in str(error)]
+        if not refused:
+            raise
+        raise UsageError(
+            f"distilling {refused[0].removeprefix('output_')}",
+            f"{type(model).__name__} takes no {refused[0]}=True",
+            "this needs models of Transformers, which put them out if asked",
+            "set this share to 0, or give forward that argument",
+        ) from error
+
+
+def distance(
+    student: Tensor, teacher: Tensor, batch: Batch, temperature: float, *, of: nn.Module
+) -> Tensor:
+    """How far the outputs on a batch are from a teacher's: :func:`softened`, mean over its answers.
+
+    A single logit is that of class 1 against class 0. Where the targets are floats (but for shares of
+    classes), and for one number a sample without labels, the squared error is taken.
+
+    Args:
+        student: Outputs of the model.
+        teacher: Outputs of its teacher.
+        batch: Its targets tell numbers from classes; tokens of padding count for nothing.
+        temperature: Of the logits.
+        of: The teacher; decoders behind an encoder have padding of their own.
+
+    Raises:
+        UsageError: The outputs have different shapes.
+
+    Example:
+        >>> x, y = torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 0])
+        >>> far = distance(x, -x, (None, y), 1.0, of=nn.Identity())
+        >>> abs(far - (x * (1 - 2 * torch.sigmoid(-x))).mean()) < 1e-6
+        tensor(True)
+    """
+    if student.shape != teacher.shape:
+        raise UsageError(
+            "distilling the outputs",
+            f"the model puts out {tuple(student.shape)}, its teacher {tuple(teacher.shape)}",
+            "they are compared answer by answer",
+            "use a teacher of the same task",
+        )
+    target = targets_of(batch)
+    if _numbers(student, target):
+        return F.mse_loss(student.float(), teacher.float())
+    labels = None if target is None or target.is_floating_point() else target
+    if labels is not None and student.numel() == labels.numel():
+        student, teacher = (x.reshape(*labels.shape, 1) for x in (student, teacher))
+    student, teacher = (classes_last(x, labels) for x in (student, teacher))
+    if student.shape[-1] == 1:
+        student, teacher = (F.pad(x, (1, 0)) for x in (student, teacher))
+    return softened(student, teacher, temperature, _answers(of, batch, student))
+
+
+def _numbers(output: Tensor, target: Tensor | None) -> bool:
+    """Whether outputs are numbers to be hit, and not scores of classes."""
+    if target is None:
+        return output.numel() == len(output)
+    if not target.is_floating_point():
+        return False
+    classes = target.shape == output.shape and target.ndim > 1 and target.shape[1] > 1
+    shares = classes and bool((target >= 0).all()) and bool((target.sum(1) - 1).abs().max() < 1e-2)
+    return not shares  # mixed or smoothed labels
+
+
+def _answers(teacher: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
+    """Which answers count: those on tokens that are no padding; None for all."""
+    if not getattr(getattr(teacher, "config", None), "is_encoder_decoder", False):
+        return real_tokens(batch, logits)
+    target = targets_of(batch)  # the mask of an encoder says nothing of what its decoder answers
+    fits = target is not None and target.shape == logits.shape[:-1]
+    return target != IGNORED if target is not None and fits else None
 
 
 def softened(

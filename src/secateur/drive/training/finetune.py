@@ -20,7 +20,6 @@ from secateur.core.batches import (
     count,
     evaluating,
     forward,
-    real_tokens,
     size_of,
     to_device,
 )
@@ -33,7 +32,7 @@ from secateur.drive.training.order import Feed
 from secateur.drive.training.recorder import Checkpoints, Recorder, Tally, as_checkpoints
 from secateur.drive.training.resume import Training
 from secateur.formats.checkpoint import values_hash
-from secateur.learn.objectives import softened
+from secateur.learn.objectives import distance
 
 
 class Progress(Protocol):
@@ -47,7 +46,8 @@ class FineTune:
     r"""Train the survivors with the masks held; with ``distill`` also towards the dense network.
 
     **formula** :math:`(1-\alpha) L + \alpha T^2\, \mathrm{KL}(p_{dense}^{1/T} \| p^{1/T})`, with a
-    linear warm-up over 5 % of the steps and a cosine to zero
+    linear warm-up over 5 % of the steps and a cosine to zero; outputs that are numbers and no classes
+    have their squared error in place of the KL
     **Shapes** scalar loss
     **Units** loss
     **Needs** training batches with targets (with ``distill=1`` inputs suffice)
@@ -311,11 +311,11 @@ def _objective(
         target = logits_of(forward(teacher, batch))
     output = forward(model, batch)
     logits = logits_of(output)
-    distance = softened(logits, target, how.temperature, real_tokens(batch, logits))
+    far = distance(logits, target, batch, how.temperature, of=teacher)
     if how.distill == 1:
-        return distance
+        return far
     own = data.loss(model, batch) if data.loss is not None else loss_of(output, batch)
-    return (1 - how.distill) * own + how.distill * distance
+    return (1 - how.distill) * own + how.distill * far
 
 
 def _optimizer(model: nn.Module, how: FineTune) -> torch.optim.Optimizer:
