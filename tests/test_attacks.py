@@ -297,3 +297,14 @@ def test_curves_that_cannot_be_measured_are_refused() -> None:
     facts = robustness(net, [batch()], Fgsm(0.1), sizes=[0.1])
     with pytest.raises(UsageError, match="model/Fgsm"):
         facts.curve("model", "Pgd")
+
+
+def test_a_step_of_ones_own_grows_with_the_ball() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3, bias=False))
+    x = torch.full((4, 1, 6, 6), 0.5)
+    data = (x, net(x).argmax(1))
+    for size in (0.02, 0.1, 0.4):
+        moved, _ = Pgd(0.1, step=0.025, steps=7).sized(size)(net, data)
+        assert float((moved - x).abs().max()) == pytest.approx(size)  # 7 steps of a quarter fill it
+    assert Pgd(0.0, step=0.025).sized(0.1).step == 0.025
+    assert Pgd(0.1).sized(0.2).step is None

@@ -85,7 +85,8 @@ class Pgd:
 
     Args:
         eps: ε, radius of the ball.
-        step: a; by default ``2.5 eps / steps``.
+        step: a; by default ``2.5 eps / steps``. It is that of this ε: another size has a step in
+            proportion.
         steps: How many.
         low: Smallest valid input; a tuple holds one bound a channel.
         high: Largest valid input.
@@ -137,7 +138,9 @@ class Pgd:
         return with_inputs(batch, here)
 
     def sized(self, size: float) -> Pgd:
-        return replace(self, eps=size)
+        grown = size / self.eps if self.eps else 1.0
+        # With the step as it was, a large ball would never be filled.
+        return replace(self, eps=size, step=None if self.step is None else self.step * grown)
 
 
 @dataclass(frozen=True)
