@@ -308,3 +308,31 @@ def test_a_step_of_ones_own_grows_with_the_ball() -> None:
         assert float((moved - x).abs().max()) == pytest.approx(size)  # 7 steps of a quarter fill it
     assert Pgd(0.0, step=0.025).sized(0.1).step == 0.025
     assert Pgd(0.1).sized(0.2).step is None
+
+
+# -- batches and outputs of other kinds -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_deepfool_takes_one_logit_as_class_one_against_class_zero(flat: bool) -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(6, 1), nn.Linear(6, 2)
+    with torch.no_grad():
+        two.weight.copy_(torch.cat([torch.zeros(1, 6), one.weight]))
+        two.bias.copy_(torch.cat([torch.zeros(1), one.bias]))
+    net = nn.Sequential(one, nn.Flatten(0)) if flat else one
+    x = torch.randn(20, 6)
+    data = (x, (one(x)[:, 0] > 0).long())
+    attack = DeepFoolCutoff(delta=9.0, low=-9.0, high=9.0)
+    moved, _ = attack(net, data)
+    assert torch.allclose(moved, attack(two, data)[0], atol=1e-6)
+    assert bool(((one(moved) > 0) != (one(x) > 0)).all())
+    facts = robustness(net, [data], attack, sizes=[9.0])
+    assert facts.curves[0].natural == 1.0
+    assert facts.curves[0].accuracy == (0.0,)
+
+
+def test_deepfool_needs_one_class_a_sample() -> None:
+    pixels = (torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
+    with pytest.raises(DataError, match=r"puts out \(2, 5, 4, 4\) for 2 samples"):
+        DeepFoolCutoff()(nn.Conv2d(3, 5, 1), pixels)

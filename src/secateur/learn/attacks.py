@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.arguments import is_number, require_count
@@ -308,7 +309,18 @@ def _slope(model: nn.Module, batch: Batch, x: Tensor, loss: Loss | None) -> Tens
 
 
 def _scores(model: nn.Module, batch: Batch, x: Tensor) -> Tensor:
-    return logits_of(forward(model, with_inputs(batch, x)))
+    """Logits ``(samples, classes)``; a single one is that of class 1 against class 0."""
+    logits = logits_of(forward(model, with_inputs(batch, x)))
+    if logits.numel() == len(x):
+        return F.pad(logits.reshape(-1, 1), (1, 0))
+    if logits.ndim != 2:
+        raise DataError(
+            "an attack with DeepFool",
+            f"the network puts out {tuple(logits.shape)} for {len(x)} samples",
+            "it looks for the nearest boundary of the class of a sample, and needs one class a sample",
+            "take Fgsm or Pgd, which follow the loss",
+        )
+    return logits
 
 
 def _gradient(scalar: Tensor, x: Tensor) -> Tensor:
