@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
-from itertools import islice
 from typing import Any
 
 import torch
@@ -219,7 +218,7 @@ def first_tensor(batch: Batch) -> Tensor:
         >>> first_tensor(({"size": 3, "x": torch.zeros(2, 5)}, torch.zeros(2))).shape
         torch.Size([2, 5])
     """
-    found = next((part for part in _tensors(batch) if part.ndim), None)
+    found = next((part for part in tensors_of(batch) if part.ndim), None)
     if found is None:
         raise DataError(
             "a batch",
@@ -230,12 +229,18 @@ def first_tensor(batch: Batch) -> Tensor:
     return found
 
 
-def _tensors(part: Any) -> Iterator[Tensor]:
+def tensors_of(part: Any) -> Iterator[Tensor]:
+    """The tensors inside a batch or a part of one, in their order.
+
+    Example:
+        >>> [x.item() for x in tensors_of([torch.tensor(1), {"size": 3, "x": torch.tensor(2)}])]
+        [1, 2]
+    """
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, (Mapping, tuple, list)):
         for inner in part.values() if isinstance(part, Mapping) else part:
-            yield from _tensors(inner)
+            yield from tensors_of(inner)
 
 
 def mapped(part: Any, function: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
@@ -390,8 +395,3 @@ def real_tokens(batch: Batch, x: Tensor) -> Tensor | None:
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.shape == x.shape[:-1] else None
-
-
-def take(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """The first ``count`` batches."""
-    return list(islice(batches, count))

@@ -13,13 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.arguments import is_number, require_count
-from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward
+from secateur.core.batches import (
+    Batch,
+    Loss,
+    evaluating,
+    forward,
+    inputs_of,
+    mapped,
+    tensors_of,
+)
 from secateur.core.errors import DataError, UsageError
 from secateur.core.losses import default_loss, logits_of
 from secateur.core.randomness import own_random
 
 #: A bound of the inputs: one number, or one a channel (axis 1) for normalised images.
 Bound = float | tuple[float, ...]
+#: What targets are called in batches that are mappings.
+TARGETS = "labels"
 
 
 class Attack(Protocol):
@@ -268,37 +278,50 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def inputs_of_floats(batch: Batch) -> Tensor:
-    """The inputs of a batch, which must be floats to be perturbed.
+    """The inputs of a batch that are perturbed: its first tensor of floats that is no target.
+
+    Raises:
+        DataError: There is none.
 
     Example:
-        >>> inputs_of_floats((torch.zeros(1, 3), torch.tensor([0]))).shape
+        >>> inputs_of_floats({"labels": torch.tensor([0]), "pixel_values": torch.zeros(1, 3)}).shape
         torch.Size([1, 3])
     """
-    x = first_tensor(batch)
-    if not x.dtype.is_floating_point:
-        raise DataError(
-            "an adversarial perturbation",
-            f"the inputs are {x.dtype}",
-            "only inputs of floats can be moved a little",
-            "perturb images or features, not token numbers",
-        )
-    return x.detach()
+    return _perturbed(batch).detach()
 
 
 def with_inputs(batch: Batch, x: Tensor) -> Batch:
-    """The batch with its first tensor replaced; gradients reach ``x``.
+    """The batch with the inputs of :func:`inputs_of_floats` replaced; gradients reach ``x``.
 
     Example:
         >>> with_inputs((torch.zeros(2), torch.tensor(1)), torch.ones(2))
         (tensor([1., 1.]), tensor(1))
     """
+    old = _perturbed(batch)
+
+    def swapped(part: object) -> object:
+        return mapped(part, lambda found: x if found is old else found)
+
     if isinstance(batch, Tensor):
         return x
     if isinstance(batch, Mapping):
-        name = next(k for k, v in batch.items() if isinstance(v, Tensor))
-        return {**batch, name: x}
-    place = next(i for i, v in enumerate(batch) if isinstance(v, Tensor))
-    return (*batch[:place], x, *batch[place + 1 :])
+        return {k: v if k == TARGETS else swapped(v) for k, v in batch.items()}
+    inputs = max(1, len(batch) - 1)
+    return (*map(swapped, batch[:inputs]), *batch[inputs:])
+
+
+def _perturbed(batch: Batch) -> Tensor:
+    args, kwargs = inputs_of(batch)
+    inputs = list(tensors_of([args, {k: v for k, v in kwargs.items() if k != TARGETS}]))
+    found = next((x for x in inputs if x.dtype.is_floating_point and x.ndim), None)
+    if found is None:
+        raise DataError(
+            "an adversarial perturbation",
+            f"the inputs are {', '.join(sorted({str(x.dtype) for x in inputs})) or 'no tensors'}",
+            "only inputs of floats can be moved a little",
+            "perturb images or features, not token numbers",
+        )
+    return found
 
 
 def _slope(model: nn.Module, batch: Batch, x: Tensor, loss: Loss | None) -> Tensor:

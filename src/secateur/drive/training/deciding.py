@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Data, evaluating, lack, size_of, take, to_device
+from secateur.core.batches import Batch, Data, evaluating, lack, size_of, to_device
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
@@ -216,7 +216,7 @@ def require_no_repairs(recipe: Recipe) -> None:
 
 def mean_loss(model: nn.Module, data: Data, batches: list[Batch] | None = None) -> Any:
     """A function that measures the mean calibration loss of ``model`` as it is."""
-    sample = batches if batches is not None else take(data.sample(), 64)
+    sample = batches if batches is not None else data.sample()[:64]
     moved = [to_device(b, device_of(model)) for b in sample]
     loss = data.loss or default_loss
     sizes = [size_of(b) for b in moved]  # the last batch may be a smaller one
