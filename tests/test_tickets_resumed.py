@@ -16,7 +16,7 @@ import pytest
 import torch
 from tickets_cases import LEVELS, SHORT, Broken, Shuffled, build, counted, data, plan, search
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import secateur
 from secateur.experiments.training import Stretch, seeded, train_
@@ -176,3 +176,29 @@ def test_a_level_sees_the_batches_of_the_dense_training_if_asked(same: bool) -> 
     assert (len(dense.drawn), len(level.drawn)) == (12, 8)
     pairs = zip(dense.drawn[4:], level.drawn, strict=True)
     assert [torch.equal(x, y) for x, y in pairs] == [same] * 8
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Samples with noise that workers draw."""
+
+    def __init__(self) -> None:
+        self.all = Shuffled()
+
+    def __len__(self) -> int:
+        return len(self.all.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.all.x[index] + 0.1 * torch.randn(8), self.all.y[index]
+
+
+def test_epochs_are_repeated_where_workers_stay(tmp_path: Path) -> None:
+    def once(folder: Path, rewind: str) -> dict[str, bytes]:
+        loader = DataLoader(Noisy(), 32, shuffle=True, num_workers=1, persistent_workers=True)
+        how = plan(rewind=rewind, rewind_to=1, levels=(0.5,), training=replace(SHORT, epochs=2))
+        secateur.find_ticket(build, data=secateur.Data(train=loader), folder=folder, plan=how)
+        return network_files(folder)
+
+    whole = once(tmp_path / "whole", "weights")  # the first epoch of the dense training twice
+    once(tmp_path / "parts", "rate")
+    parts = once(tmp_path / "parts", "weights")
+    assert {name: parts[name] for name in whole} == whole

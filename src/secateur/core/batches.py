@@ -81,7 +81,7 @@ class Data:
             )
         taken: list[Batch] = []
         left = self.calibration
-        for batch in _aside(self.train):
+        for batch in aside(self.train):
             size = size_of(batch)
             if size == 0:
                 continue
@@ -99,10 +99,14 @@ class Data:
         return taken
 
 
-def _aside(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """The same batches, for a look at them while somebody trains on them.
+def aside(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The same batches from workers that do not stay, and draw a seed for every loop.
 
-    A loader whose workers stay has one iterator for all loops: a second loop begins the first anew.
+    Where they stay, a look at the data while somebody trains would begin the epoch anew.
+
+    Example:
+        >>> aside([torch.zeros(2)])
+        [tensor([0., 0.])]
     """
     if not (isinstance(batches, DataLoader) and batches.persistent_workers):
         return batches
@@ -218,8 +222,7 @@ def first_tensor(batch: Batch) -> Tensor:
         >>> first_tensor(({"size": 3, "x": torch.zeros(2, 5)}, torch.zeros(2))).shape
         torch.Size([2, 5])
     """
-    found = next((part for part in tensors_of(batch) if part.ndim), None)
-    if found is None:
+    if (found := next((part for part in tensors_of(batch) if part.ndim), None)) is None:
         raise DataError(
             "a batch",
             f"{kind_of(batch)} without any tensor of samples",

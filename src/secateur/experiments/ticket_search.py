@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Data
+from secateur.core.batches import Data, aside
 from secateur.core.budget import Target
 from secateur.core.errors import UsageError
 from secateur.core.facts import Facts, Note, environment
@@ -73,7 +73,7 @@ class Search:
         progress: Progress | None,
     ) -> None:
         self.given, self.recipe, self.plan, self.folder = model, recipe, plan, folder
-        self.data = data or Data()
+        self.data = _repeatable(data or Data())
         self.progress: Progress = progress or (lambda stage, done, total: None)
         self.levels = levels_of(plan, recipe)
         self._require_rewindable()
@@ -293,6 +293,11 @@ class Search:
         back = f"{self.step}" if self.step else ""
         parts = [type(p).__name__ for p in (recipe.criterion, recipe.pattern, recipe.allocation)]
         return f"{self.plan.rewind}{back}-{'-'.join(parts).lower()}-{_words(training)}"
+
+
+def _repeatable(data: Data) -> Data:
+    """Data of which each epoch can be drawn again by itself."""
+    return data if data.train is None else dataclasses.replace(data, train=aside(data.train))
 
 
 def reset_(model: nn.Module) -> None:
