@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -163,3 +164,25 @@ def test_other_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command(tmp_path, "-o", tmp_path / "p", code=4)["error"]["type"] == "FormatError"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert command(tmp_path, "-o", tmp_path / "p", code=5)["error"]["type"] == "MissingExtra"
+
+
+def test_ways_of_one_run_are_lines_of_their_own(tmp_path: Path) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    data = secateur.Data(train=[(x, x[:, :2].argmax(1))])
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    levels = {}
+    for name, these, one_shot in (
+        ("rate rewound, through 70.0 %", (0.4, 0.7), False),
+        ("rate rewound, through 60.0 %", (0.4, 0.6), False),
+        ("rate rewound, one shot", (0.4, 0.7), True),
+    ):
+        plan = TicketPlan(these, "rate", one_shot=one_shot, training=Training(epochs=1))
+        found = find_ticket(network, None, data, folder=tmp_path / "runs", plan=plan)
+        levels[name] = [(s.asked, s.accuracy, 1) for s in (found.dense, *found.levels)]
+    command(tmp_path / "runs", "-o", tmp_path / "plots")
+    drawn: dict[str, list[tuple[float, float, int]]] = {}
+    with (tmp_path / "plots" / "tickets.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            point = float(row["asked"]), float(row["accuracy"]), int(row["runs"])
+            drawn.setdefault(row["method"], []).append(point)
+    assert drawn == levels

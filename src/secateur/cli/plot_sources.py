@@ -177,7 +177,7 @@ def _tickets(folders: list[Path], asked: str) -> Source:
             continue
         dense = _dense_of(folder, levels, parents)
         plan = dict(identities[folder].get("plan") or {})
-        for chain in _chains(levels):
+        for chain, words in _chains(levels):
             masks.append([stage.masks for stage in chain])
             measures = chain[0].facts.measures
             first = (
@@ -187,7 +187,7 @@ def _tickets(folders: list[Path], asked: str) -> Source:
                 {
                     "rewind": str(plan.get("rewind", "weights")),
                     "recipe": identities[folder].get("recipe") or {},
-                    "plan": {k: v for k, v in plan.items() if k != "rewind"},
+                    "plan": {**{k: v for k, v in plan.items() if k != "rewind"}, **words},
                     "metric": str(measures.get("metric", "accuracy")),
                     "split": str(measures.get("split", "test")),
                     "dense": first,
@@ -253,26 +253,34 @@ def _dense_of(
     return None
 
 
-def _chains(levels: list[tuple[Stage, str]]) -> list[list[Stage]]:
-    """Ways from the first level to a last one; levels straight from dense are one way together."""
+def _chains(levels: list[tuple[Stage, str]]) -> list[tuple[list[Stage], dict[str, Any]]]:
+    """Ways from the first level to a last one, and what tells them from the other ways of their run.
+
+    Levels straight from dense are one way together.
+    """
     by_digest = {stage.digest: (stage, parent) for stage, parent in levels}
     inner = {parent for _, parent in levels}
     ways: list[list[Stage]] = []
-    straight: list[Stage] = []
     for stage, parent in levels:
-        if stage.digest in inner:
+        if stage.digest in inner or parent not in by_digest:
             continue
         way, above = [stage], parent
         while above in by_digest:
             before, above = by_digest[above]
             way.append(before)
-        if len(way) == 1:
-            straight += way
-        else:
-            ways.append(way[::-1])
+        ways.append(way[::-1])
+    alone = any(s.digest not in inner and parent not in by_digest for s, parent in levels)
+    straight = [stage for stage, parent in levels if alone and parent not in by_digest]
+    straight.sort(key=lambda stage: stage.masks.sparsity)
+    asked = [[stage.facts.measures["asked"] for stage in way] for way in ways]
+    told: list[tuple[list[Stage], dict[str, Any]]] = []
+    for way, mine in zip(ways, asked, strict=True):
+        own = [level for level in mine if any(level not in other for other in asked)]
+        text = f"through {', '.join(map(percent, own))}"
+        told.append((way, {"way": text} if own else {}))
     if straight:
-        ways.append(sorted(straight, key=lambda stage: stage.masks.sparsity))
-    return ways
+        told.append((straight, {"one_shot": True} if ways or len(straight) > 1 else {}))
+    return told
 
 
 def _row(stage: Stage) -> dict[str, Any]:
