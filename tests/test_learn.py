@@ -250,6 +250,27 @@ def test_a_missed_target_is_noted() -> None:
     assert any(n.topic == "target" and "asked for 90.0%" in n.text for n in notes)
 
 
+def test_thresholds_that_went_too_far_are_told_as_such() -> None:
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)  # its steps are as large as the gradient
+    learned = Learned(net, optimizer, Leap.short(0.5))
+    train(net, optimizer, learned, batches(60))
+    pruned = learned.harden()
+    assert pruned.masks.sparsity > 0.6
+    (said,) = (n.text for n in pruned.facts.notes if n.topic == "target")
+    assert "AdamW" in said
+    assert "raise" not in said
+
+
+def test_weights_that_are_as_good_as_gone_are_named() -> None:
+    net, optimizer, learned = begin(Str(start=-3.0))
+    with torch.no_grad():
+        net[2].parametrizations.weight[0].s.fill_(10.0)  # type: ignore[index,union-attr]
+    train(net, optimizer, learned, batches(1))
+    notes = [n for n in learned.harden().facts.notes if n.topic == "nearly-empty"]
+    assert [(n.where, "only 0 of 4096" in n.text) for n in notes] == [("2.weight", True)]
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_a_parametrized_model_deep_copies(name: str) -> None:
     net, optimizer, learned = begin(MASKS[name])

@@ -33,6 +33,8 @@ from secateur.learn.masked import obstacle, require_unlearned
 
 # A target is reached if the masks come this close to it.
 CLOSE = 0.01
+# A weight with more zeros than that is as good as gone.
+EMPTY = 0.99
 
 
 class Learned:
@@ -186,17 +188,28 @@ class Learned:
         self._leave_optimizer_()
         self.facts.layers = layers(masks)
         self.facts.measures |= {"steps": self.steps, **self._learning.facts()}
-        goal = self.how.goal
-        if goal is not None and abs(masks.sparsity - goal) > CLOSE:
-            self.facts.note(
-                "target",
-                "",
-                f"asked for {goal:.1%}, reached {masks.sparsity:.1%}: "
-                "train longer, or raise the learning rate or the penalty of the masks",
-            )
-        if not masks.sparsity:
-            self.facts.note("target", "", "nothing was pruned: no mask has a zero")
+        self._note_result(masks)
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
+
+    def _note_result(self, masks: Masks) -> None:
+        goal, found = self.how.goal, masks.sparsity
+        if goal is not None and abs(found - goal) > CLOSE:
+            why = "what goes are whole groups, and one of each weight stays"
+            if self.how.penalised and found < goal:
+                why = "train longer, or raise the learning rate or the penalty of the masks"
+            elif self.how.penalised:
+                why = (
+                    "the thresholds went past the target, and no penalty brings them back. Train with "
+                    "AdamW, longer, or with a lower learning rate of the thresholds"
+                )
+            self.facts.note("target", "", f"asked for {goal:.1%}, reached {found:.1%}: {why}")
+        if not found:
+            self.facts.note("target", "", "nothing was pruned: no mask has a zero")
+        for layer in self.facts.layers:
+            if layer.sparsity > EMPTY:
+                text = f"only {layer.kept} of {layer.total} are left; lower the sparsity, the penalty or "
+                text += "the weight decay of the masks, or leave it out with ignore="
+                self.facts.note("nearly-empty", layer.name, text)
 
     def _leave_optimizer_(self) -> None:
         """Training may go on with the same optimizer: it forgets what is no longer there.
