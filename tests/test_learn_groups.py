@@ -196,6 +196,42 @@ def test_a_step_is_the_hard_penalty_and_leaves_all_else() -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16], ids=str)
+def test_networks_of_other_types_are_shrunk_alike(kind: torch.dtype) -> None:
+    moved = []
+    for dtype in (torch.float32, kind):
+        net = network().to(dtype)
+        before = net.conv.weight.detach().clone()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        learned = Learned(net, optimizer, GroupLearning(strength=5.0, ramp=1))
+        x, y = batches(1)[0]
+        learned.step((x.to(dtype), y))
+        moved.append((net.conv.weight.detach() - before).float())
+    assert float(moved[0].abs().max()) > 0.05
+    near = 1e-6 if kind is torch.float64 else 0.01  # a weight of 1 is kept to 0.004
+    assert torch.allclose(moved[0], moved[1], atol=near)
+
+
+def test_a_convolution_may_have_no_part_in_the_loss() -> None:
+    class Auxiliary(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside = nn.Conv2d(8, 6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.aside(self.stem(x))
+
+    torch.manual_seed(0)
+    net = Auxiliary()
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    learned = Learned(net, sgd, GroupLearning(strength=1.0, ramp=1), scope=Scope(sensitive=True))
+    before = net.aside.weight.detach().clone()
+    learned.step(batches(1)[0])
+    assert "aside.weight" in learned.masks
+    assert bool((net.aside.weight.abs() <= before.abs() + 1e-6).all())  # the penalty alone
+    assert not torch.equal(net.aside.weight, before)
+
+
 def test_planted_groups_are_found() -> None:
     """Filters 0 to 5 read channels 0 to 3, the others channels 4 to 7."""
     net, optimizer, learned = begin(GroupLearning(count=2, strength=0.5, ramp=1, lr=0.02))

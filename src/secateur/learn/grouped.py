@@ -99,7 +99,10 @@ class Grouped:
         with self._restored():
             self._shrink_(weights, fixed, force)
             start = {n: w.detach().clone() for n, w in weights.items()}
-            slopes = torch.autograd.grad(objective(), list(weights.values()))
+            # A convolution may run and have no part in the loss, as auxiliary outputs have it.
+            slopes = torch.autograd.grad(
+                objective(), list(weights.values()), materialize_grads=True
+            )
             with torch.no_grad():
                 for (name, weight), slope in zip(weights.items(), slopes, strict=True):
                     weight.sub_(slope, alpha=rates[name])
@@ -203,8 +206,9 @@ class Grouped:
     ) -> None:
         scales = self._scales()
         for name, weight in weights.items():
-            free = weight.detach().requires_grad_()
-            own = group_norms(free, member[name].to(free.dtype), scales[name])
+            kind = torch.promote_types(weight.dtype, torch.float32)  # a half sums too coarsely
+            free = weight.detach().to(kind).requires_grad_()
+            own = group_norms(free, member[name].to(kind), scales[name])
             (slope,) = torch.autograd.grad(own, free)
             with torch.no_grad():
                 weight.sub_(slope, alpha=force[name])

@@ -182,11 +182,11 @@ def logit_gradients(
     """
     total = torch.zeros(())
     for name, p in member.items():
-        total = total.to(p.device) + group_norms(after[name], p, scales[name])
-        weight = before[name].clone().requires_grad_()
+        total = total.to(p.device) + group_norms(after[name].to(p.dtype), p, scales[name])
+        weight = before[name].clone().to(p.dtype).requires_grad_()
         own = group_norms(weight, p, scales[name])
         (slope,) = torch.autograd.grad(own, weight, create_graph=True)
-        total = total + (slope * moved[name]).sum()
+        total = total + (slope * moved[name].to(p.dtype)).sum()
     return torch.autograd.grad(total, list(logits))
 
 
