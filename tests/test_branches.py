@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secateur
+from secateur import Learned, load
 from secateur.core.errors import DataError, UsageError
+from secateur.core.facts import Facts
 from secateur.core.slots import Slot
 from secateur.core.weight import CONV2D
 from secateur.drive.structural.branches import pack_branches
@@ -22,7 +24,7 @@ from secateur.formats import parse_surgery, surgery_text
 from secateur.frontends import discover
 from secateur.frontends.onnx import export_onnx
 from secateur.frontends.surgery import replay_
-from secateur.learn import GroupLearning
+from secateur.learn import GroupLearning, learned_branches
 from secateur.learn.energy import Branches, energy_prune
 from secateur.structure import couple
 from secateur.structure.branches import (
@@ -229,6 +231,27 @@ def test_the_learned_groups_and_the_energy_rule_fit() -> None:
         assert compare([packed(image())], [masked(image())]).error < 1e-5
     learned_now = names.branches()
     assert isinstance(pack_branches(model, learned_now, image()).model.second, GatheredConv2d)
+
+
+def test_what_was_learned_is_packed_from_the_facts_of_a_bundle(tmp_path: Path) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    how = GroupLearning(count=2, target=0.5, ramp=1, lr=0.5, filters=("second.weight",))
+    learned = Learned(model, optimizer, how)
+    x = image()
+    learned.step((x, torch.zeros(len(x), dtype=torch.long)))
+    pruned = learned.harden()
+    pruned.save(tmp_path / "learned")
+    again = load(build(), tmp_path / "learned")
+    packed = pack_branches(again.model, learned_branches(again.facts), x)
+    assert any(isinstance(m, GatheredConv2d) for m in packed.model.modules())
+    with torch.no_grad():
+        again.model.eval(), packed.model.eval()
+        assert compare([packed.model(x)], [again.model(x)]).error < 1e-5
+    kept = sum(int(m.any((2, 3)).sum()) for m in pruned.masks.values())
+    assert packed.facts.measures["kernels"][1] == kept
+    with pytest.raises(UsageError, match="no groups"):
+        learned_branches(Facts())
 
 
 def test_onnx_runtime_computes_the_same(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A learner is a plain value; ``drive.training.learned.Learned`` puts it to work i
 """
 
 from secateur.learn.attacks import Attack, DeepFoolCutoff, Fgsm, Pgd
-from secateur.learn.energy import Branches, energy_prune
+from secateur.learn.energy import Branches, energy_prune, learned_branches
 from secateur.learn.grouped import Grouped
 from secateur.learn.grouping import GroupLearning
 from secateur.learn.leap import Leap
@@ -42,4 +42,5 @@ __all__ = [
     "Str",
     "Task",
     "energy_prune",
+    "learned_branches",
 ]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.core.errors import BudgetError
+from secateur.core.errors import BudgetError, UsageError
+from secateur.core.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,37 @@ class Branches:
     def kernels(self) -> Tensor:
         """``(filters, channels)``, True where a kernel stays."""
         return self.keep[self.groups] & self.filters[:, None]
+
+
+def learned_branches(facts: Facts) -> dict[str, Branches]:
+    """What group learning has cut, by the names of the weights, as the facts of its result hold it.
+
+    Args:
+        facts: Of the network that :meth:`~secateur.Learned.harden` or ``learn_masks`` gave, or that
+            was loaded from its bundle.
+
+    Raises:
+        UsageError: They are those of something else.
+
+    Example:
+        >>> plain = {"groups": [0, 1], "keep": [[True, False], [True, True]], "filters": [True, True]}
+        >>> found = learned_branches(Facts(measures={"groups": {"0.weight": plain}}))
+        >>> found["0.weight"].kernels().tolist()
+        [[True, False], [True, True]]
+    """
+    groups = facts.measures.get("groups")
+    if not isinstance(groups, Mapping):
+        raise UsageError(
+            "the branches of a pruned network",
+            f"its facts know of {', '.join(facts.measures) or 'nothing'}, and of no groups",
+            "groups of filters are learned by GroupLearning",
+            "give the facts of a network that was pruned with it",
+        )
+    kinds = {"groups": torch.long, "keep": torch.bool, "filters": torch.bool}
+    return {
+        name: Branches(*(torch.tensor(plain[key], dtype=kind) for key, kind in kinds.items()))
+        for name, plain in groups.items()
+    }
 
 
 def branches_at(weight: Tensor, groups: Tensor, *, count: int, beta: float) -> Branches:

@@ -42,7 +42,7 @@ def pack_branches(
 
     Args:
         model: Not changed. Fine-tune with masks before packing, or the packed network after.
-        branches: Name of a weight -> its branches, as ``Grouped.branches()`` gives them.
+        branches: Name of a weight -> its branches, as :func:`~secateur.learn.learned_branches` gives them.
         example_inputs: A tensor, a tuple, or a mapping of named inputs.
 
     Returns:
