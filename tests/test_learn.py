@@ -142,6 +142,19 @@ def test_soft_movement_by_hand() -> None:
     assert parts[0].mask(torch.ones(1, 2)).tolist() == [[False, True]]
 
 
+@pytest.mark.parametrize(("rows", "least"), [(1, 1), (199, 1), (200, 2), (1000, 6)])
+def test_soft_movement_leaves_half_a_per_cent_of_each_weight(rows: int, least: int) -> None:
+    weight = torch.ones(rows, 1)
+    part = MovementMask(Tiling(Weight("w", weight, LINEAR)))
+    part.scores.data.copy_(torch.arange(rows)[:, None] / rows - 9)  # all far below the threshold
+    kept = part.mask(weight)[:, 0]
+    assert kept.tolist() == [False] * (rows - least) + [True] * least
+    part(weight).sum().backward()
+    assert bool((part.scores.grad == 1).all())  # straight through, wherever the threshold is
+    part.scores.data[:] = 0.0
+    assert bool(part.mask(weight).all())
+
+
 @pytest.mark.parametrize(
     ("shape", "axes", "grain", "count"),
     [

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 from secateur.core.arguments import require_amounts, require_numbers
 from secateur.core.errors import UsageError
+from secateur.core.select import keep_top
 from secateur.core.slots import Slot
 from secateur.learn.grain import Grain, Tiling, sides_of, tiling
 from secateur.learn.learner import Learning
 from secateur.learn.masked import Gate, MaskedWeights
 
+#: Share of the scores of a weight that always stays.
+LEAST = 0.005
+
 
 class MovementMask(nn.Module):
-    """The mask of one weight: kept where ``sigmoid(S) > tau``.
+    """The mask of one weight: kept where ``sigmoid(S) > tau``, and the highest half per cent anyway.
 
     Args:
         tiling: Which entries share a score.
@@ -43,7 +47,13 @@ class MovementMask(nn.Module):
         return self.tiling.tiles * self.tiling.members
 
     def _above(self) -> Tensor:
-        return torch.sigmoid(self.scores.detach()) > self.tau
+        scores = self.scores.detach()
+        above = torch.sigmoid(scores) > self.tau
+        least = int(LEAST * self.tiling.tiles) + 1
+        if int(above.sum()) >= least:
+            return above
+        # A weight that is gone passes nothing on, and no gradient would ever bring it back.
+        return keep_top(scores.reshape(1, -1), least).reshape(scores.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight."""
@@ -63,8 +73,9 @@ class SoftMovement:
     The penalty lowers all scores alike; a weight stays if the loss pushes its score up more. How
     sparse the result is follows from ``strength``: there is no target.
 
-    **formula** :math:`M = [sigmoid(S) > τ]`, :math:`dS = dW_{eff} \, W`; penalty
-    :math:`λ \, \mathrm{mean}(sigmoid(S))`, λ from 0 to ``strength`` in ``ramp`` steps
+    **formula** :math:`M = [sigmoid(S) > τ]`, and at least the highest half per cent of each S, as in
+    the source's code; :math:`dS = dW_{eff} \, W`; penalty :math:`λ \, \mathrm{mean}(sigmoid(S))`, λ
+    from 0 to ``strength`` in ``ramp`` steps
     **Shapes** a score an entry, row or block
     **Units** the penalty is a loss
     **Needs** gradients of a training loop
