@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from secateur.core.batches import (
 from secateur.core.errors import DataError, UsageError
 from secateur.core.losses import default_loss, logits_of
 from secateur.core.randomness import own_random
+from secateur.core.slots import device_of
 
 #: A bound of the inputs: one number, or one a channel (axis 1) for normalised images.
 Bound = float | tuple[float, ...]
@@ -271,9 +272,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients on; modes and the caller's random state come back.
 
     In evaluation mode batch normalisations use and keep their running statistics, so perturbed
-    inputs do not reach them.
+    inputs do not reach them. Under autocast to float16 it runs in the types of the weights: where the
+    network is sure, slopes of a mean are too small for a half, and their sign would be 0.
     """
-    with evaluating(model), torch.enable_grad(), own_random(model):
+    kind = device_of(model).type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
+    whole = torch.autocast(kind, enabled=False) if half else nullcontext()
+    with evaluating(model), torch.enable_grad(), own_random(model), whole:
         yield
 
 

@@ -1,0 +1,93 @@
+"""Attacks on batches and outputs of other kinds: targets anywhere, nested inputs, one logit, pixels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_attacks import ATTACKS
+from torch import Tensor, nn
+
+from secateur.core.errors import DataError
+from secateur.evaluate.robustness import robustness
+from secateur.learn import DeepFoolCutoff, Fgsm
+
+
+class Named(nn.Module):
+    """Inputs by name, as models of Transformers take them; targets of floats are possible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(pixel_values)
+        if labels.is_floating_point():
+            return {"loss": nn.functional.mse_loss(logits, labels), "logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("labels", [torch.arange(4) % 3, torch.rand(4, 3)], ids=["int", "float"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_inputs_are_perturbed_wherever_the_targets_lie(name: str, labels: Tensor) -> None:
+    net, x = Named(), torch.rand(4, 6)
+    first = {
+        "labels": labels,
+        "index": torch.arange(4),
+        "pixel_values": x,
+    }  # as collators have them
+    last = dict(reversed(first.items()))
+    found, wanted = (ATTACKS[name](net, batch) for batch in (first, last))
+    assert list(found) == list(first)
+    assert found["labels"] is labels
+    assert not torch.equal(found["pixel_values"], x)
+    assert torch.equal(found["pixel_values"], wanted["pixel_values"])
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_inputs_inside_other_parts_are_perturbed_and_targets_are_not(name: str) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, parts: dict[str, Tensor]) -> Tensor:
+            return torch.as_tensor(self.inner(parts["x"]))
+
+    net, x, y = Nested(), torch.rand(4, 6), torch.arange(4) % 3
+    parts, labels = ATTACKS[name](net, ({"x": x}, y))
+    assert labels is y
+    assert torch.equal(parts["x"], ATTACKS[name](net.inner, (x, y))[0])
+
+
+def test_a_target_that_is_the_input_itself_stays() -> None:
+    net, x = nn.Linear(6, 6), torch.rand(4, 6)
+    moved, target = Fgsm(0.1)(net, (x, x))
+    assert target is x
+    assert not torch.equal(moved, x)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_deepfool_takes_one_logit_as_class_one_against_class_zero(flat: bool) -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(6, 1), nn.Linear(6, 2)
+    with torch.no_grad():
+        two.weight.copy_(torch.cat([torch.zeros(1, 6), one.weight]))
+        two.bias.copy_(torch.cat([torch.zeros(1), one.bias]))
+    net = nn.Sequential(one, nn.Flatten(0)) if flat else one
+    x = torch.randn(20, 6)
+    data = (x, (one(x)[:, 0] > 0).long())
+    attack = DeepFoolCutoff(delta=9.0, low=-9.0, high=9.0)
+    moved, _ = attack(net, data)
+    assert torch.allclose(moved, attack(two, data)[0], atol=1e-6)
+    assert bool(((one(moved) > 0) != (one(x) > 0)).all())
+    facts = robustness(net, [data], attack, sizes=[9.0])
+    assert facts.curves[0].natural == 1.0
+    assert facts.curves[0].accuracy == (0.0,)
+
+
+def test_deepfool_needs_one_class_a_sample() -> None:
+    pixels = (torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
+    with pytest.raises(DataError, match=r"puts out \(2, 5, 4, 4\) for 2 samples"):
+        DeepFoolCutoff()(nn.Conv2d(3, 5, 1), pixels)
