@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur import Recipe, Scope, Target, prune
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.losses import default_loss
 from secateur.evaluate.robustness import Curve, robustness
@@ -284,8 +285,23 @@ def test_the_area_is_the_mean_accuracy() -> None:
     )
 
 
+def test_results_of_pruning_are_attacked_like_their_networks() -> None:
+    pruned = prune(network(), Recipe(target=Target("sparsity", 0.5), scope=Scope(sensitive=True)))
+    wanted = robustness(pruned.model, [batch()], Fgsm(0), sizes=[0.1])
+    assert robustness(pruned, [batch()], [Fgsm(0)], sizes=0.1) == wanted
+    by_name = robustness({"pruned": pruned}, [batch()], Fgsm(0), sizes=[0.1])
+    assert by_name.curves[0].accuracy == wanted.curves[0].accuracy
+
+
 def test_curves_that_cannot_be_measured_are_refused() -> None:
     net = network()
+    wrong: Any
+    for wrong in ("fgsm", Fgsm, {"f": "fgsm"}, [Fgsm(0.1), None]):
+        with pytest.raises(UsageError, match="It is an attack"):
+            robustness(net, [batch()], wrong, sizes=[0.1])
+    wrong = {"a": "net.py"}
+    with pytest.raises(UsageError, match=r"torch\.nn\.Module"):
+        robustness(wrong, [batch()], Fgsm(0.1), sizes=[0.1])
     with pytest.raises(UsageError, match="Size 0 is the natural"):
         robustness(net, [batch()], Fgsm(0.1), sizes=[0.0, 0.1])
     with pytest.raises(UsageError, match="a name of its own"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,17 @@ def test_masks_of_other_weights_are_refused(other: Masks) -> None:
         hamming(masks(), masks())
     with pytest.raises(UsageError, match="kept"):
         mask_jaccard(A, B, of="both")
+
+
+def test_what_is_no_mask_is_told_as_such() -> None:
+    pruned: Any = secateur.prune(
+        nn.Linear(4, 4), secateur.Recipe(scope=secateur.Scope(sensitive=True))
+    )
+    for measure in (hamming, overlap_coefficient, mask_churn, mask_jaccard):
+        with pytest.raises(UsageError, match=r"Write e\.g\. pruned\.masks"):
+            measure(pruned.masks, pruned)
+    with pytest.raises(UsageError, match=r"Write e\.g\. pruned\.masks"):
+        emergent_structure(pruned)
 
 
 def test_drift_counts_survivors_only_if_asked() -> None:

@@ -114,6 +114,9 @@ def test_a_log_of_another_network_is_refused() -> None:
         Watched(secateur.Gradual(net, sgd(net), recipe), EventLog(build(), batches()))
     with pytest.raises(NeedsData):
         EventLog(net)
+    pruned: Any = secateur.prune(net, secateur.recipes.magnitude(0.5))
+    with pytest.raises(UsageError, match=r"Pass its \.model"):
+        EventLog(pruned, batches())
     with pytest.raises(NeedsData, match="classes"):
         EventLog(net, [torch.zeros(4, 6)]).reading()
 

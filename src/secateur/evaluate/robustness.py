@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from secateur.core.arguments import require_network, require_part
 from secateur.core.batches import Batch, Data, as_data, evaluating, size_of, to_device
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.slots import device_of
+from secateur.drive.pruned import Pruned
 from secateur.evaluate.accuracy import answer
 from secateur.learn.attacks import Attack
 
@@ -98,11 +100,11 @@ class RobustnessFacts:
 
 
 def robustness(
-    models: nn.Module | Mapping[str, nn.Module],
+    models: nn.Module | Pruned | Mapping[str, nn.Module | Pruned],
     data: Any,
     attacks: Attack | Mapping[str, Attack] | Sequence[Attack],
     *,
-    sizes: Sequence[float],
+    sizes: float | Sequence[float],
 ) -> RobustnessFacts:
     """Measure accuracy against the size of perturbations.
 
@@ -110,7 +112,8 @@ def robustness(
     their modes and the caller's random state stay as they are.
 
     Args:
-        models: A network, or several by name, e.g. ``{"dense": ..., "pruned": ...}``.
+        models: A network or a result of pruning, or several by name, e.g. ``{"dense": ...,
+            "pruned": ...}``.
         data: :class:`~secateur.core.batches.Data`, whose ``test`` batches are used (``train`` if it
             has none), or an iterable of batches with targets.
         attacks: An attack, or several; each is measured at all sizes. Their names are those of a
@@ -119,7 +122,8 @@ def robustness(
 
     Raises:
         NeedsData: There are no batches, or they have no targets.
-        UsageError: A size is not positive, or two attacks have one name.
+        UsageError: A size is not positive, two attacks have one name, or something is no network or
+            no attack.
 
     Example:
         >>> import torch
@@ -131,12 +135,13 @@ def robustness(
         >>> facts.curves[0].natural, facts.curves[0].accuracy
         (1.0, (0.5, 0.0))
     """
-    named = {"model": models} if isinstance(models, nn.Module) else dict(models)
+    named = _networks(models)
     tried = _named(attacks)
-    steps = tuple(sorted(float(size) for size in sizes))
+    listed = sizes if isinstance(sizes, Iterable) else (sizes,)
+    steps = tuple(sorted(float(size) for size in listed))
     if not steps or steps[0] <= 0:
         raise UsageError(
-            f"sizes={list(sizes)}",
+            f"sizes={list(steps)}",
             "there is none, or one is not positive",
             "size 0 is the natural accuracy, which is measured anyway",
             "write e.g. [0.05, 0.1, 0.2]",
@@ -186,10 +191,21 @@ def _batches(data: Any) -> list[Batch]:
     return batches
 
 
+def _networks(models: Any) -> dict[str, nn.Module]:
+    given = models if isinstance(models, Mapping) else {"model": models}
+    found = {n: m.model if isinstance(m, Pruned) else m for n, m in given.items()}
+    for name, model in found.items():
+        require_network(f"robustness(models=...), {name!r}", model)
+    return found
+
+
 def _named(attacks: Attack | Mapping[str, Attack] | Sequence[Attack]) -> dict[str, Attack]:
+    asked, has, write = "robustness(attacks=...)", ("sized", "__call__"), "e.g. Fgsm(0.1)"
+    listed: list[Any] = list(attacks) if isinstance(attacks, (list, tuple)) else [attacks]
+    for attack in attacks.values() if isinstance(attacks, Mapping) else listed:
+        require_part(asked, attack, has, what="an attack", write=write)
     if isinstance(attacks, Mapping):
         return dict(attacks)
-    listed = list(attacks) if isinstance(attacks, Sequence) else [attacks]
     names = [type(attack).__name__ for attack in listed]
     if len(set(names)) < len(names) or not names:
         raise UsageError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_kind
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
 from secateur.core.weight import Axes
@@ -281,6 +282,8 @@ def emergent_structure(masks: Masks, model: nn.Module | None = None) -> dict[str
         >>> found.filters.share, round(found.filters.expected, 4), found.channels.share
         (0.5, 0.1667, 0.0)
     """
+    write = "e.g. pruned.masks"
+    require_kind("emergent_structure(masks)", masks, Masks, what="masks", write=write)
     axes = {} if model is None else {s.name: s.axes for s in discover(model) if s.axes is not None}
     found = {}
     for name, mask in masks.items():
@@ -317,6 +320,8 @@ def _plain_axes(mask: Tensor) -> Axes:
 
 
 def _pairs(a: Masks, b: Masks) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for masks in (a, b):
+        require_kind("comparing masks", masks, Masks, what="masks", write="e.g. pruned.masks")
     others = set(a) ^ set(b)
     others |= {name for name in set(a) & set(b) if a[name].shape != b[name].shape}
     if others or not a:

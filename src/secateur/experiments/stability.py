@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import require_network
 from secateur.core.batches import as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.masks import Masks
@@ -87,6 +88,7 @@ class EventLog:
         *,
         read: Callable[[nn.Module], Reading] | None = None,
     ) -> None:
+        require_network("EventLog(model, ...)", model)
         if data is None and read is None:
             raise NeedsData(
                 "EventLog(...)", "neither data nor read", "accuracy is measured", "pass data="
