@@ -501,6 +501,14 @@ def test_distillation_does_not_share_out_the_penalty() -> None:
     assert abs(learn_masks(network(), data, how, training).facts.sparsity - 0.8) < 0.05
 
 
+def test_distillation_runs_the_network_once_a_step() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    scope = Scope(sensitive=True)
+    pruned = learn_masks(net, batches(6), Str(), FineTune(1, distill=0.5), scope=scope)
+    assert int(pruned.model[1].num_batches_tracked) == 6
+
+
 def test_every_learner_is_in_the_catalogue() -> None:
     for name, kind in LEARNERS.items():
         doc = kind.__doc__ or ""

@@ -19,7 +19,7 @@ from secateur.drive.recipe import Scope
 from secateur.drive.training.finetune import FineTune, finetune
 from secateur.drive.training.learned import Learned
 from secateur.drive.training.recorder import Tally
-from secateur.learn import Distill, Learner
+from secateur.learn import Distill, Learner, Objectives, Task
 
 
 def learn_masks(
@@ -61,7 +61,7 @@ def learn_masks(
     training = training or FineTune()
     copied = copy_of(model)
     live: list[_Stepping] = []
-    base = _towards(found.loss or default_loss, model, training)
+    base = _towards(found.loss, model, training)
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         live[0].batch = batch
@@ -86,14 +86,16 @@ def learn_masks(
     return pruned
 
 
-def _towards(loss: Loss, teacher: nn.Module, training: FineTune) -> Loss:
+def _towards(loss: Loss | None, teacher: nn.Module, training: FineTune) -> Loss:
     """The loss, and distillation from the dense network if the training asks for it."""
     share = training.distill
     if not share:
-        return loss
+        return loss or default_loss
     term = Distill(teacher, weight=share, temperature=training.temperature)
     if share == 1:
         return term
+    if loss is None:  # one forward pass serves both
+        return Objectives((Task(1 - share), term))
     return lambda network, batch: (1 - share) * loss(network, batch) + term(network, batch)
 
 
