@@ -489,9 +489,21 @@ def test_a_run_in_one_call_goes_on_from_its_checkpoint(tmp_path: Any) -> None:
     assert again.masks == whole.masks
     for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert [h["sparsity"] for h in again.facts.history] == [
-        h["sparsity"] for h in whole.facts.history
-    ]
+    assert again.facts.history == whole.facts.history
+    finished = learn_masks(network(), data, Leap.short(0.6), training, **how)
+    assert finished.facts.history == whole.facts.history
+
+
+def test_the_history_tells_losses_from_penalties() -> None:
+    torch.manual_seed(0)
+    data, how = batches(5), FineTune(1.4, lr=1e-9, optimizer="adamw")
+    pruned = learn_masks(network(), data, SoftMovement(strength=64, ramp=0, lr=0.0), how)
+    with torch.no_grad():
+        own = [float(nn.functional.cross_entropy(network()(x), y)) for x, y in data]
+    losses = [record["loss"] for record in pruned.facts.history]
+    assert losses == pytest.approx([sum(own) / 5, sum(own[:2]) / 2], abs=1e-4)
+    assert [record["penalty"] for record in pruned.facts.history] == [32.0, 32.0]
+    assert "penalty" not in learn_masks(network(), data, Str(), how).facts.history[0]
 
 
 def test_distillation_does_not_share_out_the_penalty() -> None:

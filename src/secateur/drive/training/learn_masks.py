@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.arguments import require_kind
-from secateur.core.batches import Batch, Loss, as_data
+from secateur.core.batches import Batch, Loss, as_data, size_of
 from secateur.core.errors import NeedsData
 from secateur.core.losses import default_loss
 from secateur.drive.network import copy_of
@@ -32,6 +32,9 @@ def learn_masks(
     checkpoint: Any = None,
 ) -> Pruned:
     """Train a copy of ``model`` together with its masks, and harden it.
+
+    ``facts.history`` has the mean loss of each epoch, and beside it the mean penalty if the learner has
+    one.
 
     Args:
         model: Any torch module. It is not changed; with ``training.distill`` it is the teacher.
@@ -64,8 +67,9 @@ def learn_masks(
     base = _towards(found.loss, model, training)
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
-        live[0].batch = batch
-        return base(network, batch) + live[0].learned.penalty()
+        penalty = live[0].learned.penalty()
+        live[0].batch, live[0].penalty = batch, penalty.detach()
+        return base(network, batch) + penalty
 
     def attach(optimizer: torch.optim.Optimizer, per_epoch: int) -> _Stepping:
         plain = replace(found, loss=base)
@@ -100,27 +104,40 @@ def _towards(loss: Loss | None, teacher: nn.Module, training: FineTune) -> Loss:
 
 
 class _Stepping:
-    """What runs after each step of a fine-tuning: it knows the batch, and watches the sparsity."""
+    """What runs after each step of a fine-tuning: it knows the batch, and watches the masks."""
 
     def __init__(self, learned: Learned, per_epoch: int, distill: float) -> None:
         self.learned, self._per_epoch = learned, per_epoch
         self._terms = Tally(terms={"distill": distill})  # the loop is told of none
         self.batch: Batch = None
-        self._seen: list[float] = []
+        self.penalty = torch.zeros(())
+        self._penalties = Tally()  # of this epoch
+        self._seen: list[dict[str, float]] = []
 
     def step(self) -> None:
         self.learned.step(self.batch)
+        self._penalties.count(float(self.penalty), size_of(self.batch))
         if self.learned.steps % self._per_epoch == 0:
-            self._seen.append(self.learned.sparsity)
+            self._seen.append(self._epoch())
+            self._penalties = Tally()
+
+    def _epoch(self) -> dict[str, float]:
+        found = {"sparsity": self.learned.sparsity}
+        if self.learned.how.penalised:
+            found["penalty"] = self._penalties.losses / max(1, self._penalties.seen)
+        return found
 
     def fill_(self, history: list[dict[str, Any]]) -> None:
-        whole = [*self._seen, self.learned.sparsity]  # the last epoch may be a part of one
-        for record, sparsity in zip(history, whole, strict=False):
-            record["sparsity"] = sparsity
+        """Add what was seen, and take the penalty out of the losses."""
+        whole = [*self._seen, self._epoch()]  # the last epoch may be a part of one
+        for record, seen in zip(history, whole, strict=False):
+            record.update(seen)
+            record["loss"] -= seen.get("penalty", 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"seen": list(self._seen), "terms": self._terms.terms}
-        return {"learned": self.learned.state_dict(), **kept}
+        kept = {"seen": [dict(seen) for seen in self._seen], "terms": self._terms.terms}
+        penalties = [self._penalties.losses, self._penalties.seen]
+        return {"learned": self.learned.state_dict(), "penalties": penalties, **kept}
 
     def require_fit(self, state: Mapping[str, Any]) -> None:
         self.learned.require_fit(state["learned"])
@@ -128,4 +145,6 @@ class _Stepping:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learned.load_state_dict(state["learned"])
-        self._seen = [float(x) for x in state["seen"]]
+        self._seen = [dict(seen) for seen in state["seen"]]
+        losses, seen = state["penalties"]
+        self._penalties = Tally(losses=float(losses), seen=int(seen))
