@@ -99,6 +99,25 @@ def test_channels_fall_below_a_global_threshold() -> None:
     assert bool((x[:, :7] == 0).all())
 
 
+def test_slimming_leaves_frozen_scales_out_with_a_note() -> None:
+    net = network()
+    net.bn1.requires_grad_(False)
+    with torch.no_grad():
+        net.bn1.weight.fill_(1e-3)  # smaller than all others
+    free = [p for p in net.parameters() if p.requires_grad]
+    learned = Learned(net, torch.optim.SGD(free, 0.05), Slimming(sparsity=0.5))
+    learned.step()
+    pruned = learned.harden()
+    assert list(pruned.facts.measures["channels"]) == ["bn2"]
+    assert pruned.masks.sparsity == 0.5
+    assert bool((net.bn1.weight == 1e-3).all())
+    (note,) = (n for n in pruned.facts.notes if n.where == "bn1.weight")
+    assert "frozen" in note.text
+    net.bn2.requires_grad_(False)
+    with pytest.raises(UsageError, match="that is trained"):
+        Learned(net, torch.optim.SGD([net.head.weight], 0.05), Slimming())
+
+
 def test_slimming_separates_channels_and_stays_in_scope() -> None:
     data = Data(train=batches(10))
     how = Slimming(sparsity=0.4, strength=0.03)

@@ -91,11 +91,11 @@ class Slimmed:
 
     def __init__(self, how: Slimming, model: nn.Module, slots: Sequence[Slot]) -> None:
         self._how, self._model = how, model
-        self._names = [s.module for s in slots if _scales(model, s)]
+        self._names = [s.module for s in slots if is_scale(model, s)]
         if not self._names:
             raise UsageError(
                 "Slimming(...)",
-                "no batch normalisation with a scale takes part",
+                "no batch normalisation with a scale that is trained takes part",
                 "its scales say which channels matter",
                 "use another learner, or widen the scope",
             )
@@ -172,7 +172,13 @@ class Slimmed:
         return {name: self._model.get_parameter(f"{name}.weight") for name in self._names}
 
 
-def _scales(model: nn.Module, slot: Slot) -> bool:
+def is_scale(model: nn.Module, slot: Slot) -> bool:
+    """Whether a parameter is the scale of a batch normalisation.
+
+    Example:
+        >>> is_scale(nn.BatchNorm2d(2), Slot("weight", "BatchNorm2d", (2,)))
+        True
+    """
     owner = model.get_submodule(slot.module)
     known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     return slot.parameter == "weight" and isinstance(owner, known)

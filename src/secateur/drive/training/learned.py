@@ -30,6 +30,7 @@ from secateur.drive.training.told import layers
 from secateur.frontends.remembered import surgery_of
 from secateur.learn import Learner, Learning
 from secateur.learn.masked import obstacle, require_unlearned
+from secateur.learn.slimming import Slimming, is_scale
 
 # A target is reached if the masks come this close to it.
 CLOSE = 0.01
@@ -93,6 +94,10 @@ class Learned:
         self.facts.environment = environment()
         note_left_out(self.facts, replace(found, slots=tuple(slots)))
         taking = [s for s in slots if s.prunable or _wanted(s, scope or Scope())]
+        for slot in [s for s in taking if isinstance(how, Slimming) and is_scale(model, s)]:
+            if not slot.tensor(model).requires_grad:
+                taking.remove(slot)
+                self.facts.note("left-out", slot.name, "it is frozen, and Slimming moves it")
         _require_bare(model, [slot.name for slot in taking])
         self._learning: Learning = _begin(how, model, taking, slots)
         self._own = self._join_optimizer_()
