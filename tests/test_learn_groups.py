@@ -16,7 +16,7 @@ from secateur.core.errors import BudgetError, NeedsData, NotYet, UsageError
 from secateur.drive.training import ranks
 from secateur.drive.training.learn_masks import learn_masks
 from secateur.drive.training.learned import Learned
-from secateur.learn import GroupLearning, Slimming, energy_prune
+from secateur.learn import GroupLearning, Leap, Slimming, energy_prune
 from secateur.learn.energy import branches_at
 from secateur.learn.grouping import group_norms, hard, layer_scale, logit_gradients
 
@@ -116,6 +116,14 @@ def test_slimming_leaves_frozen_scales_out_with_a_note() -> None:
     net.bn2.requires_grad_(False)
     with pytest.raises(UsageError, match="that is trained"):
         Learned(net, torch.optim.SGD([net.head.weight], 0.05), Slimming())
+
+
+@pytest.mark.parametrize("how", [Slimming(), GroupLearning(), Leap.short(0.5)])
+def test_the_optimizer_of_a_copy_is_refused(how: Any) -> None:
+    net, before = network(), copy.deepcopy(network())
+    with pytest.raises(UsageError, match="from the parameters of this model"):
+        Learned(net, torch.optim.SGD(before.parameters(), 0.05), how)
+    assert list(net.state_dict()) == list(before.state_dict())
 
 
 def test_slimming_separates_channels_and_stays_in_scope() -> None:

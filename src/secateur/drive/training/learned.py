@@ -24,7 +24,7 @@ from secateur.drive.plan import note_left_out, plan, require_finite
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, Scope, describe
 from secateur.drive.training import ranks
-from secateur.drive.training.held import masks_of
+from secateur.drive.training.held import masks_of, require_trains
 from secateur.drive.training.timing import require_same
 from secateur.drive.training.told import layers
 from secateur.frontends.remembered import surgery_of
@@ -55,7 +55,8 @@ class Learned:
         data: Only its loss is used, by learners that compute the loss of a batch once more.
 
     Raises:
-        UsageError: Model, optimizer and learner do not fit; neither was changed.
+        UsageError: Model, optimizer and learner do not fit, e.g. the optimizer is that of a copy;
+            neither was changed.
 
     Example:
         >>> import torch
@@ -93,6 +94,8 @@ class Learned:
         self.facts = Facts(recipe={"learn": describe(how)}, fingerprint=self._fingerprint(slots))
         self.facts.environment = environment()
         note_left_out(self.facts, replace(found, slots=tuple(slots)))
+        names = [name for name, _ in model.named_parameters()]
+        require_trains(model, ranks.bare_optimizer(optimizer), names)
         taking = [s for s in slots if s.prunable or _wanted(s, scope or Scope())]
         for slot in [s for s in taking if isinstance(how, Slimming) and is_scale(model, s)]:
             if not slot.tensor(model).requires_grad:
