@@ -165,6 +165,18 @@ def test_the_cutoff_bounds_the_root_mean_square() -> None:
     assert torch.allclose(part, 0.9 * whole.clamp(max=0.3), rtol=1e-4)
 
 
+def test_what_the_bounds_cut_off_counts_for_nothing() -> None:
+    net, x = linear(), torch.rand(40, 6) * (torch.rand(40, 6) > 0.5)  # many entries at the bound
+    data = (x, net(x).argmax(1))
+    whole = (DeepFoolCutoff(delta=1e9)(net, data)[0] - x).square().mean(1).sqrt()
+    assert bool((whole > 0.02).sum() > 10)
+    for delta in (0.02, 0.1):
+        cut = (DeepFoolCutoff(delta=delta)(net, data)[0] - x).square().mean(1).sqrt()
+        assert torch.allclose(cut, whole.clamp(max=delta), rtol=1e-4)
+    mean = (DeepFoolCutoff(delta="mean")(net, data)[0] - x).square().mean(1).sqrt()
+    assert torch.allclose(mean, whole.clamp(max=float(whole.mean())), rtol=1e-4)
+
+
 def test_deepfool_crosses_the_boundaries_of_a_network() -> None:
     net, data = network().eval(), batch(64)
     first = net(data[0]).argmax(1)

@@ -164,8 +164,8 @@ class DeepFoolCutoff:
 
     **formula** DeepFool: :math:`r \leftarrow r + |f_l| w_l / \|w_l\|^2` for the candidate class l of
     smallest :math:`|f_l| / \|w_l\|`, f and w the differences of logits and of their gradients to
-    the predicted class, until the class changes; :math:`η = (1 + o) r`,
-    :math:`x + ρ η \min(1, δ / \mathrm{rms}(η))`, clipped to ``[low, high]``
+    the predicted class, until the class changes; :math:`η = \mathrm{clip}(x + (1 + o) r) - x` to
+    ``[low, high]``, and :math:`x + ρ η \min(1, δ / \mathrm{rms}(η))`
     **Shapes** those of the inputs
     **Units** δ those of the inputs
     **Needs** inputs of floats; one class a sample; a backward pass a candidate and iteration
@@ -226,7 +226,8 @@ class DeepFoolCutoff:
     def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
         x = inputs_of_floats(batch)
         with undisturbed(model):
-            eta = (1 + self.overshoot) * self._across(model, batch, x)
+            across = x + (1 + self.overshoot) * self._across(model, batch, x)
+        eta = _clip(across, self.low, self.high) - x
         rms = eta.flatten(1).square().mean(1).sqrt()
         limit = rms.mean() if isinstance(self.delta, str) else torch.full_like(rms, self.delta)
         factor = self.rho * (limit / rms.clamp(min=1e-12)).clamp(max=1)
