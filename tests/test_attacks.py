@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -163,6 +164,18 @@ def test_the_cutoff_bounds_the_root_mean_square() -> None:
     assert torch.allclose(mean, whole.clamp(max=float(whole.mean())), rtol=1e-4)
     part = (DeepFoolCutoff(delta=0.3, rho=0.9, **wide)(net, data)[0] - x).square().mean(1).sqrt()
     assert torch.allclose(part, 0.9 * whole.clamp(max=0.3), rtol=1e-4)
+
+
+def test_random_starts_differ_from_batch_to_batch() -> None:
+    attack = Pgd(0.1, step=0.0, steps=1, start=1.0, low=-300.0, high=300.0)  # the start alone
+    for scale in (1, 255):  # whole numbers, too
+        batches = [(torch.rand(8, 6) * scale).round(decimals=2 - 2 * (scale > 1)) for _ in range(6)]
+        starts = [attack(linear(), (x, torch.zeros(8, dtype=torch.long)))[0] - x for x in batches]
+        assert all(0 < float(start.abs().max()) <= 0.1 + 1e-4 for start in starts)
+        for a, b in itertools.combinations(starts, 2):
+            assert float((a - b).abs().mean()) > 0.03  # a third of 0.2 for independent draws
+        again = attack(linear(), (batches[0], torch.zeros(8, dtype=torch.long)))[0] - batches[0]
+        assert torch.equal(again, starts[0])
 
 
 def test_what_the_bounds_cut_off_counts_for_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -103,7 +104,7 @@ class Pgd:
         low: Smallest valid input; a tuple holds one bound a channel.
         high: Largest valid input.
         start: Share of ε from which a random start is drawn; 0 starts at the input itself. The
-            draw has a seed of its own, so a batch of the same shape starts alike.
+            draw has a seed of its own, made of the inputs: the same batch starts alike.
 
     Example:
         >>> net = nn.Linear(1, 2, bias=False)
@@ -139,7 +140,9 @@ class Pgd:
         size = self.step if self.step is not None else 2.5 * self.eps / self.steps
         here = x.clone()
         if self.start:
-            own = torch.Generator(x.device).manual_seed(0)
+            # In a training, one draw for all batches would be learned like a part of the images.
+            digest = hashlib.sha256(str(float(x.float().sum())).encode()).digest()
+            own = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:4], "big"))
             noise = torch.rand(x.shape, generator=own, device=x.device, dtype=x.dtype)
             here = _clip(x + self.start * self.eps * (2 * noise - 1), self.low, self.high)
         with undisturbed(model):
