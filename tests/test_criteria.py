@@ -209,6 +209,23 @@ def test_synflow_knows_no_biases_wherever_they_are() -> None:
         assert torch.equal(SynFlow()(weight, before), SynFlow()(weight, after))
 
 
+def test_synflow_reads_inputs_behind_the_labels() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = chain()
+
+        def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
+            return torch.as_tensor(self.inner(pixel_values))
+
+    net, x = Named(), torch.randn(2, 2, 4, 4)
+    batch = {"labels": torch.tensor([0, 1]), "pixel_values": x}  # as collators have them
+    wanted = scores_of(SynFlow(), net.inner, "8.weight", [x])
+    assert torch.equal(scores_of(SynFlow(), net, "inner.8.weight", [batch]), wanted)
+    with pytest.raises(UsageError, match=r"type torch\.int64"):
+        scores_of(SynFlow(), net, "inner.8.weight", [{"labels": x, "ids": torch.tensor([0, 1])}])
+
+
 def test_synflow_by_hand() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     a, b = net[0].weight.detach().abs().double(), net[2].weight.detach().abs().double()

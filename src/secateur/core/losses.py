@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur.core.batches import Batch, Loss, evaluating, first_tensor, forward, size_of
+from secateur.core.batches import (
+    Batch,
+    Loss,
+    evaluating,
+    first_tensor,
+    forward,
+    inputs_of,
+    size_of,
+    tensors_of,
+)
 from secateur.core.errors import (
     DataError,
     NeedsData,
@@ -23,6 +32,8 @@ from secateur.core.errors import (
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.
 IGNORED = -100
+#: Their name in batches that are mappings.
+TARGETS = "labels"
 
 
 def entry(output: Any, name: str) -> Tensor | None:
@@ -221,10 +232,23 @@ def targets_of(batch: Batch) -> Tensor | None:
     """
     found = None
     if isinstance(batch, Mapping):
-        found = batch.get("labels")
+        found = batch.get(TARGETS)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         found = batch[-1]
     return found if isinstance(found, Tensor) else None
+
+
+def read_tensors(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch that the network reads: all but its targets.
+
+    Example:
+        >>> read_tensors({"labels": torch.tensor([0]), "pixel_values": torch.ones(1, 2)})
+        [tensor([[1., 1.]])]
+        >>> read_tensors(({"x": torch.ones(1, 2)}, torch.tensor([0])))
+        [tensor([[1., 1.]])]
+    """
+    args, kwargs = inputs_of(batch)
+    return list(tensors_of([args, {k: v for k, v in kwargs.items() if k != TARGETS}]))
 
 
 def classes_last(logits: Tensor, target: Tensor | None = None) -> Tensor:

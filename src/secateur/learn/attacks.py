@@ -14,24 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.arguments import is_number, require_count
-from secateur.core.batches import (
-    Batch,
-    Loss,
-    evaluating,
-    forward,
-    inputs_of,
-    mapped,
-    tensors_of,
-)
+from secateur.core.batches import Batch, Loss, evaluating, forward, mapped
 from secateur.core.errors import DataError, UsageError
-from secateur.core.losses import default_loss, logits_of
+from secateur.core.losses import TARGETS, default_loss, logits_of, read_tensors
 from secateur.core.randomness import own_random
 from secateur.core.slots import device_of
 
 #: A bound of the inputs: one number, or one a channel (axis 1) for normalised images.
 Bound = float | tuple[float, ...]
-#: What targets are called in batches that are mappings.
-TARGETS = "labels"
 
 
 class Attack(Protocol):
@@ -320,8 +310,7 @@ def with_inputs(batch: Batch, x: Tensor) -> Batch:
 
 
 def _perturbed(batch: Batch) -> Tensor:
-    args, kwargs = inputs_of(batch)
-    inputs = list(tensors_of([args, {k: v for k, v in kwargs.items() if k != TARGETS}]))
+    inputs = read_tensors(batch)
     found = next((x for x in inputs if x.dtype.is_floating_point and x.ndim), None)
     if found is None:
         raise DataError(

@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from secateur.core.batches import Batch, Loss, first_tensor, forward, narrow, size_of
+from secateur.core.batches import Batch, Loss, forward, narrow, size_of
 from secateur.core.errors import UsageError
-from secateur.core.losses import differentiable, logits_of, own_loss
+from secateur.core.losses import differentiable, logits_of, own_loss, read_tensors
 from secateur.core.slots import Slot
 from secateur.stats.engine import requiring_grad
 
@@ -118,11 +118,11 @@ class SynapticFlow:
     def measure(
         self, model: nn.Module, slots: Sequence[Slot], batches: Sequence[Batch], loss: Loss
     ) -> dict[str, Tensor]:
-        sample = first_tensor(batches[0])
-        if not sample.dtype.is_floating_point:
+        kinds = [x.dtype for x in read_tensors(batches[0]) if x.ndim]
+        if not kinds or not kinds[0].is_floating_point:
             raise UsageError(
                 "SynFlow",
-                f"the input is of type {sample.dtype}",
+                f"the input is of type {kinds[0]}" if kinds else "the batch holds no input",
                 "its input is a tensor of ones, which has no meaning for token ids",
                 "use another criterion, e.g. magnitude or snip",
             )
