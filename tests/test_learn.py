@@ -454,6 +454,14 @@ def test_masks_are_learned_before_the_model_is_wrapped(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_parameters_that_are_shared_out_are_refused() -> None:
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    net[2].weight.device_mesh = "cpu"  # as fully_shard leaves them
+    with pytest.raises(UsageError, match=r"'2\.weight' is a DTensor"):
+        Learned(net, optimizer, Leap(0.5))
+
+
 def test_nothing_in_scope_is_an_error_and_changes_nothing() -> None:
     net = nn.Sequential(nn.ReLU(), nn.LayerNorm(4))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
