@@ -1,5 +1,7 @@
 """What a trial before a cut finds out, in evaluation and in training mode."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ import secateur
 from secateur.allocate.widths import GivenWidths, UniformWidths
 from secateur.core.errors import SelectorError, UsageError
 from secateur.drive.pruned import Pruned
+from secateur.drive.recipe import Scope
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -84,3 +87,18 @@ def test_an_allocation_that_names_such_a_width_is_told_why() -> None:
     recipe = secateur.ShrinkRecipe(allocation=GivenWidths({"z": 0.5}), recovery=())
     with pytest.raises(SelectorError, match="matches none"):
         secateur.shrink(Helped(), recipe, X)
+
+
+@pytest.mark.parametrize("share", [67, 69, 75])
+def test_what_was_told_of_a_choice_that_was_given_up_is_not_told(share: int) -> None:
+    """A width that breaks the network is as one that was left out: the same cost, the same notes."""
+    target = secateur.Target.parse(f"params={share}%")
+    recipe = secateur.ShrinkRecipe(target=target, allocation=UniformWidths(), recovery=())
+    torch.manual_seed(0)
+    net = Helped()
+    found = secateur.shrink(net, recipe, X).facts
+    recipe = replace(recipe, scope=Scope(ignore=("a",)))
+    wanted = secateur.shrink(net, recipe, X).facts
+    assert found.measures["target"] == wanted.measures["target"]
+    told = [[n for n in facts.notes if not n.where] for facts in (found, wanted)]
+    assert told[0] == told[1]

@@ -207,6 +207,7 @@ class _Run:
     ) -> dict[str, Tensor]:
         """A choice that runs and is proved: the widths that break the network are pinned."""
         while True:
+            notes, measures = len(self.facts.notes), dict(self.facts.measures)
             keep = self._choice(recipe, example, last)
             found = unrunnable(self.model, self.structure, keep, example)
             stuck = {name: f"raises {why}" for name, why in found.items()}
@@ -221,6 +222,9 @@ class _Run:
                     stuck = unproved(self.model, self.structure, keep, example)
                 else:
                     return keep
+            # What was told of this choice, such as the cost that it reached, is not so any more.
+            del self.facts.notes[notes:]
+            self.facts.measures = measures
             for name, why in stuck.items():
                 text = f"cut to {int(keep[name].sum())} of {len(keep[name])} the network {why}"
                 self.facts.note(topic, name, text)
@@ -291,8 +295,7 @@ class _Run:
     def _chosen(self) -> list[Width]:
         widths = widths_in(self.structure, self.recipe.scope)
         chosen = [w for w in widths if w.groups > 1 and w.name not in self.stuck]
-        names = [w.name for w in chosen]
-        held = held_back(self.structure, names) if self.recipe.uniform else {}
+        held = held_back(self.structure, [w.name for w in chosen]) if self.recipe.uniform else {}
         for name, why in held.items():
             self.facts.note("pinned", name, why)
         chosen = [w for w in chosen if w.name not in held]
@@ -306,8 +309,6 @@ class _Run:
                 "widen the scope, or see secateur inspect MODEL --structure",
             )
         return chosen
-
-    # -- cutting --------------------------------------------------------------------------------
 
     def _cut_(self, keep: dict[str, Tensor], example: Any) -> None:
         if self.recipe.compensation is not None:
@@ -355,8 +356,7 @@ class _Run:
 
     def _reestimate_(self) -> None:
         step = next((s for s in self.recipe.recovery if isinstance(s, BatchNorm)), None)
-        kind = nn.modules.batchnorm._BatchNorm
-        if step is None or not any(isinstance(m, kind) for m in self.model.modules()):
+        if step is None or not any(isinstance(m, _BatchNorm) for m in self.model.modules()):
             return
         if self._has_data:
             step.reestimate_(self.model, self._sample(), skip=self.settled)
