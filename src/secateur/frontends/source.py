@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.batches import Data
 from secateur.core.errors import FileError, FormatError, NotYet, UnknownName, UsageError, kind_of
@@ -153,7 +153,7 @@ def _from_bundle(folder: Path, model: str | None) -> Loaded:
                 "since: the same weights may compute something else in it"
             )
     else:
-        network = _transformers(Path(source["transformers"]), skeleton=True)
+        network = _transformers(Path(source["transformers"]), bundle.tensors)
     masks = load_weights_(network, str(folder), bundle)
     return Loaded(network.eval(), masks, source, bundle.facts, remark)
 
@@ -208,8 +208,9 @@ def _built(spec: str) -> nn.Module:
     return network
 
 
-def _transformers(folder: Path, *, skeleton: bool = False) -> nn.Module:
-    from secateur.frontends.transformers import build, read
+def _transformers(folder: Path, others: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """What a folder holds, or what it takes to hold other tensors."""
+    from secateur.frontends.transformers import build, read, take_types_
 
     if not (folder / "config.json").is_file():
         raise FormatError(
@@ -218,7 +219,11 @@ def _transformers(folder: Path, *, skeleton: bool = False) -> nn.Module:
             _FORMS,
             "check the path",
         )
-    return build(folder) if skeleton else read(folder)
+    if others is None:
+        return read(folder)
+    network = build(folder)
+    take_types_(network, others)
+    return network
 
 
 def _refuse(path: Path, asked: str) -> None:

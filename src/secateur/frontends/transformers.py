@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.errors import FormatError, MissingExtra, UsageError
 
@@ -59,7 +59,8 @@ def read(folder: Path) -> nn.Module:
 def build(folder: Path) -> nn.Module:
     """The architecture of a folder with random weights, to load a bundle into.
 
-    Of a network that was cut it is that before the cut, which the bundle cuts again.
+    Of a network that was cut it is that before the cut, which the bundle cuts again. Its parameters
+    have the type that the configuration states, all of them; see :func:`take_types_`.
     """
     if (folder / "surgery.json").is_file():  # its configuration is only a record
         folder = folder / "original"
@@ -73,6 +74,28 @@ def build(folder: Path) -> nn.Module:
         model = cls._from_config(config, dtype=getattr(config, "dtype", None))
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+def take_types_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers the types of the tensors that will be loaded into them.
+
+    A configuration states one type. Models keep some weights in single precision beside it (T5 in
+    float16, routers of mixtures), and a model may have been converted after it was built.
+
+    Args:
+        model: Changed in place.
+        tensors: By the names of the ``state_dict``; what has no such name stays as it is.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 1)
+        >>> take_types_(layer, {"weight": torch.zeros(1, 2, dtype=torch.bfloat16)})
+        >>> layer.weight.dtype, layer.bias.dtype
+        (torch.bfloat16, torch.float32)
+    """
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors and x.is_floating_point() and tensors[name].is_floating_point():
+            x.data = x.data.to(tensors[name].dtype)
 
 
 def _class(folder: Path) -> Any:

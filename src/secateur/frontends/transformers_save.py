@@ -28,6 +28,7 @@ from secateur.core.masks import Masks
 from secateur.formats import Bundle, Surgery, read_surgery, read_tensors, surgery_text
 from secateur.formats.container import write_tensors
 from secateur.frontends.surgery import load_bundle_
+from secateur.frontends.transformers import build, read, take_types_
 from secateur.frontends.transformers_config import (
     Key,
     Search,
@@ -119,6 +120,7 @@ def save_transformers(
     require_transformers(model)
     host: Any = model
     original = _original_config(host, surgery)
+    original.dtype = host.dtype  # it may have been converted since it was built
     example = example_for(host, example)
     plain = _plain(model, surgery, example)
     if plain is not None:
@@ -152,14 +154,13 @@ def load_transformers(folder: str | Path) -> nn.Module:
             ...
         secateur.core.errors.FormatError: the Transformers folder 'no-such-folder': ...
     """
-    from secateur.frontends.transformers import build, read
-
     folder = Path(folder)
     if not (folder / SURGERY).is_file():
         return read(folder)
     surgery = read_surgery(folder)
     tensors, masks = read_tensors(folder / WEIGHTS)
-    model = build(folder / ORIGINAL)
+    model = build(folder)
+    take_types_(model, tensors)
     load_bundle_(model, Bundle(tensors, masks, {}, Facts(), surgery))
     return model
 
@@ -263,6 +264,7 @@ def _rebuilt(
     built = built.to(model.device).eval()
     if {name: tuple(x.shape) for name, x in state.items()} != shapes_of(built):
         return None
+    take_types_(built, state)
     built.load_state_dict(state)
     if getattr(model, "generation_config", None) is not None:
         built.generation_config = copy.deepcopy(model.generation_config)
