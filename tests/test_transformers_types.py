@@ -1,4 +1,4 @@
-"""Transformers models of several types are the same after loading."""
+"""Transformers models of several types, and how they generate, are the same after loading."""
 
 from __future__ import annotations
 
@@ -55,6 +55,23 @@ def test_a_converted_model_with_widths_of_each_layer_is_loaded(dtype: Any, tmp_p
     loaded: Any = load_transformers(tmp_path / "out")
     assert same(loaded.state_dict(), pruned.model.state_dict())
     assert loaded.config.dtype == torch.bfloat16
+
+
+def test_a_model_with_widths_of_each_layer_generates_as_before(tmp_path: Path) -> None:
+    model = llama()
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=[1, 2], pad_token_id=0, max_new_tokens=5, num_beams=2, do_sample=False
+    )
+    pruned = secateur.shrink(model, RECIPE, {"input_ids": IDS})
+    assert not save_transformers(pruned.model, tmp_path / "out", pruned.surgery).uniform
+    loaded: Any = load_transformers(tmp_path / "out")
+    assert loaded.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
+    assert torch.equal(loaded.generate(IDS), pruned.model.generate(IDS))
+    # So does what is built from that folder for a bundle.
+    folder = str(tmp_path / "out")
+    again = secateur.shrink(load_model(folder).model, RECIPE, {"input_ids": IDS})
+    built: Any = load_model(str(again.save(tmp_path / "bundle")), model=folder).model
+    assert built.generation_config.eos_token_id == [1, 2]
 
 
 @pytest.mark.parametrize("uniform", [False, True])

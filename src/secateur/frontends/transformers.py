@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from secateur.core.errors import FormatError, MissingExtra, UsageError
 
+GENERATION = "generation_config.json"
+
 
 def read(folder: Path) -> nn.Module:
     """The model of a folder with its weights (safetensors only, nothing downloaded).
@@ -62,6 +64,7 @@ def build(folder: Path) -> nn.Module:
     Of a network that was cut it is that before the cut, which the bundle cuts again. Its parameters
     have the type that the configuration states, all of them; see :func:`take_types_`.
     """
+    outer = folder
     if (folder / "surgery.json").is_file():  # its configuration is only a record
         folder = folder / "original"
     cls = _class(folder)
@@ -72,6 +75,9 @@ def build(folder: Path) -> nn.Module:
             str(folder), local_files_only=True, trust_remote_code=False
         )
         model = cls._from_config(config, dtype=getattr(config, "dtype", None))
+        if (outer / GENERATION).is_file():
+            how = transformers.GenerationConfig.from_pretrained(str(outer), local_files_only=True)
+            model.generation_config = how
     assert isinstance(model, nn.Module)
     return model.eval()
 

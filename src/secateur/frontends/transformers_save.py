@@ -28,7 +28,7 @@ from secateur.core.masks import Masks
 from secateur.formats import Bundle, Surgery, read_surgery, read_tensors, surgery_text
 from secateur.formats.container import write_tensors
 from secateur.frontends.surgery import load_bundle_
-from secateur.frontends.transformers import build, read, take_types_
+from secateur.frontends.transformers import GENERATION, build, read, take_types_
 from secateur.frontends.transformers_config import (
     Key,
     Search,
@@ -137,6 +137,9 @@ def save_transformers(
                 undeleted_(original, block.details)
         original.architectures = [type(model).__name__]
         original.save_pretrained(temporary / ORIGINAL)
+        if getattr(host, "generation_config", None) is not None:
+            how = host.generation_config.to_json_string()
+            (temporary / GENERATION).write_text(how, encoding="utf-8")
         write_tensors(temporary / WEIGHTS, model.state_dict(), Masks({}))
         (temporary / SURGERY).write_text(surgery_text(surgery), encoding="utf-8")
     return replace(saved, folder=Path(folder))
