@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.arguments import require_kind
-from secateur.core.errors import UsageError, kind_of
+from secateur.core.errors import DataError, SecateurError, UsageError, first_line, kind_of
 from secateur.core.facts import Facts, Note
 from secateur.core.masks import Masks
 from secateur.core.widths import Width
 from secateur.drive.network import network_of
 from secateur.drive.pruned import Pruned
+from secateur.drive.structural.cutting import proved
 from secateur.frontends.remembered import remember_
 from secateur.frontends.surgery import surgery_for
 from secateur.frontends.transformers_config import layers_of
@@ -47,13 +48,14 @@ def prune_heads(
 
     Returns:
         The same model, with its surgery, which includes what was cut before: save it as a bundle,
-        or with :func:`~secateur.frontends.transformers_save.save_transformers`.
+        or with :func:`~secateur.frontends.transformers_save.save_transformers`. The largest relative
+        difference to the model with those heads set to zero is ``facts.measures["proof"]``.
 
     Raises:
         UsageError: There is no such layer or head; all heads of a layer are named; the heads of a
             layer cannot be removed (the reason is in the message), or not these without others: in
-            grouped-query attention the heads that share a key and value go together. Nothing is
-            changed then.
+            grouped-query attention the heads that share a key and value go together; or a copy
+            without them does not run, or computes something else. Nothing is changed then.
 
     Shapes: a layer of ``h`` heads keeps ``h - len(heads[layer])``.
     Units: heads, as the configuration counts them.
@@ -74,7 +76,8 @@ def prune_heads(
     model = network_of(model)
     gone = _numbers(heads)
     path, count = _numbered(model, layers)
-    structure = couple(model, example_for(model, example))
+    example = example_for(model, example)
+    structure = couple(model, example)
     keep: dict[str, Tensor] = {}
     stated: dict[str, dict[str, int]] = {}
     for layer, numbers in gone.items():
@@ -91,13 +94,31 @@ def prune_heads(
         module: {**sizes, **cuts.attributes.get(module, {})} for module, sizes in stated.items()
     }
     cuts = Cuts(cuts.kept, {**cuts.attributes, **attributes})
+    error = _proved(model, cuts, structure, keep, example)
     whole = remember_(
         model, surgery_for(model, cuts)
     )  # raises if it cannot be joined to earlier cuts
     apply_(model, cuts)
     _list_(model, gone)
     notes = [Note("pruned-heads", f"{path}.{n}", f"heads {which}") for n, which in gone.items()]
-    return Pruned(model, Masks({}), Facts(notes=notes), whole)
+    return Pruned(model, Masks({}), Facts(notes=notes, measures={"proof": error}), whole)
+
+
+def _proved(
+    model: nn.Module, cuts: Cuts, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> float:
+    """How nearly a cut copy computes what the model does with those heads set to zero."""
+    do = "remove other heads"
+    try:
+        return proved(model, cuts, structure, keep, example).error
+    except DataError as error:
+        raise _refused(model, error.found, error.why, do) from error
+    except SecateurError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        found = f"it does not run without them ({first_line(error)})"
+        why = "its code ties their number to others in a way that no operator shows"
+        raise _refused(model, found, why, do) from error
 
 
 def _numbers(heads: Any) -> dict[int, list[int]]:
@@ -157,14 +178,23 @@ def attention_width(model: nn.Module, structure: Structure, layer: str) -> Width
         raise _refused(model, found, why, "cut one of these widths by its name instead")
     pinned = {reason for (n, _), reason in structure.pinned.items() if n.startswith(f"{layer}.")}
     shared = [
-        w.name
-        for w in structure.widths
-        if any(s.parameter.startswith(f"{layer}.") for s in w.slices)
+        w for w in structure.widths if any(s.parameter.startswith(f"{layer}.") for s in w.slices)
     ]
+    tied = [width for width in shared if _rows_of_a_group(model, width) > 1]
+    if tied:
+        others = [s.parameter for s in tied[0].slices if not s.parameter.startswith(f"{layer}.")]
+        raise _refused(
+            model,
+            f"the heads of {layer} are not a width of their own",
+            f"they go together with those of {others[0].rpartition('.')[0]}, as where layers share "
+            "one bias of positions",
+            f"cut the width {tied[0].name!r} with shrink",
+        )
     raise _refused(
         model,
         f"the heads of {layer} are not a width of their own",
-        "; ".join(sorted(pinned)[:3]) or f"it takes part in {', '.join(shared[:3]) or 'no width'}",
+        "; ".join(sorted(pinned)[:3])
+        or f"it takes part in {', '.join(w.name for w in shared[:3]) or 'no width'}",
         "see what can be cut with secateur inspect MODEL --structure",
     )
 
