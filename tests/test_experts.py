@@ -104,6 +104,19 @@ def deepseek() -> Any:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def ernie() -> Any:
+    """The bias of the scores lies in a module inside the router, and has two axes."""
+    config = transformers.Ernie4_5_MoeConfig(
+        **TINY,
+        intermediate_size=24,
+        moe_intermediate_size=12,
+        moe_num_experts=6,
+        moe_k=2,
+        moe_layer_start_index=0,
+    )
+    return transformers.Ernie4_5_MoeForCausalLM(config)
+
+
 def hand() -> nn.Module:
     return nn.Sequential(Listed(), nn.Sequential(Listed()))
 
@@ -115,6 +128,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int, str]] = {
     "qwen2": (qwen2, IDS, 6, 3, "num_experts"),
     "gpt_oss": (gpt_oss, IDS, 6, 2, "num_local_experts"),
     "deepseek": (deepseek, IDS, 8, 2, "n_routed_experts"),
+    "ernie": (ernie, IDS, 6, 2, "moe_num_experts"),
     "hand": (hand, TOKENS, 5, 2, ""),
 }
 

@@ -117,8 +117,8 @@ def expert_cuts(
     notes: dict[str, str] = {}
     for path, numbers in keep.items():
         mixture, left = _checked(found, path, numbers), sorted(set(numbers))
-        for name in _rows(model, mixture):
-            kept[name] = {0: left}
+        for name, axis in _rows(model, mixture).items():
+            kept[name] = {axis: left}
         near = _near(model, path, mixture.router)
         for where, name, value in _counts(near, mixture.experts):
             attributes.setdefault(where, {})[name] = len(left)
@@ -198,11 +198,11 @@ def without_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iter
             mixture = _checked(found, path, numbers)
             gone = [i for i in range(mixture.experts) if i not in set(numbers)]
             masked[id(model.get_parameter(mixture.router))] = gone
-            for name in _rows(model, mixture):
+            for name, axis in _rows(model, mixture).items():
                 x = _tensor(model, name)
-                if x.ndim == 1:
+                if x.numel() == mixture.experts:
                     saved.append((x, x.detach().clone()))
-                    x.data[gone] = -torch.inf
+                    x.data.index_fill_(axis, torch.tensor(gone, device=x.device), -torch.inf)
         mode = _Masked(masked)
         with mode:
             yield
@@ -258,10 +258,10 @@ def _count(module: nn.Module) -> int:
     return sizes.pop() if len(sizes) == 1 and not isinstance(module, nn.Conv1d) else 0
 
 
-def _rows(model: nn.Module, mixture: Mixture) -> list[str]:
-    """Names of all tensors whose first axis is the experts: the router's, and stacked ones."""
+def _rows(model: nn.Module, mixture: Mixture) -> dict[str, int]:
+    """Names of all tensors with an axis of experts -> that axis: the router's, and stacked ones."""
     owner = mixture.router.rpartition(".")[0]
-    found = []
+    found = {}
     for path in dict.fromkeys((owner, mixture.path)):
         module = model.get_submodule(path)
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -270,7 +270,13 @@ def _rows(model: nn.Module, mixture: Mixture) -> list[str]:
             # The block itself may own the router: its other matrices are not the experts'.
             mine = path == mixture.path or x.ndim == 1 or f"{path}.{name}" == mixture.router
             if stacked and mine:
-                found.append(f"{path}.{name}".lstrip("."))
+                found[f"{path}.{name}".lstrip(".")] = 0
+    if owner != mixture.block:
+        # Ernie keeps the bias of the scores in a module inside the router, as (1, experts).
+        router = model.get_submodule(owner)
+        for name, x in (*router.named_parameters(), *router.named_buffers()):
+            if x.numel() == mixture.experts and mixture.experts in x.shape:
+                found[f"{owner}.{name}"] = x.shape.index(mixture.experts)
     return found
 
 
