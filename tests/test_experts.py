@@ -242,6 +242,12 @@ def test_groups_of_experts_stay_of_one_size() -> None:
     assert pruned.facts.measures["proof"] < 1e-6
 
 
+def test_a_router_that_needs_more_experts_than_are_left_is_told() -> None:
+    """DeepSeek's ranks its groups by the best two experts of each."""
+    with pytest.raises(UsageError, match="does not run without them"):
+        drop_experts(seeded(deepseek), 6, [IDS])
+
+
 def test_a_bias_that_is_added_to_scores_is_masked_too() -> None:
     """The scores are sigmoids: minus infinity gives 0, and a bias could still win."""
     model = seeded(deepseek)

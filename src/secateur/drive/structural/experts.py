@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
-from secateur.core.errors import DataError, NeedsData, UsageError, kind_of
+from secateur.core.errors import DataError, NeedsData, UsageError, first_line, kind_of
 from secateur.core.facts import Facts, WidthFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.select import keep_top
@@ -64,7 +64,8 @@ def drop_experts(
         The copy, with a width for each layer and the saliencies in its facts, and the surgery.
 
     Raises:
-        UsageError: There is no mixture, or fewer experts than are to go.
+        UsageError: There is no mixture, or fewer experts than are to go, or the network does not run
+            without them.
         NeedsData: No batches were given.
         DataError: The result does not compute what the masked model does.
 
@@ -165,8 +166,17 @@ def _kept(mixture: Mixture, scores: Tensor, drop: int | float) -> list[int]:
 def _proof(model: nn.Module, small: nn.Module, keep: dict[str, list[int]], example: Any) -> float:
     with torch.no_grad(), evaluating(model), without_experts(model, keep):
         wanted = predictions(call(model, example))
-    with torch.no_grad(), evaluating(small):
-        error = compare(predictions(call(small, example)), wanted).error
+    try:
+        with torch.no_grad(), evaluating(small):
+            found = predictions(call(small, example))
+    except (RuntimeError, ValueError, TypeError, IndexError) as failure:
+        raise UsageError(
+            f"removing experts of {kind_of(model)}",
+            f"it does not run without them ({first_line(failure)})",
+            "a router may need more experts than are left, e.g. two of each of its groups",
+            "remove fewer",
+        ) from failure
+    error = compare(found, wanted).error
     near = max(_NEAR.get(p.dtype, 5e-2) for p in model.parameters())
     if not error <= near:
         raise DataError(
