@@ -113,6 +113,35 @@ def test_without_gradients_no_fused_operator_reads_the_cut_weights() -> None:
         torch.testing.assert_close(small(x, padding), masked(x, padding), **TOLERANCE)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_odd_number_of_heads_that_fill_the_width_reads_padded_inputs(layer: int) -> None:
+    """Without gradients an encoder makes nested tensors of them, if it was built for even numbers."""
+    torch.manual_seed(0)
+    each = nn.TransformerEncoderLayer(16, 4, 8, batch_first=True)
+    encoder = nn.TransformerEncoder(each, 2)
+    net = nn.Sequential(nn.Linear(16, 16), encoder, nn.Linear(16, 2)).double().eval()
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    keep = {"0": torch.arange(16) < 12, f"1.layers.{layer}.self_attn": torch.arange(4) < 3}
+    replay_(net, surgery_for(net, cuts_for(net, couple(net, x), keep)))
+    narrow, other = (encoder.layers[i].self_attn for i in (layer, 1 - layer))
+    assert (narrow.num_heads, narrow.embed_dim, other.num_heads) == (3, 12, 4)  # type: ignore[union-attr]
+    lengths = (5, 3, 1)
+    padding = torch.arange(5) >= torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        found = encoder(net[0](x), src_key_padding_mask=padding)
+        for row, length in enumerate(lengths):
+            alone = encoder(net[0](x[row : row + 1, :length]))[0]
+            torch.testing.assert_close(found[row, :length], alone, **TOLERANCE)
+
+
+def test_an_odd_number_of_heads_that_was_not_cut_stays_pytorchs_own() -> None:
+    net = nn.TransformerEncoderLayer(12, 3, 8, batch_first=True).eval()
+    x = torch.randn(2, 5, 12)
+    keep = {"linear1": torch.arange(8) < 5}
+    apply_(net, cuts_for(net, couple(net, x), keep))
+    assert is_plain(net.self_attn)
+
+
 def test_a_wrong_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = build("encoder"), numbers(N, L, 6)
     structure, keep = couple(net, x), heads_of(net, x)

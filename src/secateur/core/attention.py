@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -201,8 +201,15 @@ def free_heads_(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def settle_heads_(model: nn.Module) -> None:
+def settle_heads_(model: nn.Module, changed: Collection[str] = ()) -> None:
     """After a cut: :class:`PrunedAttention` where PyTorch's own does not fit any more.
+
+    PyTorch's own cannot read padded inputs as ``nn.TransformerEncoder`` passes them if its heads are
+    odd in number. An encoder that is built so knows, and one that was cut to it does not.
+
+    Args:
+        model: Changed in place.
+        changed: Paths of modules of which sizes were cut.
 
     Example:
         >>> layer = nn.MultiheadAttention(4, 2)
@@ -211,10 +218,12 @@ def settle_heads_(model: nn.Module) -> None:
         >>> is_plain(layer)
         False
     """
-    free_heads_(model)
-    for module in model.modules():
+    turned = {id(module) for module in free_heads_(model)}
+    for path, module in model.named_modules():
         if isinstance(module, PrunedAttention) and _fills(module):
-            _turn_back_(module)
+            as_built = id(module) in turned and path not in changed
+            if as_built or module.num_heads % 2 == 0:
+                _turn_back_(module)
 
 
 def _fills(module: nn.MultiheadAttention) -> bool:

@@ -151,7 +151,7 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
         module = model.get_submodule(path)
         for attribute, value in attributes.items():
             set_attribute_(module, attribute, value)
-    settle_heads_(model)
+    settle_heads_(model, cuts.attributes)
 
 
 def _other(dtype: torch.dtype) -> torch.dtype:
