@@ -117,3 +117,29 @@ def test_what_is_made_of_a_folder_with_widths_per_layer_can_be_opened(
     found = json.loads(done.stdout)["measurement"]
     for key in ("loss", "nonzeros"):
         assert found[key] == then[key]
+
+
+def test_the_tokenizer_comes_along(place: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained("model")
+    for number, source in enumerate(
+        ("model", "small-0", "hf-0")
+    ):  # a folder, a bundle, widths per layer
+        options = ("--target", "params=90%", "--recovery", "none", "--input", "tokens:1x8")
+        places = ("-o", f"small-{number}", "--pretrained", f"hf-{number}")
+        secateur_("shrink", source, *options, *places)
+        found = transformers.AutoTokenizer.from_pretrained(f"hf-{number}")
+        assert found("b a c").input_ids == [1, 0, 2]
+
+
+def test_a_folder_is_written_of_a_model_whose_inputs_cannot_be_made_up(place: Path) -> None:
+    config = transformers.RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8
+    )
+    transformers.RegNetForImageClassification(config).save_pretrained("images")
+    words = ("shrink", "images", "--input", "2x3x32x32", "--target", "params=80%", "--align", "1")
+    secateur_(*words, "--recovery", "none", "-o", "small", "--pretrained", "hf")
+    with torch.no_grad():
+        assert secateur.load_transformers("hf")(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)

@@ -16,6 +16,7 @@ from secateur.cli.screen import Screen, screen
 from secateur.core.batches import first_of
 from secateur.core.masks import Masks
 from secateur.drive.pruned import Pruned
+from secateur.drive.structural.cutting import example_of
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import from_plain, read_shrink_recipe
 from secateur.drive.structural.shrink import shrink as run
@@ -24,6 +25,7 @@ from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
 from secateur.frontends import Exported, export_onnx, load_data, load_model
 from secateur.frontends.example import example_inputs
+from secateur.frontends.transformers import copy_readers
 from secateur.frontends.transformers_save import SavedModel, require_transformers, save_transformers
 from secateur.report import comparison_table, exported_text, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
@@ -182,8 +184,14 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
             assert pruned.surgery is not None
             with out.working("looking for a configuration"):
                 saved = save_transformers(
-                    pruned.model, pretrained, pruned.surgery, overwrite=overwrite
+                    pruned.model,
+                    pretrained,
+                    pruned.surgery,
+                    example=example_of(example, batches),
+                    overwrite=overwrite,
                 )
+            if "transformers" in loaded.source:
+                copy_readers(Path(loaded.source["transformers"]), pretrained)
         _report(out, pruned, found, (exported, saved), output)
 
 

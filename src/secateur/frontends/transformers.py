@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from secateur.core.errors import FormatError, MissingExtra, UsageError
 
 GENERATION = "generation_config.json"
+#: What tokenizers and processors of images and sound write beside a model.
+_READERS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "*.spm", "chat_template*", "*processor_config.json",
+)  # fmt: skip
 
 
 def read(folder: Path) -> nn.Module:
@@ -102,6 +108,31 @@ def take_types_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if name in tensors and x.is_floating_point() and tensors[name].is_floating_point():
             x.data = x.data.to(tensors[name].dtype)
+
+
+def copy_readers(source: Path, folder: Path) -> list[str]:
+    """Copy what turns texts, images or sound into inputs: a cut does not change it.
+
+    Args:
+        source: A Transformers folder.
+        folder: Where its tokenizer and processors are to be; a file that is there already stays.
+
+    Returns:
+        The names of the files that were copied.
+
+    Example:
+        >>> import tempfile
+        >>> here, there = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+        >>> for name in ("tokenizer.json", "model.safetensors"):
+        ...     _ = (here / name).write_text("{}")
+        >>> copy_readers(here, there)
+        ['tokenizer.json']
+    """
+    found = {path for pattern in _READERS for path in source.glob(pattern) if path.is_file()}
+    new = [path for path in sorted(found) if not (folder / path.name).exists()]
+    for path in new:
+        shutil.copyfile(path, folder / path.name)
+    return [path.name for path in new]
 
 
 def _class(folder: Path) -> Any:
