@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from secateur.core.attention import unfused_attention
 from secateur.core.batches import evaluating
 from secateur.core.randomness import own_random
+from secateur.core.slots import device_of
 from secateur.core.widths import Slices
 from secateur.structure.coupling import Structure
 from secateur.structure.kept_units import SameDraws, run_on_kept
@@ -133,8 +134,13 @@ def prove(
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """Run ``model`` on example inputs."""
-    args, kwargs = positional(example)
+    """Run ``model`` on example inputs, wherever they are.
+
+    Example:
+        >>> call(nn.Linear(2, 1, device="meta"), torch.ones(3, 2)).shape
+        torch.Size([3, 1])
+    """
+    args, kwargs = positional(example, device_of(model))
     return model(*args, **kwargs)
 
 

@@ -48,16 +48,27 @@ class Call:
         return str(self.func.overloadpacket)
 
 
-def positional(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def positional(
+    example: Any, device: torch.device | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """An example as positional and keyword arguments; a model may write into the mappings in it.
+
+    Args:
+        example: A tensor, a tuple of positional arguments, or a mapping of named ones.
+        device: Where its tensors are moved; by default they stay.
 
     Example:
         >>> positional(torch.zeros(1))
         ((tensor([0.]),), {})
     """
+
+    def moved(x: Tensor) -> Tensor:
+        return x if device is None else x.to(device)
+
     if isinstance(example, Mapping):
-        return (), {key: mapped(value) for key, value in example.items()}
-    return mapped(tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+        return (), {key: mapped(value, moved) for key, value in example.items()}
+    given = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    return mapped(given, moved), {}
 
 
 def require_python(model: nn.Module) -> None:

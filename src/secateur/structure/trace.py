@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.core.attention import free_heads_
 from secateur.core.batches import evaluating, on_example
+from secateur.core.slots import device_of
 from secateur.structure.counted import Counted, counting
 from secateur.structure.named import Named, naming
 from secateur.structure.outputs import require_predictions
@@ -114,7 +115,8 @@ def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "")
         stack.enter_context(plain_attention())
         stack.enter_context(plain_recurrence(model))
         stack.enter_context(paths(model, tracer.stack))
-        args, kwargs = positional(example)
+        # A run without values takes inputs from anywhere; one with values, where the model is.
+        args, kwargs = positional(example, None if device else device_of(model))
         stack.enter_context(naming(model))
         kinds = (Counted, Named)
         stack.enter_context(counting(tracer.counted, tracer.state, used=tracer.used, kinds=kinds))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.attention import PrunedAttention, open_attention
-from secateur.core.batches import Batch, evaluating, forward
+from secateur.core.batches import Batch, evaluating, forward, to_device
+from secateur.core.slots import device_of
 from secateur.runtime.layer_times import Layer
 from secateur.stats.attention import projected
 
@@ -75,7 +76,7 @@ def layers_of(model: nn.Module, example: Batch) -> tuple[Use, ...]:
         with evaluating(model), open_attention(model):
             attention = [m for m in model.modules() if type(m) is PrunedAttention]
             hooks += [m.register_forward_pre_hook(projects, with_kwargs=True) for m in attention]
-            forward(model, example)
+            forward(model, to_device(example, device_of(model)))
     finally:
         for handle in hooks:
             handle.remove()
