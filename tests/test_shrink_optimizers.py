@@ -84,3 +84,21 @@ def test_factors_without_the_other_axis_are_refused() -> None:
     optimizer.state[model[0].weight]["row"] = torch.zeros(16, 3, 3)
     with pytest.raises(UsageError, match=r"its slot 'row' of '0.weight' is \(16, 3, 3\)"):
         secateur.shrink_(model, TO, X, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_channels_last_stays(ndim: int) -> None:
+    """Of weights, gradients and what an optimizer keeps; without it a network may be much slower."""
+    layout = (torch.channels_last, torch.channels_last_3d)[ndim - 2]
+    conv: Any = (nn.Conv2d, nn.Conv3d)[ndim - 2]
+    model = nn.Sequential(conv(3, 16, 3), nn.ReLU(), conv(16, 4, 3)).to(memory_format=layout)
+    x = torch.randn(2, 3, *[6] * ndim).to(memory_format=layout)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x).square().mean().backward()
+    optimizer.step()
+    secateur.shrink_(model, TO, x, optimizer=optimizer)
+    for layer in (model[0], model[2]):
+        kept = [layer.weight, layer.weight.grad, optimizer.state[layer.weight]["exp_avg"]]
+        assert all(each.shape == layer.weight.shape for each in kept)
+        assert all(each.is_contiguous(memory_format=layout) for each in kept)
+    assert model[0].out_channels < 16

@@ -174,10 +174,13 @@ def alike(slot: Any, x: Tensor) -> bool:
 
 
 def _selected(x: Tensor, axes: Mapping[int, list[int]]) -> Tensor:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
+        layout = torch.preserve_format
     for axis, positions in axes.items():
         x = x.index_select(int(axis), torch.tensor(positions, device=x.device))
-    # A plain copy: channels-last stays so, and no view of the old storage is kept alive.
-    return x.clone()
+    # A copy, so that no view of the old storage is kept alive. What was selected is contiguous.
+    return x.clone(memory_format=layout)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
