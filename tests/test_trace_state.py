@@ -65,3 +65,22 @@ def test_a_network_with_a_state_is_cut() -> None:
     assert pruned.facts.measures["proof"] < 1e-5
     assert not [n for n in pruned.facts.notes if "raises" in n.text]
     assert net(X).shape == net.eval()(X).shape == (4, 4)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_changes_nothing(made_inside: bool) -> None:
+    """Operators come whole in it, and those have no rules."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    net, x = build(), torch.randn(2, 3, 5, 5)
+    wanted = [(width.name, width.groups) for width in couple(net, x).widths]
+    recipe = secateur.ShrinkRecipe(recovery=())
+    with torch.inference_mode():
+        net, x = (build(), torch.randn(2, 3, 5, 5)) if made_inside else (net, x)
+        assert [(width.name, width.groups) for width in couple(net, x).widths] == wanted
+        small = secateur.shrink(net, recipe, x).model
+    small(torch.randn(2, 3, 5, 5)).sum().backward()  # it can be trained
+    assert small[0].weight.grad.shape == small[0].weight.shape

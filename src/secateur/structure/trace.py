@@ -90,6 +90,8 @@ def _trace_on(model: nn.Module, example: Any, device: str) -> Trace:
     )
 
 
+# In inference mode operators are not taken apart into those that have rules.
+@torch.inference_mode(mode=False)
 def run_traced(model: nn.Module, example: Any, tracer: Tracer, device: str = "") -> Any:
     """Run ``model`` under ``tracer``, with its parameters on ``device`` (``""``: where they are)."""
     twins: dict[int, Tensor] = {}

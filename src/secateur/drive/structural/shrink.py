@@ -137,8 +137,8 @@ def _run(
     write = "e.g. ShrinkRecipe(target=Target('macs', 0.5))"
     kinds = (ShrinkRecipe, type(None))
     require_kind("the recipe", recipe, kinds, what="a ShrinkRecipe", write=write)
-    recipe = recipe or ShrinkRecipe()
-    return _Run(copy_of(model), recipe, as_data(data), progress or _silent)
+    with torch.inference_mode(mode=False):  # what is made here can be trained
+        return _Run(copy_of(model), recipe or ShrinkRecipe(), as_data(data), progress or _silent)
 
 
 def _take_(model: nn.Module, other: nn.Module) -> None:
@@ -170,7 +170,7 @@ class _Run:
         self.surgery: Surgery | None = None  # of this run alone
         self.settled: frozenset[str] = frozenset()
         self.stuck: set[str] = set()
-        with own_random(self.model, self.recipe.seed):
+        with torch.inference_mode(mode=False), own_random(self.model, self.recipe.seed):
             self.structure = self._traced(example)
             self._note_structure()
             self._chosen()  # a scope that fits nothing is told before anything is measured
