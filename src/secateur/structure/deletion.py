@@ -218,11 +218,17 @@ def _outputs(model: nn.Module, example: Any) -> Any:
 
 
 def _buildable(model: nn.Module) -> bool:
-    """Whether the configuration builds a network of the same names, shapes and plain values."""
+    """Whether the configuration builds a network of the same names, shapes and plain values.
+
+    It must also be one that can be written and read: GPT-Neo states its layers in a nest of lists, too.
+    """
     kind: Any = type(model)
     try:
+        config: Any = copy.deepcopy(model.config)
+        if hasattr(config, "to_dict"):
+            type(config).from_dict(config.to_dict())
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            built = kind(copy.deepcopy(model.config))
+            built = kind(config)
     except Exception:  # a configuration that makes no sense may fail in any way
         return False
     shapes = [{n: x.shape for n, x in m.state_dict().items()} for m in (built, model)]
