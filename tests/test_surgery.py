@@ -212,7 +212,15 @@ def test_the_script_in_the_docs_replays_without_secateur(
     assert torch.equal(load_file(tmp_path / "y")["y"], model(x))
     if not blocks:
         return
-    call = [sys.executable, tmp_path / "replay.py", folder, f"{tmp_path / 'net.py'}:Net"]
+    (tmp_path / "code").mkdir()  # a file that imports another one beside it
+    (tmp_path / "code" / "parts.py").write_text(header + classes)
+    (tmp_path / "code" / "my_net.py").write_text("from parts import Net\n")
+    call = [
+        sys.executable,
+        tmp_path / "replay.py",
+        folder,
+        f"{tmp_path / 'code' / 'my_net.py'}:Net",
+    ]
     shown = subprocess.run(call, check=True, capture_output=True, text=True).stdout
     assert shown == f"Net with {sum(p.numel() for p in model.parameters()):,} parameters\n"
     file = folder / "surgery.json"

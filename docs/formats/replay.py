@@ -8,7 +8,7 @@ FUNCTION takes no arguments and returns the original, uncut network. Or from Pyt
 
 import copy
 import hashlib
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -142,8 +142,7 @@ def replay(model, folder):
 
 if __name__ == "__main__":
     file, _, function = sys.argv[2].rpartition(":")
-    spec = importlib.util.spec_from_file_location("network", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # what it imports may lie beside it
+    module = importlib.import_module(Path(file).stem)
     model = replay(getattr(module, function)(), sys.argv[1])
     print(f"{type(model).__name__} with {sum(x.numel() for x in model.parameters()):,} parameters")
