@@ -171,7 +171,7 @@ class Rounds:
             return slots
         seen = set(stats.names())
         if self.recipe.sequential:
-            seen = set(collect(self.model, slots, [Positions()], self.sample.batches[:1]).names())
+            seen = self._seen(slots)
         for slot in slots:
             if slot.name not in seen:
                 self.facts.note("left-out", slot.name, _UNSEEN)
@@ -180,6 +180,16 @@ class Rounds:
             hidden = tuple(replace(slot, reason=_UNSEEN) for slot in slots)
             require_something(Plan(hidden), self.recipe)
         return reached
+
+    def _seen(self, slots: list[Slot]) -> set[str]:
+        """Names of the weights whose inputs can be seen: batches reach experts by their tokens."""
+        seen: set[str] = set()
+        for batch in self.sample.batches:
+            left = [slot for slot in slots if slot.name not in seen]
+            if not left:
+                break
+            seen.update(collect(self.model, left, [Positions()], [batch]).names())
+        return seen
 
     def _repair_needs(self, last: bool) -> set[Any]:
         if not self.sample.given:
@@ -214,6 +224,6 @@ class Rounds:
         """Slots in the order in which data reaches them; those it never reaches come last."""
         if not self.sample.given:
             return list(slots)
-        reached = in_order(self.model, slots, self.sample.batches[0])
+        reached = in_order(self.model, slots, self.sample.batches)
         names = {slot.name for slot in reached}
         return [*reached, *(slot for slot in slots if slot.name not in names)]

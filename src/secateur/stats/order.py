@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,18 +35,44 @@ def calls_in_order(model: nn.Module, batch: Batch) -> Counter[str]:
     return seen
 
 
-def in_order(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> list[Slot]:
+def in_order(model: nn.Module, slots: Sequence[Slot], batches: Iterable[Batch]) -> list[Slot]:
     """Slots in the order in which data reaches them; the others are left out.
+
+    Args:
+        model: Run on one batch after another, until all slots were reached.
+        slots: Weights of it.
+        batches: Not every one need reach every slot: experts are chosen by the data.
 
     Example:
         >>> from secateur.frontends import discover
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
-        >>> [slot.name for slot in in_order(net, discover(net)[::-1], torch.zeros(1))]
+        >>> [slot.name for slot in in_order(net, discover(net)[::-1], [torch.zeros(1)])]
         ['0.weight', '1.weight']
     """
-    rank = {path: place for place, path in enumerate(calls_in_order(model, batch))}
-    reached = [(s, [rank[path] for path in s.owners(model) if path in rank]) for s in slots]
-    return [s for s, places in sorted(reached, key=lambda r: min(r[1], default=0)) if places]
+    owners = {slot.name: list(slot.owners(model)) for slot in slots}
+    wanted = {path for paths in owners.values() for path in paths}
+    order: list[str] = []
+    for batch in batches:
+        order = _joined(order, [path for path in calls_in_order(model, batch) if path in wanted])
+        if all(any(path in order for path in paths) for paths in owners.values()):
+            break
+    rank = {path: place for place, path in enumerate(order)}
+    places = [(s, [rank[path] for path in owners[s.name] if path in rank]) for s in slots]
+    return [s for s, found in sorted(places, key=lambda r: min(r[1], default=0)) if found]
+
+
+def _joined(order: list[str], calls: list[str]) -> list[str]:
+    """Two orders as one: what is new stands behind what came before it."""
+    joined, known, place = list(order), set(order), 0
+    if known.issuperset(calls):
+        return joined
+    for path in calls:
+        if path in known:
+            place = joined.index(path) + 1
+        else:
+            joined.insert(place, path)
+            place += 1
+    return joined
 
 
 def following_norms(model: nn.Module, batch: Batch, has: str) -> dict[str, str]:

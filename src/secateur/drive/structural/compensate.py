@@ -92,7 +92,7 @@ def compensate_(
     norms = following_norms(dense, batches[0], has="running_mean")
     consumers = _consumers(dense, structure, alive, facts)
     mask_(model, structure, keep)
-    order = in_order(dense, consumers, batches[0])
+    order = in_order(dense, consumers, batches)
     fitted, both = set(), Both(dense, model, order, batches)
     for done, slot in enumerate(order):
         told.progress(done, len(order))
