@@ -52,6 +52,27 @@ def test_a_look_at_the_data_does_not_begin_the_epoch_anew(wrap: Any) -> None:
         assert torch.equal(torch.cat(seen), X)
 
 
+def test_a_look_at_the_data_of_accelerate_does_not_end_its_epoch() -> None:
+    """Gradients are accumulated over 4 batches; the last 2 of the 10 of an epoch make a step, too."""
+    accelerate = pytest.importorskip("accelerate")
+    host = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    model, optimizer, batches = host.prepare(model, sgd, DataLoader(TensorDataset(X, Y), 8))
+    wanted = Recipe(Wanda(), target=Target("sparsity", 0.75), schedule=Linear(0, 4, 1))
+    pruner = Gradual(model, optimizer, wanted, data=batches)
+    stepped = []
+    for x, y in batches:
+        with host.accumulate(model):
+            host.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            if host.sync_gradients:
+                pruner.step()
+            optimizer.zero_grad()
+        stepped.append(host.sync_gradients)
+    assert [number for number, last in enumerate(stepped) if last] == [3, 7, 9]
+
+
 class Killed(BaseException):
     pass
 

@@ -102,16 +102,21 @@ class Data:
 def aside(batches: Iterable[Batch]) -> Iterable[Batch]:
     """The same batches from workers that do not stay, and draw a seed for every loop.
 
-    Where they stay, a look at the data while somebody trains would begin the epoch anew.
+    Where they stay, a look at the data while somebody trains would begin the epoch anew. Loaders of
+    Accelerate tell the training when its epoch ends, and a look at them would tell it so early: they
+    give one of torch's own.
 
     Example:
         >>> aside([torch.zeros(2)])
         [tensor([0., 0.])]
     """
-    if not (isinstance(batches, DataLoader) and batches.persistent_workers):
+    if not isinstance(batches, DataLoader):
         return batches
     # Accelerate's loaders hold one of torch's own.
-    twin: DataLoader[Batch] = copy(vars(batches).get("base_dataloader", batches))
+    plain: DataLoader[Batch] = vars(batches).get("base_dataloader", batches)
+    if plain is batches and not plain.persistent_workers:
+        return batches
+    twin = copy(plain)
     vars(twin).update(persistent_workers=False, _iterator=None)  # plain assignment is refused
     return twin
 
