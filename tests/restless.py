@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from secateur.drive.training.order import Shuffled
 
@@ -39,4 +39,13 @@ def loader(kind: str) -> Any:
         return DataLoader(Restless(X, Y), 8, shuffle=True, generator=generator)
     if kind == "derived":
         return Shuffled((X, Y), 8, seed=4)
+    if kind == "numbered":  # by the number of the epoch
+        data = Restless(X, Y)
+        return DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+    if kind == "accelerate":  # also by the number
+        import accelerate
+
+        how = accelerate.DataLoaderConfiguration(use_seedable_sampler=True)
+        host = accelerate.Accelerator(cpu=True, dataloader_config=how)
+        return host.prepare(DataLoader(Restless(X, Y), 8, shuffle=True))
     return DataLoader(Restless(X, Y), 8, shuffle=True)  # torch's global numbers

@@ -20,7 +20,7 @@ from secateur.core.errors import DataError, NeedsData
 from secateur.core.losses import default_loss, differentiable, explaining
 from secateur.core.randomness import devices_of, own_random, start_
 from secateur.core.slots import device_of
-from secateur.drive.training.chance import generators_of, parts_of
+from secateur.drive.training.chance import generators_of, tell_epoch_
 from secateur.drive.training.finetune import Progress, parameter_groups
 from secateur.drive.training.held import Held
 from secateur.experiments.terms import Training
@@ -222,10 +222,7 @@ def start_epoch_(
     _seed_all(seed, devices)
     for _, generator in generators_of(train):
         generator.manual_seed(seed)
-    for part in parts_of(train).values():
-        set_epoch = getattr(part, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(number)
+    tell_epoch_(train, number)
 
 
 def _seed_all(seed: int, devices: Sequence[torch.device] | None) -> None:

@@ -88,6 +88,21 @@ def generators_of(source: object) -> Iterator[tuple[str, torch.Generator]]:
             yield name, generator
 
 
+def tell_epoch_(source: object, number: int) -> None:
+    """Say which epoch comes to whatever derives its order from the number: ``set_epoch``, if it is there.
+
+    Example:
+        >>> sampler = torch.utils.data.DistributedSampler([1, 2, 3], num_replicas=1, rank=0)
+        >>> tell_epoch_(torch.utils.data.DataLoader([1, 2, 3], sampler=sampler), 4)
+        >>> sampler.epoch
+        4
+    """
+    for part in parts_of(source).values():
+        set_epoch = getattr(part, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(number)
+
+
 def parts_of(source: object) -> dict[str, object]:
     """A loader and those of its parts that may decide an order, by their place in it.
 

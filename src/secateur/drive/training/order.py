@@ -19,6 +19,7 @@ from secateur.drive.training.chance import (
     random_states,
     restore_generators_,
     restore_random_,
+    tell_epoch_,
 )
 
 
@@ -142,10 +143,13 @@ class Feed:
     other, the random states at the start of the epoch are kept; to continue, the epoch is started
     from them again and the batches that were used are drawn and dropped. That is exact for a
     ``DataLoader`` and everything else whose order derives from torch's, Python's or numpy's
-    generators, or from one that the loader, its sampler or its data set carries as ``generator``.
+    generators, or from one that the loader, its sampler or its data set carries as ``generator``. Those
+    that derive it from the number of the epoch (``DistributedSampler``, Accelerate's) are told that with
+    ``set_epoch``.
     Workers that stay (``persistent_workers=True``) begin with fresh random states of their own, so
     what they draw themselves comes out otherwise.
-    The labels of the last batch are compared; if others come, the run is refused.
+    The labels of the last batch, if they are a whole number for each sample, are compared; if others come,
+    the run is refused.
 
     Args:
         source: What is iterated once an epoch.
@@ -178,6 +182,7 @@ class Feed:
     def _anew(self) -> Iterator[Batch]:
         if isinstance(self.source, Epochs):
             return self.source.epoch(self.epoch)
+        tell_epoch_(self.source, self.epoch)
         self._start_workers()
         self._start = random_states(self.source)
         return iter(self.source)
@@ -188,6 +193,7 @@ class Feed:
             batches = self.source.epoch(self.epoch, self.used - 1)
             self._skip(batches, 1)
             return batches
+        tell_epoch_(self.source, self.epoch)
         self._start_workers()
         now = random_states(self.source)
         if self._start is not None:
