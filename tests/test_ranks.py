@@ -221,7 +221,21 @@ def broken(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {**facts(Training(model, torch.optim.SGD(model.parameters()), pruners[0])), "told": told}
 
 
-JOBS = (recipes, statistics, decisions, differing, continued, sharded, accelerated, broken)
+def refused(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Trainings that would end with other weights in each process, or never."""
+    batches, how = list(Shuffled((X, Y), 16, share=(rank, world))), FineTune(1)
+    model = net()
+    before = [p.clone() for p in model.parameters()]
+    uneven = nn.parallel.DistributedDataParallel(net())
+    return {
+        "plain": error_of(lambda: secateur.finetune(model, batches, how)),
+        "copy": error_of(lambda: secateur.prune(model, Recipe(recovery=how), batches)),
+        "uneven": error_of(lambda: secateur.finetune(uneven, batches[rank:], how)),
+        "untouched": all(map(torch.equal, model.parameters(), before)),
+    }
+
+
+JOBS = (recipes, statistics, decisions, differing, continued, sharded, accelerated, broken, refused)
 
 
 def process(rank: int, world: int, folder: Path) -> None:
@@ -311,6 +325,17 @@ def test_a_loss_that_breaks_in_one_process_takes_all_of_them_back(
         assert "step 6: went back to step 2" in found["told"][0]
     assert "the loss is nan at" in second["told"][0]
     assert "NaN or infinite in another process" in first["told"][0]
+
+
+def test_trainings_that_nobody_averages_are_refused(
+    pair: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    for found in (each["refused"] for each in pair[1]):
+        for name in ("plain", "copy"):
+            assert found[name].startswith("UsageError: training Sequential in one of 2 processes")
+        assert found["uneven"].startswith("DataError")
+        assert "their epochs have 4, 3 batches" in found["uneven"]
+        assert found["untouched"]
 
 
 def test_statistics_are_those_of_all_data(pair: tuple[Path, list[dict[str, Any]]]) -> None:

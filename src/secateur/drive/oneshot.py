@@ -28,6 +28,7 @@ from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, require_recipe
 from secateur.drive.recipe_file import to_plain
 from secateur.drive.rounds import Rounds
+from secateur.drive.training import ranks
 from secateur.drive.training.finetune import Attach, FineTune, Loop, Progress, parameter_groups
 from secateur.drive.training.gradual import Gradual
 from secateur.drive.training.held import attach_, detach_, masks_of, require_free
@@ -197,8 +198,9 @@ class _Run:
                         "it works on training batches",
                         "pass data= with train in Python, or --data file.py:function on the command line",
                     )
-        if recipe.finetune is not None:
-            parameter_groups(self.model, 0.0)  # raises now what would end the run much later
+        if recipe.finetune is not None:  # raises now what would end the run much later
+            parameter_groups(self.model, 0.0)
+            ranks.require_averaged(self.model)
         if recipe.schedule.unit != "rounds":
             if recipe.finetune is None:
                 raise UsageError(

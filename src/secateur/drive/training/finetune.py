@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,8 +135,10 @@ def finetune(
         One record an epoch: mean loss, learning rate, sparsity of the masked weights.
 
     Raises:
-        DataError: The loss became NaN or infinite, or the network does not take a batch.
-        UsageError: The checkpoint is of another network, or of a training with other settings.
+        DataError: The loss became NaN or infinite, the network does not take a batch, or several
+            processes have epochs of unequal length.
+        UsageError: The checkpoint is of another network, or of a training with other settings; or one of
+            several processes trains a network that is not in ``DistributedDataParallel``.
 
     Example:
         >>> x = torch.randn(64, 4); y = (x.sum(1) > 0).long()
@@ -195,7 +197,7 @@ class Loop:
                 "distillation follows the dense network",
                 "pass teacher=",
             )
-        per_epoch = max(1, count(data.train))
+        per_epoch = _epoch(model, data.train)
         total = max(1, math.ceil(how.epochs * per_epoch - 1e-9))
         start = self._began()
         optimizer, tally = _optimizer(model, how), Tally(terms=_terms(how))
@@ -261,6 +263,14 @@ class Loop:
         if self.checkpoint is None:
             return ""
         return self.start or values_hash(self.model.state_dict())
+
+
+def _epoch(model: nn.Module, batches: Iterable[Batch]) -> int:
+    """Steps of an epoch, if all processes can train together."""
+    ranks.require_averaged(model)
+    steps = max(1, count(batches))
+    ranks.require_equal_epochs(steps)
+    return steps
 
 
 def _terms(how: FineTune) -> dict[str, Any]:

@@ -183,6 +183,53 @@ def merged(stats: Stats, needs: Iterable[Any], slots: list[Slot], model: nn.Modu
     return joined.keep_values(stats)
 
 
+def require_averaged(model: nn.Module) -> None:
+    """Refuse to train a network by several processes if nothing averages its gradients.
+
+    Args:
+        model: As it is trained.
+
+    Raises:
+        UsageError: There is no wrapper that does, on it or inside.
+
+    Example:
+        >>> require_averaged(nn.Linear(2, 1))
+    """
+    if world() == 1:
+        return
+    wrapped = any(type(module).__name__ in _AVERAGING for module in model.modules())
+    if not wrapped and not any(_shared_out(p) for p in model.parameters()):
+        raise UsageError(
+            f"training {type(model).__name__} in one of {world()} processes",
+            "it is a plain network, and not in DistributedDataParallel",
+            "nothing would average its gradients, and each process would end with weights of its own",
+            "wrap it for finetune(), or for Gradual in a loop of your own; what trains a copy (prune and "
+            "shrink with FineTune, learn_masks) is for a single process",
+        )
+
+
+def require_equal_epochs(batches: int) -> None:
+    """Refuse shards of the data that give the processes epochs of unequal length.
+
+    Args:
+        batches: Of an epoch of this process.
+
+    Raises:
+        DataError: They differ. All processes raise it.
+
+    Example:
+        >>> require_equal_epochs(10)
+    """
+    found = gather_text(str(batches))
+    if len(set(found)) > 1:
+        raise DataError(
+            f"training in {len(found)} processes",
+            f"their epochs have {', '.join(found[:8])} batches",
+            "every step waits for all processes, and in the longer ones it would wait for ever",
+            "give each as many, e.g. with DistributedSampler or secateur.Shuffled(share=...)",
+        )
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The network inside the wrappers of data parallelism and ``torch.compile``.
 
@@ -218,13 +265,17 @@ def require_whole(model: nn.Module) -> None:
         >>> require_whole(nn.Linear(2, 1))
     """
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
+        if _shared_out(parameter):
             raise UsageError(
                 "pruning a model whose parameters are shared out among processes",
                 f"{name!r} is a DTensor (fully_shard or tensor parallelism)",
                 "scores are ranked over whole weights, and no process holds one",
                 "train with DistributedDataParallel, or prune before fully_shard is applied",
             )
+
+
+def _shared_out(parameter: Tensor) -> bool:
+    return type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh")
 
 
 def _summed(part: Tensor) -> Tensor:
@@ -241,3 +292,5 @@ def _wire() -> torch.device:
 
 
 _CPU = torch.device("cpu")
+# Wrappers whose backward pass averages gradients over all processes.
+_AVERAGING = ("DistributedDataParallel", "FullyShardedDataParallel")
