@@ -170,12 +170,25 @@ def damaged(rank: int, world: int, folder: Path) -> str:
 
 def sharded(rank: int, world: int, folder: Path) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     model = net()
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return {"error": error_of(lambda: Gradual(model, optimizer, RECIPES["magnitude"]))}
+    pruned = secateur.prune(net())
+    masked = pruned.model
+    secateur.attach_(masked, pruned.masks)
+    fully_shard(masked, mesh=init_device_mesh("cpu", (world,)))
+    batches = list(Shuffled((X, Y), 16, share=(rank, world)))
+    old = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    return {
+        "gradual": error_of(lambda: Gradual(model, optimizer, RECIPES["magnitude"])),
+        "prune": error_of(lambda: secateur.prune(model)),
+        "attach": error_of(lambda: secateur.attach_(model, pruned.masks)),
+        "finetune": error_of(lambda: secateur.finetune(masked, batches, FineTune(1))),
+        "first": error_of(lambda: secateur.prune(old)),
+        "unmasked": error_of(lambda: secateur.finetune(model, batches, FineTune(1))),
+    }
 
 
 def accelerated(rank: int, world: int, folder: Path) -> dict[str, Any]:
@@ -394,8 +407,13 @@ def test_another_number_of_processes_is_refused(pair: tuple[Path, list[dict[str,
 
 def test_sharded_parameters_are_refused(pair: tuple[Path, list[dict[str, Any]]]) -> None:
     for found in pair[1]:
-        assert "UsageError" in found["sharded"]["error"]
-        assert "DTensor" in found["sharded"]["error"]
+        for name in ("gradual", "prune", "attach", "finetune"):
+            assert (
+                "UsageError: pruning a model whose parameters are shared" in found["sharded"][name]
+            )
+            assert "DTensor" in found["sharded"][name]
+        assert "it has a FullyShardedDataParallel" in found["sharded"]["first"]
+        assert found["sharded"]["unmasked"] == "nothing"
 
 
 def test_accelerate_with_accumulation_equals_one_process(

@@ -21,8 +21,8 @@ def network_of(model: nn.Module) -> nn.Module:
     modules can be watched, which compiled code does not allow.
 
     Raises:
-        UsageError: It is no network, none with values and layers that can be seen, or an accelerated
-            one.
+        UsageError: It is no network, none with values and layers that can be seen, an accelerated
+            one, or one whose parameters are shared out among processes.
 
     Example:
         >>> import torch
@@ -36,6 +36,7 @@ def network_of(model: nn.Module) -> nn.Module:
     if found is not None:
         raise UsageError("the model", *found)
     require_dense("the model", model)
+    ranks.require_whole(model)
     return model
 
 

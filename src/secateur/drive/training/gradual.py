@@ -124,7 +124,6 @@ class Gradual:
         steps: int | None = None,
     ) -> None:
         model, optimizer = network_of(model), ranks.bare_optimizer(optimizer)
-        ranks.require_whole(model)
         require_recipe(recipe, default=False)
         self._length = training_length(recipe, steps_per_epoch, steps)
         require_time(recipe, steps_per_epoch, self._length)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
+from secateur.drive.training import ranks
 
 SUFFIX = "_mask"
 
@@ -36,6 +37,7 @@ def attach_(model: nn.Module, masks: Masks) -> None:
         >>> float(net.weight[0, 1].detach())
         0.0
     """
+    ranks.require_whole(model)
     require_free(model, masks)
     for name, mask in masks.items():
         parameter = model.get_parameter(name)
@@ -283,6 +285,8 @@ class Held:
         self._wide: Mapping[str, Tensor] = {}
         self._read: dict[str, _Place] = {}
         self.refresh()
+        if self._read:
+            ranks.require_whole(model)
 
     def refresh(self, wide: Mapping[str, Tensor] | None = None) -> None:
         """Read the masks from the model again, after they changed.

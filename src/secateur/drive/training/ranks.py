@@ -256,22 +256,26 @@ def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def require_whole(model: nn.Module) -> None:
-    """Refuse parameters that are shared out among processes (FSDP2, tensor parallelism).
+    """Refuse parameters that are shared out among processes (FSDP, tensor parallelism).
 
     Raises:
-        UsageError: A parameter is a ``DTensor``.
+        UsageError: A parameter is a ``DTensor``, or a part is wrapped in ``FullyShardedDataParallel``.
 
     Example:
         >>> require_whole(nn.Linear(2, 1))
     """
-    for name, parameter in model.named_parameters():
-        if _shared_out(parameter):
-            raise UsageError(
-                "pruning a model whose parameters are shared out among processes",
-                f"{name!r} is a DTensor (fully_shard or tensor parallelism)",
-                "scores are ranked over whole weights, and no process holds one",
-                "train with DistributedDataParallel, or prune before fully_shard is applied",
-            )
+    shared = (name for name, p in model.named_parameters() if _shared_out(p))
+    found = [f"{name!r} is a DTensor (fully_shard or tensor parallelism)" for name in shared]
+    wrapped = (type(module).__name__ for module in model.modules())
+    found += [f"it has a {kind}" for kind in wrapped if kind == "FullyShardedDataParallel"]
+    if found:
+        raise UsageError(
+            "pruning a model whose parameters are shared out among processes",
+            found[0],
+            "scores are ranked and masks are held on whole weights, and no process holds one",
+            "train with DistributedDataParallel; to prune without training, do it before the "
+            "parameters are shared out",
+        )
 
 
 def _shared_out(parameter: Tensor) -> bool:
