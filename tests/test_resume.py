@@ -292,6 +292,19 @@ def _shares(processes: int) -> list[list[torch.Tensor]]:
     return [[x for x, _ in order.epoch(2)] for order in orders]
 
 
+def test_mappings_of_tensors_are_shuffled_as_tuples_are() -> None:
+    whole = list(Shuffled((X, Y), 16, seed=3).epoch(1))
+    found = list(Shuffled({"x": X, "labels": Y}, 16, seed=3).epoch(1))
+    for (x, y), batch in zip(whole, found, strict=True):
+        assert list(batch) == ["x", "labels"]
+        assert torch.equal(batch["x"], x)
+        assert torch.equal(batch["labels"], y)
+    with pytest.raises(UsageError, match="hold 10 and 40 samples"):
+        Shuffled({"x": X, "labels": Y[:10]}, 4)
+    with pytest.raises(UsageError, match="its 'labels' is no tensor"):
+        Shuffled({"x": X, "labels": Y.tolist()}, 4)
+
+
 def test_epochs_differ_and_every_sample_comes_once() -> None:
     order = Shuffled((torch.arange(40),), 16)
     epochs = [torch.cat([x for (x,) in order.epoch(e)]) for e in range(3)]

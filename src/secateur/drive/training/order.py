@@ -39,7 +39,8 @@ class Shuffled:
     So nothing needs to be saved to continue: step 1000 sees the same samples in every run.
 
     Args:
-        data: A tensor, a tuple of tensors of equal length, or a data set with ``len`` and ``[i]``.
+        data: A tensor, a tuple or mapping of tensors of equal length (what a tokenizer gives), or a data set
+            with ``len`` and ``[i]``.
         size: Samples of a batch, over all processes together.
         seed: Of the order.
         share: ``(process, processes)``: this process takes its equal part of every batch. If the last
@@ -68,7 +69,7 @@ class Shuffled:
         process, processes = self.share
         what, write = "how many processes there are", "share=(0, 1)"
         require_count("Shuffled(share=(process, processes))", processes, what=what, write=write)
-        parts = self.data if isinstance(self.data, tuple) else (self.data,)
+        parts = self._parts
         lengths = sorted({len(part) for part in parts})
         if len(lengths) != 1:
             raise UsageError(
@@ -78,6 +79,13 @@ class Shuffled:
                 else "it is empty",
                 "a sample is an entry of each",
                 "give a tuple of tensors of equal length, e.g. (inputs, targets)",
+            )
+        if isinstance(self.data, Mapping) and not all(isinstance(x, Tensor) for x in parts):
+            raise UsageError(
+                "Shuffled(data)",
+                f"its {next(k for k, v in self.data.items() if not isinstance(v, Tensor))!r} is no tensor",
+                "a batch is some rows of each",
+                "let the tokenizer pad and give tensors (padding=True, return_tensors='pt')",
             )
         wrong = ""
         if self.size % processes:
@@ -91,8 +99,14 @@ class Shuffled:
             raise UsageError("Shuffled(...)", wrong, why, "correct the value")
 
     @property
+    def _parts(self) -> tuple[Any, ...]:
+        if isinstance(self.data, Mapping):
+            return tuple(self.data.values())
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+    @property
     def _count(self) -> int:
-        return len(self.data[0] if isinstance(self.data, tuple) else self.data)
+        return len(self._parts[0])
 
     def __len__(self) -> int:
         return self._count // self.size if self.drop_last else -(-self._count // self.size)
@@ -131,6 +145,8 @@ class Shuffled:
             return self.data[chosen]
         if isinstance(self.data, tuple):
             return tuple(part[chosen] for part in self.data)
+        if isinstance(self.data, Mapping):
+            return {name: part[chosen] for name, part in self.data.items()}
         from torch.utils.data import default_collate
 
         return default_collate([self.data[i] for i in chosen.tolist()])
