@@ -366,7 +366,10 @@ def test_a_result_of_pruning_is_told_from_its_network(tmp_path: Path) -> None:
     [
         ({"training": BATCHES}, "data key 'training'"),
         (5, "an int"),
-        (BATCHES[0], "a single batch"),
+        (BATCHES[0], "a tuple of tensors, which is a single batch"),
+        ({"input_ids": BATCHES[0][0]}, "a dict of tensors, which is a single batch"),
+        ({"train": {"x": BATCHES[0][0]}}, "a dict of tensors, which is a single batch"),
+        ({"train": BATCHES[0][0]}, "rows would be taken for batches"),
         (BATCHES[0][0], "rows would be taken for batches"),
     ],
 )

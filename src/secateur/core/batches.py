@@ -128,6 +128,7 @@ def as_data(data: Data | Iterable[Batch] | Mapping[str, Any] | None) -> Data | N
     if isinstance(data, Mapping):
         unknown = next((str(key) for key in data if key not in _FIELDS), None)
         if unknown is not None:
+            _require_batches("the data", data)
             raise UnknownName("data key", unknown, _FIELDS)
         return Data(**data)
     return Data(train=data)
@@ -138,12 +139,14 @@ _FIELDS = tuple(f.name for f in fields(Data))
 
 def _require_batches(asked: str, batches: object) -> None:
     found = ""
+    parts: Any = batches.values() if isinstance(batches, Mapping) else batches
     if isinstance(batches, Tensor):
         found = f"a tensor of shape {tuple(batches.shape)}, whose rows would be taken for batches,"
-    elif isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
-        found = "a tuple of tensors, which is a single batch,"
-    elif batches is not None and not isinstance(batches, Iterable) and not _indexed(batches):
-        found = kind_of(batches)
+    elif isinstance(batches, (tuple, Mapping)) and any(isinstance(part, Tensor) for part in parts):
+        found = f"{kind_of(batches)} of tensors, which is a single batch,"
+    elif batches is not None and not isinstance(batches, Iterable):
+        # In the old way, things can be iterated by numbers.
+        found = "" if hasattr(batches, "__getitem__") else kind_of(batches)
     if found:
         raise UsageError(
             asked,
@@ -151,11 +154,6 @@ def _require_batches(asked: str, batches: object) -> None:
             "it is an iterable of batches",
             "write [batch], e.g. [(inputs, targets)], or pass a DataLoader",
         )
-
-
-def _indexed(batches: object) -> bool:
-    """Whether something can be iterated in the old way, by numbers."""
-    return hasattr(batches, "__getitem__")
 
 
 def length_of(batches: Iterable[Batch]) -> int | None:
