@@ -145,10 +145,20 @@ def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Another recipe"):
         trainer(tmp_path, TransformersCallback(other)).train(str(file.parent))
     file.unlink()
-    with pytest.raises(UsageError, match=r"there is no secateur\.safetensors"):
+    with pytest.raises(UsageError, match=r"there is no secateur\.safetensors") as error:
         trainer(tmp_path, TransformersCallback(RECIPE)).train(str(file.parent))
+    assert "killed" not in str(error.value)  # no earlier checkpoint is there
     write_checkpoint(file, state, stamp)
     trainer(tmp_path, TransformersCallback(RECIPE)).train(str(file.parent))
+
+
+def test_a_run_that_was_killed_while_it_saved_is_told_where_to_go_on(tmp_path: Path) -> None:
+    trainer(tmp_path, TransformersCallback(RECIPE)).train()
+    (tmp_path / "checkpoint-10" / "secateur.safetensors").unlink()
+    with pytest.raises(UsageError) as error:
+        trainer(tmp_path, TransformersCallback(RECIPE)).train(str(tmp_path / "checkpoint-10"))
+    said = "killed while it wrote checkpoint-10, remove that folder to continue from checkpoint-5"
+    assert said in str(error.value)
 
 
 def test_any_pruner_with_the_same_interface_will_do(tmp_path: Path) -> None:

@@ -173,12 +173,24 @@ def _saved(args: Any, step: int, file: str) -> Path:
     for place in places:
         if (place / file).is_file():
             return place / file
+    do = (
+        "continue a run that was saved with as many of these callbacks, and set "
+        "resume_from_checkpoint= in the TrainingArguments if the folder was moved"
+    )
+    saved = (
+        p.parent.name.removeprefix("checkpoint-") for p in Path(args.output_dir).glob(f"*/{file}")
+    )
+    earlier = [int(number) for number in saved if number.isdigit() and int(number) < step]
+    if earlier:  # ours is the last file of a checkpoint
+        do += (
+            f"; if the run was killed while it wrote checkpoint-{step}, remove that folder to continue "
+            f"from checkpoint-{max(earlier)}"
+        )
     raise UsageError(
         f"continuing a Trainer run at step {step} with TransformersCallback",
         f"there is no {file} in {' or '.join(str(place) for place in places)}",
         "the masks and the place in the schedule are in that file",
-        "continue a run that was saved with as many of these callbacks, and set "
-        "resume_from_checkpoint= in the TrainingArguments if the folder was moved",
+        do,
     )
 
 
