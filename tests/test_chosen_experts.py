@@ -1,13 +1,17 @@
-"""Experts that are modules of their own: which of them a batch reaches is up to its tokens."""
+"""Which modules a batch calls, and how often, is up to its samples: experts, and loops over samples."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from secateur import prune, recipes
 from secateur.core.batches import Data
 from secateur.frontends import discover
+from secateur.schedule import Exponential, OneShot
 from secateur.stats import in_order
 
 
@@ -56,6 +60,43 @@ def test_what_no_batch_reaches_is_left_out() -> None:
     left = [note.where for note in pruned.facts.notes if "could not be seen" in note.text]
     assert left == ["0.experts.3.0.weight", "0.experts.3.2.weight"]
     assert len(pruned.masks) == 2 * 4 * 2 - 2
+
+
+class Closing(nn.Module):
+    """Its last layer only runs while the gain, which is pruned before it, is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.last, self.out = (nn.Linear(8, n) for n in (1, 8, 2))
+        with torch.no_grad():
+            self.gain.weight.fill_(1.0)
+            self.gain.bias.fill_(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = self.gain(x).mean() > self.least
+        return self.out(self.last(x) if large else x)
+
+    least = 5.5
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_earlier_cuts_close_off_stays_as_it_is(rounds: int) -> None:
+    net = Closing().eval()
+    # Of the eight ones of the gain, the first of two rounds leaves six.
+    recipe = dataclasses.replace(
+        recipes.wanda(0.5), schedule=Exponential(begin=0, end=rounds) if rounds > 1 else OneShot()
+    )
+    pruned = prune(net, recipe, [torch.ones(4, 8)])
+    left = [note.where for note in pruned.facts.notes if "earlier weights pruned" in note.text]
+    assert left == ["last.weight"]
+    assert [layer.name for layer in pruned.facts.layers] == list(pruned.masks)
+    kept = pruned.model.get_parameter("last.weight") != 0
+    if rounds == 1:
+        assert list(pruned.masks) == ["gain.weight"]
+        assert bool(kept.all())
+    else:
+        assert 0.2 < pruned.masks["last.weight"].float().mean() < 0.95
+        assert torch.equal(kept, pruned.masks["last.weight"])
 
 
 def test_the_order_is_that_of_all_batches() -> None:

@@ -30,6 +30,7 @@ from secateur.schedule import events, share_at
 from secateur.stats import Positions, Replay, Sketch, Stats, collect, in_order
 
 _UNSEEN = "its inputs could not be seen on the data"
+_LOST = "with earlier weights pruned, the data do not reach it"
 
 
 class Rounds:
@@ -105,6 +106,10 @@ class Rounds:
                 needs = repair_needs | set(recipe.criterion.needs)
                 local = replay.trying(partial(self._collect, [slot], needs, replay))
                 local.memory, local.seed = memory.memory, memory.seed
+                if not all((need, slot.name) in local for need in self._input_needs):
+                    self.facts.note("left-out", slot.name, _LOST)
+                    replay.finish(slot)
+                    continue
                 groups[slot.name] = self._ranks(weight, local, prior)
             picked = MaskChoice(
                 weight, recipe, groups.pop(slot.name), levels[slot.name], prior.get(slot.name)
@@ -115,8 +120,12 @@ class Rounds:
             local.drop(slot.name)
             if replay is not None:
                 replay.finish(slot)
-        self.facts.layers = [layers[slot.name] for slot in slots]
-        done = Masks({slot.name: masks[slot.name] for slot in slots})
+        for name in set(self._pruned) - set(masks):  # no data reach it any more
+            mask = masks[name] = self._pruned[name]
+            layers[name] = LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
+        done_with = [slot.name for slot in self.plan.chosen if slot.name in masks]
+        self.facts.layers = [layers[name] for name in done_with]
+        done = Masks({name: masks[name] for name in done_with})
         if not last:
             attach_(self.model, done)
         self._pruned = done
@@ -166,8 +175,7 @@ class Rounds:
 
     def _reached(self, slots: list[Slot], stats: Stats) -> list[Slot]:
         """Leave out weights whose inputs the recipe needs and no data reached; never silently."""
-        needed = {*self.recipe.criterion.needs, *self._repair_needs(last=False)}
-        if not any(getattr(need, "source", "") == "inputs" for need in needed):
+        if not self._input_needs:
             return slots
         seen = set(stats.names())
         if self.recipe.sequential:
@@ -190,6 +198,12 @@ class Rounds:
                 break
             seen.update(collect(self.model, left, [Positions()], [batch]).names())
         return seen
+
+    @property
+    def _input_needs(self) -> list[Any]:
+        """What criterion and repairs read of the inputs of a weight."""
+        needed = {*self.recipe.criterion.needs, *self._repair_needs(last=False)}
+        return [need for need in needed if getattr(need, "source", "") == "inputs"]
 
     def _repair_needs(self, last: bool) -> set[Any]:
         if not self.sample.given:
