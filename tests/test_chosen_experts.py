@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,6 +35,31 @@ class Mixture(nn.Module):
         return found
 
 
+class TwoChoices(Mixture):
+    """The second choices of all tokens come after the first ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x.clone()
+        for choice in self.gate(x).topk(2).indices.T:
+            for number in choice.unique().tolist():
+                places = (choice == number).nonzero()[:, 0]
+                found = found.index_add(0, places, self.experts[number](x[places]))
+        return found
+
+
+class OneByOne(nn.Module):
+    """Goes through the samples one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(5)), nn.Linear(8, 2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.body(row) for row in x])
+
+
 def network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,6 +76,22 @@ def test_weights_take_part_whichever_batch_reaches_them() -> None:
     assert len(whole.masks) == 2 * 4 * 2
     assert parts.masks == whole.masks
     assert not [note for note in parts.facts.notes if "could not be seen" in note.text]
+
+
+@pytest.mark.parametrize(
+    "build", [OneByOne, lambda: nn.Sequential(TwoChoices(), TwoChoices(), nn.Linear(8, 2))]
+)
+def test_modules_that_are_called_again_and_again_count_each_time(
+    build: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    net = build().eval()
+    tokens = TOKENS[:48] * torch.logspace(-2, 0, 48)[:, None]  # the first are small
+    masks = [
+        prune(net, recipes.wanda(0.5), list(tokens.split(size))).masks.fingerprint()
+        for size in (1, 16, 48)
+    ]
+    assert len(set(masks)) == 1
 
 
 def test_what_no_batch_reaches_is_left_out() -> None:

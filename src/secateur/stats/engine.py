@@ -222,8 +222,7 @@ class _Watch:
             self._weights[slot.name] = slot.weight(model)
             for path in slot.owners(model):
                 self._slots.setdefault(path, []).append(slot)
-        self._calls: Counter[str] = Counter()
-        self._expected: Counter[str] | None = None
+        self._ended: Counter[str] = Counter()
         self._samples = 0
         self._reached: set[str] = set()
         self._batch: Batch = None
@@ -232,39 +231,41 @@ class _Watch:
 
     def run(self, batches: Sequence[Batch], replay: Replay | None) -> None:
         device = device_of(self._model)
-        if replay is not None:
-            self._expected = replay.calls(self._slots)
         handles = [self._hook(path) for path in self._slots]
+        ends = replay.ends(self._slots) if replay is not None else None
+        handles += [self._end(path, ends) for path in ends or ()]
         try:
             with torch.no_grad():
                 for batch in batches:
-                    self._calls.clear()
+                    self._ended.clear()
                     self._reached.clear()
                     self._batch = batch
                     self._samples = size_of(batch)
                     known = replay.serving(batch) if replay is not None else nullcontext()
                     with suppress(_Enough), looking_inside(self._model), known:
                         forward(self._model, to_device(batch, device))
-                    # A shared module may be called several times a pass; the first pass counts.
-                    if replay is not None and self._expected is None:
-                        self._expected = Counter(self._calls)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _hook(self, path: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            self._calls[path] += 1
             inputs = args
             if kwargs:  # Transformers and others pass inputs by name
                 inputs = tuple(inspect.signature(module.forward).bind(*args, **kwargs).args)
             for slot in self._slots[path]:
                 self._update(slot, module, inputs, output)
-            if self._expected is not None and self._calls == self._expected:
-                raise _Enough
 
         module = self._model.get_submodule(path)
         return module.register_forward_hook(hook, with_kwargs=True)
+
+    def _end(self, path: str, ends: Counter[str] | None) -> RemovableHandle:
+        def hook(*_: Any) -> None:
+            self._ended[path] += 1
+            if self._ended == ends:
+                raise _Enough
+
+        return self._model.get_submodule(path).register_forward_hook(hook)
 
     def _update(self, slot: Slot, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         assert slot.rows is not None

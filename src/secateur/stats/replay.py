@@ -52,10 +52,11 @@ class Replay:
     of the largest module around it of which nothing will change any more, and forgets those of the
     modules within. Inside :meth:`serving` these modules answer from memory.
 
-    Nothing is assumed of the network; every step is tried on one sample. A module that cannot be
-    replayed (it runs twice, changes its input, draws random numbers) is computed again as before. When
-    half of the room is taken, the other remembered modules answer NaN: if the network still gives the
-    same output, nobody reads them again, and they stay so.
+    Nothing is assumed of the network: each batch is run once to see how often it calls the modules, and
+    every step is tried on one sample. A module that cannot be replayed (it runs twice, or more often in one
+    batch than in another, changes its input, draws random numbers) is computed again as before. When half
+    of the room is taken, the other remembered modules answer NaN: if the network still gives the same
+    output, nobody reads them again, and they stay so.
 
     Args:
         model: The network.
@@ -104,33 +105,51 @@ class Replay:
         """Paths of the modules that answer from memory."""
         return list(self._memory)
 
-    def calls(self, paths: Iterable[str]) -> Counter[str] | None:
-        """How often a forward pass calls these modules; None if that is not known of all."""
-        found = Counter({path: self._calls[path] for path in paths})
-        return found if all(found.values()) else None
+    def ends(self, paths: Iterable[str]) -> Counter[str] | None:
+        """Modules after which a pass has called all of these, with the number of their calls.
+
+        What one batch calls more often than another ends with the module around it. None if only the
+        end of the pass will do.
+        """
+        found: Counter[str] = Counter()
+        for path in paths:
+            steps = path.split(".")
+            around = (".".join(steps[:i]) for i in range(len(steps), 0, -1))
+            end = next((each for each in around if self._calls[each]), None)
+            if end is None:
+                return None
+            found[end] = self._calls[end]
+        return found
 
     def _begin(self) -> None:
-        calls: Counter[str] = Counter()
+        calls: list[Counter[str]] = []
         hooks = []
         for path in self._open:
             module = self._model.get_submodule(path)
             if path and not isinstance(module, torch.jit.ScriptModule):
 
                 def note(_: nn.Module, __: Any, path: str = path) -> None:
-                    calls[path] += 1
+                    calls[-1][path] += 1
 
                 hooks.append(module.register_forward_pre_hook(note))
         try:
+            for batch in self._batches:
+                calls.append(Counter())
+                self._run(batch)
+            calls.append(Counter())
             sample = narrow(self._batches[0], 1)
             self._run(sample)
+            self._batches.insert(0, sample)
+            self._sample = sample
         except _UNFIT:  # e.g. a graph, of which one row is no sample
-            return
+            calls.pop()
         finally:
             for hook in hooks:
                 hook.remove()
-        self._sample = sample
-        self._batches.insert(0, sample)
-        self._calls = calls
+        # Samples may be gone through one by one, and experts are called as the data will have it: what
+        # one batch calls as often as every other is taken to be called so often always.
+        same = dict.fromkeys(path for each in calls for path in each)
+        self._calls = Counter({p: calls[0][p] for p in same if len({c[p] for c in calls}) == 1})
 
     @contextmanager
     def serving(self, batch: Batch) -> Iterator[None]:
@@ -156,7 +175,11 @@ class Replay:
         self._open.subtract(around)
         for path in around:  # the largest first
             settled = self._open[path] == 0 and self._calls[path] == 1
-            if settled and (path in self._memory or self._remember(path)):
+            if (
+                settled
+                and self._sample is not None
+                and (path in self._memory or self._remember(path))
+            ):
                 return
 
     def trying(self, work: Callable[[], _T]) -> _T:
@@ -170,7 +193,7 @@ class Replay:
         except NonFinite:
             if not self._memory:
                 raise
-            self._memory, self._calls = {}, Counter()
+            self._memory, self._sample = {}, None
             return work()
 
     def _remember(self, path: str) -> bool:
