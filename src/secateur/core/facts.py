@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class LayerFacts:
     output_error: float | None = None
     knee: float | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, mask: Tensor) -> LayerFacts:
+        """What a mask leaves of a weight.
+
+        Example:
+            >>> LayerFacts.of("fc.weight", torch.tensor([[True, False]])).kept
+            1
+        """
+        return cls(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
 
     @property
     def sparsity(self) -> float:

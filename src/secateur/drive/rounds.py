@@ -122,7 +122,7 @@ class Rounds:
                 replay.finish(slot)
         for name in set(self._pruned) - set(masks):  # no data reach it any more
             mask = masks[name] = self._pruned[name]
-            layers[name] = LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
+            layers[name] = LayerFacts.of(name, mask)
         done_with = [slot.name for slot in self.plan.chosen if slot.name in masks]
         self.facts.layers = [layers[name] for name in done_with]
         done = Masks({name: masks[name] for name in done_with})

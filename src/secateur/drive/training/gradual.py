@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import Data, as_data
-from secateur.core.facts import Facts, environment
+from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, weights
 from secateur.core.weight import Weight
@@ -55,13 +55,7 @@ from secateur.drive.training.timing import (
     require_time,
     training_length,
 )
-from secateur.drive.training.told import (
-    last_sparsity,
-    layers,
-    tell_change,
-    tell_target,
-    tell_unseen,
-)
+from secateur.drive.training.told import last_sparsity, tell_change, tell_target, tell_unseen
 from secateur.drive.training.topkast import Superset
 from secateur.frontends.remembered import surgery_of
 from secateur.schedule import share_at
@@ -330,7 +324,7 @@ class Gradual:
         tell_target(self.facts, target, self._share, found, self._missed)
         masks = detach_(self.model, self._names)
         self._finalized = True
-        self.facts.layers = layers(masks)
+        self.facts.layers = [LayerFacts.of(name, mask) for name, mask in masks.items()]
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))
 
     def _require_complete(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.core.arguments import require_kind, require_part
 from secateur.core.batches import Batch, Data, as_data, to_device
 from secateur.core.errors import NotYet, UsageError
-from secateur.core.facts import Facts, environment
+from secateur.core.facts import Facts, LayerFacts, environment
 from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
 from secateur.core.selectors import matches
@@ -26,7 +26,6 @@ from secateur.drive.recipe import Recipe, Scope, describe
 from secateur.drive.training import ranks
 from secateur.drive.training.held import masks_of, require_trains
 from secateur.drive.training.timing import require_same
-from secateur.drive.training.told import layers
 from secateur.frontends.remembered import surgery_of
 from secateur.learn import Learner, Learning
 from secateur.learn.masked import obstacle, require_unlearned
@@ -194,7 +193,7 @@ class Learned:
         masks = self._learning.harden_()
         self._hardened = True
         self._leave_optimizer_()
-        self.facts.layers = layers(masks)
+        self.facts.layers = [LayerFacts.of(name, mask) for name, mask in masks.items()]
         self.facts.measures |= {"steps": self.steps, **self._learning.facts()}
         self._note_result(masks)
         return Pruned(self.model, masks, self.facts, surgery_of(self.model))

@@ -1,4 +1,4 @@
-"""What the facts of a pruner in a training loop tell: its layers, their changes, and a missed target."""
+"""What the facts of a pruner in a training loop tell: changes of the masks, and a missed target."""
 
 from __future__ import annotations
 
@@ -6,22 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from secateur.core.budget import Target
-from secateur.core.facts import Facts, LayerFacts
+from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-
-
-def layers(masks: Masks) -> list[LayerFacts]:
-    """What is left of each weight.
-
-    Example:
-        >>> import torch
-        >>> layers(Masks({"weight": torch.tensor([[True, False]])}))[0].kept
-        1
-    """
-    return [
-        LayerFacts(name, tuple(mask.shape), mask.numel(), int(mask.sum()))
-        for name, mask in masks.items()
-    ]
 
 
 def tell_change(facts: Facts, step: int, before: Masks, after: Masks, **more: Any) -> None:
