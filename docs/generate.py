@@ -18,7 +18,8 @@ secateur.drive.structural.recipe secateur.drive.structural.methods
 secateur.drive.training.regrow secateur.drive.training.learned
 secateur.drive.training.learn_masks
 secateur.drive.training.resume secateur.drive.training.order secateur.drive.training.recorder
-secateur.drive.training.ranks secateur.drive.training.hosts secateur.drive.structural.heads
+secateur.drive.training.ranks secateur.drive.training.session
+secateur.drive.training.hosts secateur.drive.structural.heads
 secateur.stats secateur.frontends secateur.formats secateur.formats.checkpoint secateur.report
 secateur.report.jsonreport secateur.report.runtime secateur.report.doctor secateur.report.plots
 secateur.report.plots_curves secateur.drive.structural.shrinking

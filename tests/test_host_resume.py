@@ -12,8 +12,9 @@ from torch import nn
 
 from secateur import Recipe, Regrow, Scope, Target, masks_of
 from secateur.core.errors import UsageError
-from secateur.drive.training.hosts import Session, TransformersCallback
+from secateur.drive.training.hosts import TransformersCallback
 from secateur.drive.training.regrow import TopKast
+from secateur.drive.training.session import Session
 from secateur.schedule import OneShot, Polynomial
 
 TARGET = Target("sparsity", 0.75)

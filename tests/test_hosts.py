@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from secateur import Gradual, Recipe, Scope, Target, masks_of
 from secateur.core.errors import MissingExtra, UsageError
-from secateur.drive.training.hosts import LightningCallback, Session, TransformersCallback
+from secateur.drive.training.hosts import LightningCallback, TransformersCallback
+from secateur.drive.training.session import Session
 from secateur.formats.checkpoint import read_checkpoint, write_checkpoint
 from secateur.schedule import OneShot, Polynomial
 from secateur.score import Movement

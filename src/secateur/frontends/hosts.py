@@ -1,6 +1,6 @@
 """Callbacks of training frameworks. They tell a session when to begin, step, save and end.
 
-The session is given from above (:mod:`secateur.drive.training.hosts`): this file knows the frameworks, and
+The session is given from above (:mod:`secateur.drive.training.session`): this file knows the frameworks, and
 nothing about pruning. Their classes are made when they are asked for, so nothing is imported before.
 """
 
