@@ -369,6 +369,22 @@ def test_the_optimizer_gets_groups_and_they_are_empty_afterwards() -> None:
     optimizer.step()  # training goes on
 
 
+def test_an_optimizer_that_knows_names_gets_those_of_the_masks() -> None:
+    net = network()
+    optimizer = torch.optim.AdamW(net.named_parameters(), lr=0.01)
+    learned = Learned(net, optimizer, Leap.short(0.8))
+    masks = [name for group in optimizer.param_groups[1:] for name in group["param_names"]]
+    assert masks == [
+        f"{i}.parametrizations.weight.0.{what}" for what in ("scores", "sigma") for i in (0, 2)
+    ]
+    train(net, optimizer, learned, batches(2))
+    learned.harden()
+    for group in optimizer.param_groups:
+        assert len(group["params"]) == len(group["param_names"])
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
+    copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
+
+
 def test_hardening_untrained_masks_is_refused() -> None:
     net, _, learned = begin(Leap(0.8))
     with pytest.raises(UsageError, match="no step was counted"):

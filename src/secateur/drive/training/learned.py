@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -122,7 +123,7 @@ class Learned:
         try:
             for group in groups:
                 _require_takes(self.optimizer)
-                self.optimizer.add_param_group(group)
+                self.optimizer.add_param_group(self._as_asked(group))
         except Exception as error:
             del self.optimizer.param_groups[before:]
             self._learning.drop_()
@@ -133,6 +134,13 @@ class Learned:
                 "use AdamW or another optimizer that takes parameters of any shape",
             ) from error
         return groups
+
+    def _as_asked(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with names, if the optimizer was made with ``named_parameters()``."""
+        if not any("param_names" in known for known in self.optimizer.param_groups):
+            return group
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return {**group, "params": [(names[id(p)], p) for p in group["params"]]}
 
     def _fingerprint(self, slots: list[Slot]) -> str:
         names = [s.name for s in slots if s.prunable]
@@ -225,7 +233,10 @@ class Learned:
         """
         gone = {id(p) for group in self._own for p in group["params"]}
         for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+            stays = [id(p) not in gone for p in group["params"]]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = list(itertools.compress(group[key], stays))
         for parameter in [p for p in self.optimizer.state if id(p) in gone]:
             del self.optimizer.state[parameter]
 
