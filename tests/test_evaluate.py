@@ -492,3 +492,15 @@ def test_a_mask_of_the_network_itself_is_stored_and_counted(
     pruned = secateur.prune(net)
     file = pruned.save(tmp_path / "b") / "model.safetensors"
     assert measure(pruned, latency=False).cost.bytes == file.stat().st_size
+
+
+def test_classes_of_pixels_may_lie_on_either_axis() -> None:
+    own = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=own)
+    target = torch.randint(3, (2, 4, 5), generator=own)
+    wanted = float((logits.argmax(1) == target).double().mean())
+    wanted_loss = float(nn.functional.cross_entropy(logits, target))
+    for given in (logits, logits.movedim(1, -1)):
+        found = measure(nn.Identity(), [(given, target)], latency=False)
+        assert found.accuracy == pytest.approx(wanted)
+        assert found.loss == pytest.approx(wanted_loss, rel=1e-5)
