@@ -132,6 +132,30 @@ def test_the_network_runs_once_for_all_terms() -> None:
     assert both.item() == pytest.approx(apart.item())
 
 
+def test_losses_of_ones_own_are_terms() -> None:
+    net, teacher = nn.Linear(3, 2), nn.Linear(3, 2)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+
+    def smooth(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.2)
+
+    found = Objectives((smooth, Distill(teacher, 0.5)))(net, (x, y))
+    wanted = smooth(net, (x, y)) + Distill(teacher, 0.5)(net, (x, y))
+    assert found.item() == pytest.approx(wanted.item())
+    assert Objectives((smooth,))(net, (x, y)).item() == smooth(net, (x, y)).item()
+
+    class Own:  # no more than the protocol asks for
+        wants: frozenset[str] = frozenset()
+
+        def of(self, model: nn.Module, output: Tensor, batch: Any) -> Tensor:
+            return output.square().mean()
+
+    assert Objectives((Own(),))(net, (x, y)).item() == net(x).square().mean().item()
+    for wrong in (Task, 0.5, "task"):
+        with pytest.raises(UsageError, match="It is a term or a loss"):
+            Objectives((wrong,))  # type: ignore[arg-type]
+
+
 def test_an_objective_is_a_loss_of_data() -> None:
     torch.manual_seed(0)
     teacher, net = nn.Linear(3, 4), nn.Linear(3, 4)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, evaluating, inputs_of, real_tokens
+from secateur.core.arguments import require_part
+from secateur.core.batches import Batch, Loss, evaluating, inputs_of, real_tokens
 from secateur.core.errors import UsageError
 from secateur.core.losses import (
     IGNORED,
@@ -39,7 +40,11 @@ class Objectives:
     """The sum of terms; the network runs once on the batch, whatever their number.
 
     Args:
-        terms: Each with its own weight.
+        terms: Each with its own weight. A loss of your own, ``(model, batch) -> scalar``, may be among
+            them; it runs the network itself.
+
+    Raises:
+        UsageError: There is none, or one of them is something else.
 
     Example:
         >>> net = nn.Linear(4, 2)
@@ -49,19 +54,27 @@ class Objectives:
         (torch.Size([]), True)
     """
 
-    terms: tuple[Term, ...]
+    terms: tuple[Term | Loss, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "terms", tuple(self.terms))
+        for term in self.terms:
+            has = ("wants", "of") if hasattr(term, "of") else ("__call__",)
+            what, write = "a term or a loss", "e.g. Task(0.5) or lambda model, batch: ..."
+            require_part("Objectives(terms)", term, has, what=what, write=write)
         if not self.terms:
             raise UsageError(
                 "Objectives(())", "no term", "there is nothing to train towards", "add Task()"
             )
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        wants: frozenset[str] = frozenset().union(*(term.wants for term in self.terms))
-        output = run(model, batch, wants)
-        return torch.stack([term.of(model, output, batch) for term in self.terms]).sum()
+        known: list[Any] = [term for term in self.terms if hasattr(term, "of")]
+        others: list[Any] = [term for term in self.terms if not hasattr(term, "of")]
+        found = [loss(model, batch) for loss in others]
+        if known:
+            output = run(model, batch, frozenset().union(*(term.wants for term in known)))
+            found += [term.of(model, output, batch) for term in known]
+        return torch.stack(found).sum()
 
 
 @dataclass(frozen=True)
