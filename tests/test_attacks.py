@@ -269,6 +269,30 @@ def test_the_adversarial_objective_is_the_weighted_sum() -> None:
     assert both == pytest.approx(clean + 0.5 * clean + 0.5 * harder, rel=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_adversarial_objective_takes_a_loss_of_ones_own(share: float) -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"bias": self.inner.bias, "scores": self.inner(x)}  # no output to guess from
+
+    def loss(model: nn.Module, parts: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(parts[0])["scores"], parts[1], label_smoothing=0.4)
+
+    net, (x, y) = Scores(), (torch.rand(8, 6), torch.arange(8) % 3)
+    here = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(net, (here, y)), here)
+    harder = loss(net, ((x + 0.1 * slope.sign()).clamp(0, 1), y))
+    wanted = (1 - share) * loss(net, (x, y)) + share * harder
+    objective = Adversarial(Fgsm(0.1), share=share, loss=loss)
+    assert objective(net, (x, y)).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert Objectives((objective,))(net, (x, y)).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_training_on_perturbed_inputs_makes_robust() -> None:
     found = {}
     for name, objective in (("plain", Task()), ("robust", Adversarial(Pgd(0.1, steps=3)))):

@@ -183,6 +183,8 @@ class Adversarial:
         attack: Makes the perturbed inputs, anew in each step.
         share: s.
         weight: w.
+        loss: L, a function of model and batch; by default that of :class:`Task`. It is what the attack
+            raises, too, if that follows a loss.
 
     Example:
         >>> from secateur.learn.attacks import Fgsm
@@ -195,6 +197,7 @@ class Adversarial:
     attack: Attack
     share: float = 0.5
     weight: float = 1.0
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -211,13 +214,15 @@ class Adversarial:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.share == 1:  # the clean inputs need not run
-            return self.weight * default_loss(model, self.attack(model, batch))
-        return self.of(model, run(model, batch), batch)
+            return self.weight * self._harder(model, batch)
+        return self.of(model, run(model, batch) if self.loss is None else None, batch)
 
     def of(self, model: nn.Module, output: Any, batch: Batch) -> Tensor:
-        clean = loss_of(output, batch)
-        harder = default_loss(model, self.attack(model, batch))
-        return self.weight * ((1 - self.share) * clean + self.share * harder)
+        clean = loss_of(output, batch) if self.loss is None else self.loss(model, batch)
+        return self.weight * ((1 - self.share) * clean + self.share * self._harder(model, batch))
+
+    def _harder(self, model: nn.Module, batch: Batch) -> Tensor:
+        return (self.loss or default_loss)(model, self.attack(model, batch, self.loss))
 
 
 def run(model: nn.Module, batch: Batch, wants: frozenset[str] = frozenset()) -> Any:
