@@ -128,3 +128,27 @@ def test_a_network_without_products_has_no_budget_in_them(rounds: int) -> None:
     recipe = secateur.ShrinkRecipe(recovery=(), rounds=rounds)
     with pytest.raises(BudgetError, match="the dense network costs 0"):
         secateur.shrink(Scaled(), recipe, torch.randint(9, (2, 3)))
+
+
+def test_bilinear_layers_are_counted() -> None:
+    """PyTorch's counter lacks them: each weight multiplies one number a row of the inputs."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(4, 32), nn.Bilinear(32, 5, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.o(self.b(self.a(x), y).tanh())
+
+    net, batch = Two(), (torch.randn(2, 7, 4), torch.randn(2, 7, 5))
+    dense = 7 * sum(layer.weight.numel() for layer in (net.a, net.b, net.o))
+    recipe = secateur.ShrinkRecipe(recovery=(), align=1)
+    small = secateur.shrink(net, recipe, batch)
+    told = small.facts.measures["target"]
+    left = small.model
+    reached = 7 * sum(layer.weight.numel() for layer in (left.a, left.b, left.o))
+    assert (told["dense"], told["reached"]) == (dense, reached)
+    assert 0.4 * dense < reached <= 0.5 * dense
+    cost = secateur.measure(net, example=(*batch, None), latency=False).cost
+    assert (cost.macs_dense, cost.uncounted) == (dense, ())

@@ -20,7 +20,13 @@ from torch.utils.flop_counter import flop_registry
 from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
 from secateur.core.slots import device_of
 
-_FLOPS: Mapping[Any, Any] = flop_registry
+
+def _bilinear(first: Tensor, weight: Tensor, second: Tensor, *_: Any, out_val: Tensor) -> int:
+    """Of ``nn.Bilinear``, which PyTorch's table lacks: as there, two for a multiply-add."""
+    return 2 * weight.numel() * (first.numel() // first.shape[-1])
+
+
+_FLOPS: Mapping[Any, Any] = {**flop_registry, torch.ops.aten._trilinear: _bilinear}
 
 
 class _Products(TorchDispatchMode):
