@@ -161,3 +161,15 @@ def test_more_budget_never_keeps_less(net: Residual) -> None:
         for share in (0.3, 0.5, 0.7, 0.9, 1.0)
     ]
     assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e-9, -1e-9])
+def test_scores_around_zero_are_ranked_by_their_size(offset: float) -> None:
+    """Z-scores, as FLAP's: their mean is rounding, and says nothing of a width."""
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = (scores - scores.mean()) / scores.std()
+    items = [WidthItem("a", scores + offset), WidthItem("b", scores.flip(0) - offset)]
+    for limit in (20, 41, 60):
+        kept = RankedWidths()(items, lambda kept: kept["a"] + kept["b"], limit)
+        assert abs(kept["a"] - kept["b"]) <= 1, limit
+        assert kept["a"] + kept["b"] == limit

@@ -161,9 +161,9 @@ def _handed_out(
 class RankedWidths:
     r"""All groups of all widths in one ranking; the lowest go first.
 
-    **formula** the largest number of groups, in order of :math:`s_g / \bar s_w` (the score over the
-    mean of its width), divided by what the group costs if ``per_cost``, that fits the limit; a
-    block of groups that go at once has the mean of their scores. Where blocks are several groups, or
+    **formula** the largest number of groups, in order of :math:`s_g / \overline{|s_w|}` (the score over
+    the mean size of those of its width), divided by what the group costs if ``per_cost``, that fits the
+    limit; a block of groups that go at once has the mean of their scores. Where blocks are several groups, or
     more than 2 % of the limit is left, what fits after all comes back, the last that went first; if
     2 % are left still, the width that went last stays wider, and the next in the ranking go instead
     **Shapes** a count for each width
@@ -172,8 +172,9 @@ class RankedWidths:
     **Source** Molchanov et al., arXiv 1906.10771; the cost in HALP, arXiv 2110.10811
 
     Args:
-        normalise: ``"mean"`` divides the scores of a width by their mean, ``"none"`` compares them
-            as they are (right for Taylor scores, whose unit is the loss).
+        normalise: ``"mean"`` divides the scores of a width by the mean of their absolute values (of
+            z-scores the mean itself is 0), ``"none"`` compares them as they are (right for Taylor
+            scores, whose unit is the loss).
         per_cost: Divide by the cost that one group of the width adds to the uncut network.
         floor: Share of every width that stays in any case. A ranking without a floor can close a
             layer almost entirely.
@@ -236,7 +237,7 @@ class RankedWidths:
         for number, item in enumerate(items):
             scores = item.scores.double().sort().values
             if self.normalise == "mean":
-                scores = scores / scores.mean().clamp(min=1e-300)
+                scores = scores / scores.abs().mean().clamp(min=1e-300)
             if self.per_cost:
                 saved = whole - spend({**dense, item.name: item.groups - 1})
                 scores = scores / max(saved, 1e-12)
