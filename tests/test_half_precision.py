@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from oneshot_cases import mlp
+from oneshot_cases import ROWS, alias, mlp
 from torch import Tensor, nn
 
 from secateur import Recipe, prune
 from secateur.core.groups import groups_of
 from secateur.frontends import discover
 from secateur.recover import Integer
+from secateur.schedule import OneShot
 from secateur.score import GroupTaylor
 from secateur.stats import GateGradient, collect_groups
 from secateur.structure import couple
@@ -52,3 +55,23 @@ def test_gates_of_a_network_in_half_precision() -> None:
 
     half, single = scores(torch.float16), scores(torch.float32)
     assert torch.allclose(half, single, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "static_sparse"])
+def test_the_default_type_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """Scripts for language models set it before they load one."""
+    net, recipe = mlp(), alias(name)
+    recipe = dataclasses.replace(recipe, schedule=OneShot(), recovery=recipe.repairs)
+    wanted = prune(net, recipe, ROWS)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = prune(net, recipe, ROWS)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.masks == wanted.masks
+    for key, value in wanted.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value)
+    errors = [[layer.output_error for layer in each.facts.layers] for each in (found, wanted)]
+    assert errors[0] == errors[1]

@@ -177,7 +177,7 @@ class RandomGroups:
     def __call__(self, groups: Groups, stats: Stats) -> Tensor:
         seed = (self.seed + stats.seed) * 1_000_003 + zlib.crc32(groups.name.encode())
         generator = torch.Generator().manual_seed(seed % (1 << 63))
-        scores = torch.rand(groups.count, generator=generator)
+        scores = torch.rand(groups.count, generator=generator, dtype=torch.float32)
         return scores.to(groups.parts[0].value.device)
 
 

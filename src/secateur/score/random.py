@@ -39,4 +39,5 @@ class Random:
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
         seed = (self.seed + stats.seed) * 1_000_003 + zlib.crc32(weight.name.encode())
         generator = torch.Generator().manual_seed(seed % (1 << 63))
-        return torch.rand(weight.value.shape, generator=generator).to(weight.value.device)
+        drawn = torch.rand(weight.value.shape, generator=generator, dtype=torch.float32)
+        return drawn.to(weight.value.device)

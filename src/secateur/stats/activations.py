@@ -240,7 +240,8 @@ class Sketch:
 
     def init(self, weight: Weight) -> State:
         shape = (weight.axes.groups, weight.fan_in, self.size)
-        return {"sketch": torch.zeros(shape, device=weight.value.device), "rows": _count(weight)}
+        sketch = torch.zeros(shape, dtype=torch.float32, device=weight.value.device)
+        return {"sketch": sketch, "rows": _count(weight)}
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
         # At most ``rows`` of what is seen at a time, evenly spread: errors are ratios, so a sample
@@ -249,7 +250,9 @@ class Sketch:
         taken = seen[:, :: max(1, -(-seen.shape[1] // self.rows))].float()
         fingerprint = zlib.crc32(taken.sum((0, 1)).cpu().numpy().tobytes())
         generator = torch.Generator().manual_seed(fingerprint + int(state["rows"]))
-        signs = torch.randint(0, 2, (taken.shape[1], self.size), generator=generator) * 2.0 - 1.0
+        signs = (
+            torch.randint(0, 2, (taken.shape[1], self.size), generator=generator).float() * 2 - 1
+        )
         product = taken.transpose(1, 2) @ signs.to(seen.device)
         return {"sketch": state["sketch"] + product, "rows": state["rows"] + seen.shape[1]}
 

@@ -73,7 +73,8 @@ def random_promise(found: Sequence[Weight], recipe: Recipe, step: int) -> dict[s
         empty = torch.empty(weight.value.shape, device="meta")
         shape = recipe.pattern.fold(empty, weight.axes).shape
         seed = zlib.crc32(f"{recipe.seed}/{step}/{weight.name}".encode())
-        drawn = torch.rand(shape[:2], generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(shape[:2], generator=generator, dtype=torch.float32)
         spaced = drawn[..., None].expand(shape).to(weight.value.device)
         promise[weight.name] = recipe.pattern.unfold(spaced, tuple(weight.value.shape), weight.axes)
     return promise
