@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from secateur import Recipe, prune
 from secateur.core.groups import groups_of
+from secateur.core.masks import Masks
 from secateur.frontends import discover
 from secateur.recover import Integer
 from secateur.schedule import OneShot
 from secateur.score import GroupTaylor
-from secateur.stats import GateGradient, collect_groups
+from secateur.stats import GateGradient, Gram, collect, collect_groups
 from secateur.structure import couple
 
 
@@ -55,6 +57,43 @@ def test_gates_of_a_network_in_half_precision() -> None:
 
     half, single = scores(torch.float16), scores(torch.float32)
     assert torch.allclose(half, single, rtol=0.1, atol=0)
+
+
+class Mixed(nn.Module):
+    """Runs under autocast by itself, as Accelerate and Lightning make a network do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)  # type: ignore[no-any-return]
+
+
+def test_second_moments_are_not_summed_in_the_precision_of_autocast() -> None:
+    x = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    exact = x.double().T @ x.double() / len(x)
+    net = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 2))
+    mixed, outside = Mixed(net), torch.autocast("cpu", torch.bfloat16)
+    for model, around in ((mixed, nullcontext()), (net, outside)):
+        slot = discover(model)[0]
+        with around:
+            stats = collect(model, [slot], [Gram()], [x])
+        assert torch.allclose(stats(Gram(), slot.weight(model))[0], exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wanda", "woodfisher"])
+def test_a_run_inside_autocast_sees_each_cut(name: str) -> None:
+    """Autocast keeps copies of weights, which are not those that were pruned since."""
+    net, recipe = mlp().eval(), alias(name, 0.8)
+    alone = prune(Mixed(net), recipe, ROWS)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = prune(net, recipe, ROWS)
+    masks = {key.removeprefix("inner."): mask for key, mask in alone.masks.items()}
+    assert Masks(masks) == inside.masks
+    for key, value in inside.model.state_dict().items():
+        assert torch.equal(alone.model.state_dict()[f"inner.{key}"], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -321,6 +321,7 @@ def inputs_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def forward(model: nn.Module, batch: Batch) -> Any:
     """Run ``model`` on the inputs of ``batch``."""
     args, kwargs = inputs_of(batch)
+    torch.clear_autocast_cache()  # it holds weights as they were before the last cut
     return model(*args, **kwargs)
 
 

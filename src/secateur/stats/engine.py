@@ -78,7 +78,9 @@ class Stats:
         key = (stat, weight.name)
         state = None if key in self._read else self._states.get(key)
         self._read.discard(key)
-        self._states[key] = stat.update(state or stat.init(weight), weight, seen, samples)
+        # A network under autocast is watched from within, and would have products in its precision.
+        with torch.autocast(seen.device.type, enabled=False):
+            self._states[key] = stat.update(state or stat.init(weight), weight, seen, samples)
         self._values.pop(key, None)
 
     def at(self, probe: object, name: str) -> Tensor:
