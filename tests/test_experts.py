@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import secateur
 from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.drive.structural.depth import drop_blocks
 from secateur.drive.structural.experts import drop_experts
 from secateur.formats import parse_surgery, surgery_text
 from secateur.frontends.surgery import replay_
@@ -240,6 +242,14 @@ def test_groups_of_experts_stay_of_one_size() -> None:
     pruned = drop_experts(model, 3, [IDS])  # two of each group
     assert pruned.facts.widths[0].kept == 4
     assert pruned.facts.measures["proof"] < 1e-6
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    model = seeded(mixtral)
+    for drop in (2, np.int64(2)):
+        pruned = drop_experts(model, drop, [IDS])
+        assert [width.kept for width in pruned.facts.widths] == [4, 4]
+        assert drop_blocks(model, drop - 1, [IDS]).model.config.num_hidden_layers == 1
 
 
 def test_a_router_that_needs_more_experts_than_are_left_is_told() -> None:

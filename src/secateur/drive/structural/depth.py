@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -102,6 +103,8 @@ def drop_blocks(
         >>> shallow.model.config.num_hidden_layers, len(shallow.model.encoder.layer)
         (2, 2)
     """
+    given: Any = drop
+    drop = int(given) if isinstance(given, Integral) else drop  # NumPy's integers are no int
     return _Run(copy_of(model), as_data(data), criterion).run(drop, example_inputs, frozenset(keep))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ def drop_experts(
         3
     """
     begun = time.perf_counter()
+    given: Any = drop
+    drop = int(given) if isinstance(given, Integral) else drop  # NumPy's integers are no int
     found = as_data(data)
     model = network_of(model)
     mixtures = _chosen(model, ignore)
