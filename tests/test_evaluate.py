@@ -281,9 +281,15 @@ def test_multiply_adds_equal_the_formula() -> None:
 
 
 def test_weights_out_of_sight_are_named() -> None:
-    net = nn.Bilinear(8, 8, 2)
-    x = torch.randn(4, 8)
-    assert "weight" in cost_of(net, example=(x, x, torch.zeros(1))).uncounted
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 8))
+
+        def forward(self, x: Tensor) -> Tensor:  # a product that no operator of products makes
+            return (x[:, None] * self.w).sum(-1)
+
+    assert cost_of(Weighted(), example=(torch.randn(4, 8), torch.zeros(1))).uncounted == ("w",)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
