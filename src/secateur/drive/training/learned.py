@@ -339,9 +339,7 @@ def _plain(model: nn.Module, how: Learner) -> nn.Module:
             "it learns beside the optimizer, from the batches of its own process alone",
             "train on one process, or take another learner",
         )
-    model = network_of(model)
-    ranks.require_whole(model)
-    return model
+    return network_of(model)
 
 
 def _possible(model: nn.Module, slot: Slot, how: Learner) -> Slot:
