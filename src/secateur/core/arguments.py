@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from os import PathLike
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,17 @@ def is_number(value: object) -> bool:
         (True, False, False, False)
     """
     return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
+
+
+def plain_integer(value: Any) -> Any:
+    """An integer of NumPy, which is no ``int``, as one; all else as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> repr(plain_integer(np.int64(3))), plain_integer(0.5), plain_integer("70%")
+        ('3', 0.5, '70%')
+    """
+    return int(value) if isinstance(value, Integral) else value
 
 
 def odd_number(part: object, names: Sequence[str]) -> str:

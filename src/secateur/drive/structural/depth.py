@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import plain_integer
 from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError, kind_of
@@ -103,8 +103,7 @@ def drop_blocks(
         >>> shallow.model.config.num_hidden_layers, len(shallow.model.encoder.layer)
         (2, 2)
     """
-    given: Any = drop
-    drop = int(given) if isinstance(given, Integral) else drop  # NumPy's integers are no int
+    drop = plain_integer(drop)
     return _Run(copy_of(model), as_data(data), criterion).run(drop, example_inputs, frozenset(keep))
 
 

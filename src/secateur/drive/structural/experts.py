@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.arguments import plain_integer
 from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
 from secateur.core.errors import DataError, NeedsData, UsageError, first_line, kind_of
 from secateur.core.facts import Facts, WidthFacts, environment
@@ -81,8 +81,7 @@ def drop_experts(
         3
     """
     begun = time.perf_counter()
-    given: Any = drop
-    drop = int(given) if isinstance(given, Integral) else drop  # NumPy's integers are no int
+    drop = plain_integer(drop)
     found = as_data(data)
     model = network_of(model)
     mixtures = _chosen(model, ignore)
