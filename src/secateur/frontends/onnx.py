@@ -25,12 +25,12 @@ from secateur.core.batches import (
     inputs_of,
     mapped,
     narrow,
-    on_example,
     size_of,
     to_device,
 )
 from secateur.core.difference import largest_error
 from secateur.core.errors import DataError, MissingExtra, UsageError, kind_of
+from secateur.core.failing import on_example
 from secateur.core.slots import device_of
 
 #: Largest allowed difference, relative to the largest output.

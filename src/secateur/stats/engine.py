@@ -21,13 +21,13 @@ from secateur.core.batches import (
     Loss,
     evaluating,
     forward,
-    looking_inside,
     micro_batches,
     real_tokens,
     size_of,
     to_device,
 )
 from secateur.core.errors import NeedsData, NonFinite, kind_of
+from secateur.core.failing import looking_inside
 from secateur.core.losses import default_loss, differentiable
 from secateur.core.slots import Slot, device_of
 from secateur.core.weight import Weight

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.attention import free_heads_
-from secateur.core.batches import evaluating, on_example
+from secateur.core.batches import evaluating
+from secateur.core.failing import on_example
 from secateur.core.slots import device_of
 from secateur.structure.counted import Counted, counting
 from secateur.structure.named import Named, naming

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.attention import open_attention
-from secateur.core.batches import Batch, evaluating, forward, looking_inside, size_of, to_device
+from secateur.core.batches import Batch, evaluating, forward, size_of, to_device
+from secateur.core.failing import looking_inside
 from secateur.core.slots import Slot, device_of
 from secateur.recover import Moments
 from secateur.stats import Replay

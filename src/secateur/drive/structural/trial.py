@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur.core.batches import forward, on_example, to_device
+from secateur.core.batches import forward, to_device
 from secateur.core.errors import DataError, SecateurError, UsageError, first_line
+from secateur.core.failing import on_example
 from secateur.core.randomness import own_random
 from secateur.core.slots import device_of
 from secateur.drive.structural.cutting import as_batch, proved
