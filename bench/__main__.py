@@ -72,7 +72,9 @@ def main(words: list[str] | None = None) -> int:
         filters.run_arm(given.arm, filters.plan_of(given.depth, given.epochs), seed=given.seed)
         return 0
     if given.arm in recovered.ARMS:
-        how = recovered.plan_of(given.depth, given.rate, held_out=given.held_out)
+        how = recovered.plan_of(
+            given.depth, given.rate, images=given.images, held_out=given.held_out
+        )
         recovered.run_arm(given.arm, how, seed=given.seed)
         return 0
     if given.arm in dsp.ARMS:
@@ -145,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs", type=int, help="of each arm of 'sparse_training', 'filters' or 'gradual'"
     )
     parser.add_argument("--rate", type=float, help="highest learning rate of 'recovered'")
+    parser.add_argument("--images", type=int, help="to fine-tune on in 'recovered'")
     parser.add_argument(
         "--held-out", action="store_true", help="'recovered' with a network trained here"
     )

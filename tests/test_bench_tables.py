@@ -301,6 +301,7 @@ def test_other_protocols_and_rates_are_studies_of_their_own(tmp_path: Path) -> N
         "-resnet56-held-out",
         "-resnet56-rate0.1",
         "-resnet56-held-out-rate0.1",
+        "-resnet56-rate0.1-50000images",
     ]
     for name in (*names, "-resnet56-held-out-seed0", "-resnet56-dense"):
         record.write(
