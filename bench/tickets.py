@@ -35,6 +35,7 @@ from secateur.experiments import (
     Training,
     emergent_structure,
     find_ticket,
+    overall_structure,
     similarity_matrix,
 )
 
@@ -230,15 +231,8 @@ def _goals(level: float, accuracy: dict[str, float]) -> list[dict[str, Any]]:
 
 def _structure(masks: Masks) -> dict[str, list[float]]:
     """Shares of empty filters, channels and kernels over all weights: found, and of random masks."""
-    found = {}
-    for kind in ("filters", "channels", "kernels"):
-        parts = [getattr(s, kind) for s in emergent_structure(masks).values()]
-        groups = sum(part.groups for part in parts)
-        found[kind] = [
-            sum(part.groups * getattr(part, what) for part in parts) / groups
-            for what in ("share", "expected")
-        ]
-    return found
+    whole = overall_structure(emergent_structure(masks))
+    return {kind: [each.share, each.expected] for kind, each in whole.items()}
 
 
 def _points(share: float | None) -> float:

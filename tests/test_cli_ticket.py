@@ -22,6 +22,10 @@ import tickets_cases as here
 build = here.build
 load = here.data
 
+def numbers():
+    x = here.data().train.x
+    return dict(train=[(x, x[:, :3])])
+
 def seeded():
     import torch
     torch.manual_seed(0)
@@ -46,7 +50,7 @@ def test_command_finds_what_python_finds(tmp_path: Path) -> None:
     found = search(tmp_path / "runs", how, recipe=replace(RECIPE, seed=3))
     assert all(level.done for level in found.levels)
     assert [level["mask"] for level in told["levels"]] == [level.mask for level in found.levels]
-    assert set(told["structure"]) == {"filters", "channels", "kernels"}
+    assert set(told["structure"]) == {"filters", "channels"}  # no convolutions
     again = json.loads(command(tmp_path, "--json", *words).stdout)
     assert [level["done"] for level in again["levels"]] == [True, True]
     shown = command(tmp_path, *words).stdout
@@ -76,6 +80,7 @@ def test_command_refuses_in_its_own_words(tmp_path: Path) -> None:
         (["--levels", "0.5,0.2"], "build", "rising"),
         (["--rewind-to", "soon"], "build", "cannot be read"),
         (["--rewind", "reinit"], "seeded", "gives the same weights again"),
+        (["--connectivity", "--data", f"{tmp_path / 'parts.py'}:numbers"], "build", "no classes"),
     ):
         ended = command(tmp_path, "--json", *words, network=network)
         assert ended.exit_code == 2

@@ -20,6 +20,7 @@ from secateur.experiments import (
     hamming,
     mask_churn,
     mask_jaccard,
+    overall_structure,
     overlap_coefficient,
     similarity_matrix,
     weight_drift,
@@ -165,6 +166,7 @@ def test_structure_by_hand() -> None:
     found = emergent_structure(Masks({"conv": mask}))["conv"]
     assert found.filters.share == pytest.approx(1 / 3)
     assert found.channels.share == 0
+    assert found.kernels is not None
     assert found.kernels.share == pytest.approx(3 / 6)
     assert (found.filters.groups, found.channels.groups, found.kernels.groups) == (3, 2, 6)
     # 6 of 12 kept; a filter has 4, a channel 6, a kernel 2.
@@ -178,11 +180,23 @@ def test_expected_structure_is_that_of_random_masks() -> None:
     sums = torch.zeros(3)
     for seed in range(400):
         found = emergent_structure(Masks({"w": random_mask(density, shape, seed)}))["w"]
+        assert found.kernels is not None
         parts = (found.filters, found.channels, found.kernels)
         sums += torch.tensor([part.share for part in parts])
     expected = [part.expected for part in parts]
     assert (sums / 400).tolist() == pytest.approx(expected, abs=0.012)
     assert expected[2] > expected[0] > expected[1] > 0
+
+
+def test_kernels_of_one_weight_are_no_structure() -> None:
+    conv, point = random_mask(0.3, (6, 4, 3, 3), 0), random_mask(0.1, (64, 64, 1, 1), 1)
+    found = emergent_structure(Masks({"conv": conv, "point": point, "fc": point[:, :, 0, 0]}))
+    assert [each.kernels is None for each in found.values()] == [False, True, True]
+    whole = overall_structure(found)
+    assert whole["kernels"] == found["conv"].kernels
+    filters = [conv.flatten(1).any(1), *[point.flatten(1).any(1)] * 2]
+    assert whole["filters"].groups == 6 + 64 + 64
+    assert whole["filters"].share == pytest.approx(1 - float(torch.cat(filters).double().mean()))
 
 
 def test_empty_probability_at_its_edges() -> None:

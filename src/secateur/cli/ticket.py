@@ -20,13 +20,14 @@ from secateur.core.errors import UsageError
 from secateur.core.facts import environment
 from secateur.drive.parts import read_plain
 from secateur.experiments import (
-    Structure,
     TicketPlan,
     Training,
     emergent_structure,
     find_ticket,
     level_lines,
+    overall_structure,
 )
+from secateur.experiments.reading import require_errors
 from secateur.frontends import load_data, load_model
 from secateur.report import notes_text
 from secateur.report.tickets import structure_table, ticket_table
@@ -160,6 +161,8 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
         network = _network(model, weights, architecture)
         with out.progress() as progress:
             batches = load_data(data)
+            if connectivity:
+                require_errors(_built(network), batches)
             found = find_ticket(
                 network, wanted, batches, folder=output, plan=plan, progress=progress
             )
@@ -171,13 +174,14 @@ def ticket(  # noqa: PLR0913, PLR0917 - a parameter for each option
                 {**dataclasses.asdict(line), "barrier": line.barrier} for line in lines
             ]
         out.text.print(ticket_table(content))
-        structure = _structure(emergent_structure(found.masks()[-1], _built(network)))
-        out.show(structure_table(structure))
+        structure = overall_structure(emergent_structure(found.masks()[-1], _built(network)))
+        shares = {kind: (each.share, each.expected) for kind, each in structure.items()}
+        out.show(structure_table(shares))
         if found.notes:
             out.show(notes_text(found.notes))
         out.show(Text(f"Each level is a bundle in {found.folder}."))
-        shares = {kind: {"found": a, "expected": b} for kind, (a, b) in structure.items()}
-        out.finish({**content, "structure": shares, "environment": environment()})
+        told = {kind: {"found": a, "expected": b} for kind, (a, b) in shares.items()}
+        out.finish({**content, "structure": told, "environment": environment()})
 
 
 def _require_one_target(levels: str | None, sparsity: str | None, recipe: str | None) -> None:
@@ -230,15 +234,3 @@ def _built(network: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 
 def _levels(text: str) -> tuple[float, ...]:
     return tuple(number(part) for part in text.split(","))
-
-
-def _structure(found: Mapping[str, Structure]) -> dict[str, tuple[float, float]]:
-    """Over all weights: the shares of groups that are empty, found and expected."""
-    shares = {}
-    for kind in ("filters", "channels", "kernels"):
-        parts = [getattr(structure, kind) for structure in found.values()]
-        groups = sum(part.groups for part in parts)
-        empty = sum(part.groups * part.share for part in parts)
-        expected = sum(part.groups * part.expected for part in parts)
-        shares[kind] = (empty / groups, expected / groups) if groups else (0.0, 0.0)
-    return shares

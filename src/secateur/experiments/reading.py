@@ -67,3 +67,19 @@ def read(model: nn.Module, data: Any) -> Reading:
     tally.require_samples()
     accuracy, metric = quality(model, found, tally)
     return Reading(accuracy, tally.loss, metric, tally.samples, split)
+
+
+def require_errors(model: nn.Module, data: Any) -> None:
+    """Refuse data on which no errors can be counted, before anything long begins.
+
+    Raises:
+        NeedsData: There are no classes to be right about, and no metric.
+
+    Example:
+        >>> import torch
+        >>> require_errors(nn.Identity(), [(torch.eye(2), torch.eye(2) / 2)])
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.NeedsData: the errors of a network: the test batches have no classes ...
+    """
+    _ = read(model, data).error

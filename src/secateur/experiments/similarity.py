@@ -251,12 +251,13 @@ class Structure:
     Args:
         filters: Whole outputs.
         channels: Whole inputs.
-        kernels: Single pairs of an output and an input; for a linear layer these are its weights.
+        kernels: Single pairs of an output and an input; ``None`` where each is one weight, as in linear
+            layers and 1 x 1 convolutions.
     """
 
     filters: Emptiness
     channels: Emptiness
-    kernels: Emptiness
+    kernels: Emptiness | None
 
 
 def emergent_structure(masks: Masks, model: nn.Module | None = None) -> dict[str, Structure]:
@@ -297,8 +298,29 @@ def emergent_structure(masks: Masks, model: nn.Module | None = None) -> dict[str
             members = size // alive.numel()
             share = 1 - float(alive.double().mean())
             parts.append(Emptiness(alive.numel(), share, empty_probability(members, kept, size)))
-        found[name] = Structure(*parts)
+        filters, channels, kernels = parts
+        found[name] = Structure(filters, channels, kernels if cube.shape[2] > 1 else None)
     return found
+
+
+def overall_structure(found: Mapping[str, Structure]) -> dict[str, Emptiness]:
+    """The filters, channels and kernels of all weights together; a kind that none has is left out.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [False, False]])
+        >>> whole = overall_structure(emergent_structure(Masks({"a": mask, "b": ~mask[:1]})))
+        >>> list(whole), whole["filters"].groups, round(whole["filters"].share, 2)
+        (['filters', 'channels'], 3, 0.67)
+    """
+    whole = {}
+    for kind in ("filters", "channels", "kernels"):
+        parts = [each for each in (getattr(s, kind) for s in found.values()) if each is not None]
+        groups = sum(part.groups for part in parts)
+        if groups:
+            share = sum(part.groups * part.share for part in parts) / groups
+            expected = sum(part.groups * part.expected for part in parts) / groups
+            whole[kind] = Emptiness(groups, share, expected)
+    return whole
 
 
 def empty_probability(members: int, kept: int, size: int) -> float:
