@@ -19,6 +19,7 @@ from secateur import (
     Regrow,
     ShrinkRecipe,
     Target,
+    export_onnx,
     finetune,
     masks_of,
     plan,
@@ -123,6 +124,7 @@ def shrinking(**given: Any) -> Any:
         (lambda: Disturbance(mlp, None, Damage()), "A network is a torch.nn.Module"),  # type: ignore[arg-type]
         (lambda: finetune(mlp(), BATCHES, FineTune), "the class FineTune"),  # type: ignore[arg-type]
         (lambda: finetune(mlp, BATCHES), "the function mlp"),  # type: ignore[arg-type]
+        (lambda: export_onnx(mlp(), "net.onnx", torch.zeros(1, 16)), "'net.onnx')"),  # type: ignore[arg-type]
         (lambda: finetune(mlp(), BATCHES, checkpoint=3), "the name of a folder"),  # type: ignore[arg-type]
         (lambda: Gradual(mlp(), sgd(mlp()), None), "It is a Recipe"),  # type: ignore[arg-type]
         (lambda: Gradual(None, sgd(mlp()), Recipe()), "A network is"),  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur.core.arguments import require_dense, require_network
+from secateur.core.arguments import require_dense, require_kind, require_network
 from secateur.core.atomic import new_file
 from secateur.core.batches import (
     Batch,
@@ -101,6 +102,8 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     """
     _packages()  # before the work
     require_network("exporting to ONNX", model)
+    names, write = (str, PathLike), "export_onnx(model, example, 'net.onnx')"
+    require_kind("export_onnx(path=...)", path, names, what="a file's name", write=write)
     path = Path(path)
     asked = f"exporting {kind_of(model)} to {path.name!r}"
     require_dense(asked, model)
