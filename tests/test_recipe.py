@@ -64,6 +64,7 @@ RECIPES: list[Recipe] = [
     Recipe(allocation=Given({"a.*": 0.25, "re:.*b": 0.5}, rest=Sensitivity((0.1, 0.7)))),
     Recipe(schedule=Polynomial(0.5, 7.25, 0.1, 2, "epochs"), recovery=(FineTune(8, lr=1e-5),)),
     Recipe(recovery=(ColumnSweep(64, 0.1), BiasCorrection(LeastSquares(9)), FineTune(2.5))),
+    Recipe(recovery=LeastSquares(asymmetric=True, damp=0.1), sequential=True),
     Recipe(rounding=Integer(4, 32), sequential=True, seed=11),
     Recipe(scope=Scope(("layer1.*", "re:.*x"), ("Conv2d",), True), target=Target("bytes", 20000)),
     Recipe(pattern=NM(1, 3)),

@@ -33,7 +33,8 @@ class LayerFacts:
 
     Args:
         output_error: Relative squared output error ``||(W - W')X||² / ||WX||²`` on the
-            calibration data, or ``None`` where no data was given.
+            calibration data, or ``None`` where no data was given. After an asymmetric repair against the
+            dense network and its inputs.
         knee: The sparsity beyond which the output error of plain masking rises steeply.
         seconds: Time that its repair took.
     """

@@ -1,8 +1,10 @@
-"""The calibration data of a run."""
+"""What a run is measured on."""
 
 from __future__ import annotations
 
 from functools import cached_property
+
+from torch import nn
 
 from secateur.core.batches import Batch, Data
 
@@ -10,10 +12,11 @@ _FEW = 128
 
 
 class Calibration:
-    """The calibration batches, read once.
+    """The calibration batches, read once, and the dense network beside the one that is pruned.
 
     Args:
         data: What the run was given, if anything.
+        dense: The network as it was, for what is fitted to its outputs.
 
     Example:
         >>> import torch
@@ -24,8 +27,8 @@ class Calibration:
         False
     """
 
-    def __init__(self, data: Data | None) -> None:
-        self.data = data
+    def __init__(self, data: Data | None, dense: nn.Module | None = None) -> None:
+        self.data, self.dense = data, dense
 
     @property
     def given(self) -> bool:

@@ -17,7 +17,7 @@ from secateur.drive.decide import select
 from secateur.drive.recipe import Recipe
 from secateur.pattern import NM
 from secateur.recover import NoRecovery, Repaired
-from secateur.stats import Sketch, Stats
+from secateur.stats import Gram, Sketch, Stats, gap_of
 
 _CUBE = Axes(("out", "in", "tap"))
 _LARGE = 1 << 20
@@ -96,7 +96,7 @@ class MaskChoice:
         for level in _LEVELS:
             mask = _matrix(self._weight, select(self._weight, self._recipe, self._groups, level))
             values = self._weight.matrix().masked_fill(~mask, 0)
-            curve.append((level, output_error(self._weight, values, stats) or 0.0))
+            curve.append((level, masking_error(self._weight, values, stats)))
         top = max(error for _, error in curve)
         return max(curve, key=lambda p: p[0] / _LEVELS[-1] - (p[1] / top if top else 1))[0]
 
@@ -170,9 +170,25 @@ def repair_(
 
 
 def output_error(dense: Weight, values: Tensor, stats: Stats) -> float | None:
-    """Relative squared output error of new values, estimated from the input sketch."""
-    if (Sketch(), dense.name) not in stats:
-        return None
+    """Relative squared error of the output with new values.
+
+    Against the output with the dense ones, estimated from the input sketch; beside the dense network,
+    against what that makes of its own inputs.
+    """
+    gap = gap_of(dense, stats)
+    if gap is None:
+        return masking_error(dense, values, stats) if (Sketch(), dense.name) in stats else None
+    # The square of the gap plus the change's output; the Gram matrix has the change's own.
+    products, (_, square, whole) = gap[:, : dense.fan_in], gap[:, dense.fan_in :].sum(0)
+    change = dense.matrix().double() - values.double()
+    gram = stats(Gram(), dense).double()
+    own = (change.reshape(len(gram), -1, dense.fan_in) @ gram).reshape(change.shape) * change
+    error = float(square + 2 * (change * products).sum() + own.sum())
+    return max(0.0, error) / float(whole) if whole > 0 else 0.0
+
+
+def masking_error(dense: Weight, values: Tensor, stats: Stats) -> float:
+    """Relative squared output error of new values on the same inputs, from the input sketch."""
     sketch = stats(Sketch(), dense)
     groups = len(sketch)
     before = dense.matrix().float().reshape(groups, -1, dense.fan_in)

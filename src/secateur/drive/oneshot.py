@@ -142,8 +142,9 @@ class _Run:
         start = time.perf_counter()
         self._check()
         note_left_out(self.facts, self.plan)
-        if self.recipe.finetune is not None and self.recipe.distills and self.dense is None:
+        if (self.recipe.distills or self.recipe.asymmetric) and self.dense is None:
             self.dense = copy.deepcopy(self.model)
+        self.sample.dense = self.dense
         before = masks_of(self.model)
         with own_random(self.model, self.recipe.seed):
             trains = self.recipe.schedule.unit != "rounds"

@@ -20,6 +20,7 @@ from secateur.pattern import NM, Elements, Pattern
 from secateur.recover import BatchNorm, NoRecovery, Recovery, Rounding
 from secateur.schedule import OneShot, Schedule
 from secateur.score import Criterion, Magnitude
+from secateur.stats import OutputGap
 
 Step = Recovery | BatchNorm | FineTune
 # Field -> attributes that its value must have, what it is in words, and an example.
@@ -142,6 +143,13 @@ class Recipe:
                 "training would undo the rounding at its first step",
                 "leave one of them out; to have both, train first and round with a second recipe",
             )
+        if self.asymmetric and not self.sequential:
+            raise UsageError(
+                f"{recovery_named(self.recovery)}, asymmetric, with sequential=False",
+                "every weight's inputs are measured before any is pruned",
+                "they are then those of the dense network, and nothing is left to make good",
+                "add sequential=True to the recipe",
+            )
         fixed = self.pattern.sparsity if isinstance(self.pattern, NM) else None
         if self.target is None and fixed is None:
             object.__setattr__(self, "target", Target("sparsity", 0.5))
@@ -168,6 +176,11 @@ class Recipe:
     def repairs(self) -> tuple[Recovery, ...]:
         """The steps that repair one weight at a time."""
         return tuple(s for s in self.recovery if not isinstance(s, (*_WHOLE, NoRecovery)))
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether a repair fits what the dense network makes of its own inputs."""
+        return any(OutputGap() in step.needs for step in self.repairs)
 
     @property
     def finetune(self) -> FineTune | None:

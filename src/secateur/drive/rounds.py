@@ -27,7 +27,7 @@ from secateur.drive.training.deciding import mean_loss
 from secateur.drive.training.finetune import Progress
 from secateur.drive.training.held import attach_, detach_, masks_of
 from secateur.schedule import events, share_at
-from secateur.stats import Positions, Replay, Sketch, Stats, collect, in_order
+from secateur.stats import Beside, Positions, Replay, Sketch, Stats, collect, in_order
 
 _UNSEEN = "its inputs could not be seen on the data"
 _LOST = "with earlier weights pruned, the data do not reach it"
@@ -215,7 +215,11 @@ class Rounds:
         """What a sequential run need not compute twice; without data it runs nothing at all."""
         if not self.sample.given:
             return Replay(self.model, slots, ())
-        return Replay(self.model, slots, (*self.sample.few, *self.sample.batches))
+        batches = (*self.sample.few, *self.sample.batches)
+        if self.recipe.asymmetric:
+            assert self.sample.dense is not None
+            return Beside(self.model, slots, batches, dense=self.sample.dense)
+        return Replay(self.model, slots, batches)
 
     def _collect(
         self, slots: Sequence[Slot], needs: set[Any], replay: Replay | None = None

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from secateur.core.weight import Weight
 from secateur.recover.recovery import Choose, NoRecovery, Recovery, Repaired, Rounding
-from secateur.stats import Moments, Stat, Stats
+from secateur.stats import Moments, Stat, Stats, gap_of
 
 
 @dataclass(frozen=True)
 class BiasCorrection:
     r"""Add the lost mean of the pruned inputs to the bias.
 
-    **formula** :math:`b' = b + (W - W')\,\mu,\quad \mu = E[x]`
+    **formula** :math:`b' = b + (W - W')\,\mu,\quad \mu = E[x]`; beside an asymmetric repair the mean is
+    that of the dense network, :math:`E[\hat W \hat x] - W'\mu`
     **Shapes** one number per output
     **Units** those of the output
     **Needs** input means
@@ -44,4 +45,7 @@ class BiasCorrection:
         done = inner(weight, stats, choose, rounding)
         mean = weight.per_row(stats(Moments(), weight)[0]).double()
         shift = ((weight.matrix().double() - done.values.double()) * mean).sum(1)
+        gap = gap_of(weight, stats)
+        if gap is not None:
+            shift += gap[:, weight.fan_in]
         return done._replace(shift=shift.to(weight.value.dtype))

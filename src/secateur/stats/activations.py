@@ -125,7 +125,7 @@ class Gram:
         }
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
-        x = seen if seen.dtype == torch.float64 else seen.float()
+        x = wide(seen)
         # In place: this is the one statistic too big to copy for every batch.
         state["products"] += (x.transpose(1, 2) @ x).to(state["products"].dtype)
         rows = state["rows"] + count_rows(weight, seen)
@@ -202,6 +202,16 @@ def no_rows(weight: Weight) -> Tensor:
 def count_rows(weight: Weight, seen: Tensor) -> Tensor | int:
     """How many rows there are; those of an expert without the zeros that fill them up."""
     return seen.any(2).sum(1) if weight.axes.stacked else seen.shape[1]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: products in half precision would lose what is small.
+
+    Example:
+        >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype, wide(torch.zeros(1).double()).dtype
+        (torch.float32, torch.float64)
+    """
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def per_row(total: Tensor, rows: Tensor) -> Tensor:

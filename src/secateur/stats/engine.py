@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
 from secateur.core.attention import open_attention
 from secateur.core.batches import (
     Batch,
     Loss,
     evaluating,
-    forward,
     micro_batches,
     real_tokens,
     size_of,
     to_device,
 )
 from secateur.core.errors import NeedsData, NonFinite, kind_of
-from secateur.core.failing import looking_inside
 from secateur.core.losses import default_loss, differentiable
 from secateur.core.slots import Slot, device_of
 from secateur.core.weight import Weight
+from secateur.stats.activations import wide
+from secateur.stats.pairs import Beside
+from secateur.stats.passes import Passes
 from secateur.stats.replay import Replay
 from secateur.stats.stat import Probe, Stat, State, merge
-from secateur.stats.steps import before_update
 
 # Rows of a convolution are unfolded copies of its input; this many numbers at a time.
 _ROWS_AT_ONCE = 1 << 24
@@ -95,7 +92,8 @@ class Stats:
         return self._values[(probe, name)]
 
     def put(self, stat: object, name: str, value: Tensor) -> None:
-        """Store the result of a probe."""
+        """Store a result, in place of what was seen."""
+        self._states.pop((stat, name), None)
         self._values[(stat, name)] = value
 
     def begin_anew(self, needs: Iterable[Stat]) -> None:
@@ -176,14 +174,17 @@ def collect(
         batches: Calibration batches.
         loss: For gradient statistics; by default :func:`~secateur.core.batches.default_loss`.
         replay: For sequential collection: what is finished is not computed again to see inputs, and
-            a forward pass ends once all slots were seen.
+            a forward pass ends once all slots were seen. Statistics of pairs want the dense network
+            :class:`~secateur.stats.pairs.Beside`, and are left out without it.
 
     Raises:
         NonFinite: An activation or gradient is NaN or infinite; the weight is named.
     """
     stats = Stats()
     wanted: list[Any] = list(needs)
-    inputs = [s for s in wanted if getattr(s, "source", "") == "inputs"]
+    beside = replay if isinstance(replay, Beside) else None
+    rows = ("inputs",) if beside is None else ("inputs", "pairs")
+    inputs = [s for s in wanted if getattr(s, "source", "") in rows]
     gradients = [s for s in wanted if getattr(s, "source", "") == "gradients"]
     probes = [s for s in wanted if not hasattr(s, "source")]
     device = device_of(model)
@@ -191,7 +192,7 @@ def collect(
     eager = torch.compiler.set_stance("force_eager")
     with evaluating(model), open_attention(model), eager:
         if inputs:
-            _Watch(model, slots, inputs, stats).run(batches, replay)
+            _Watch(model, slots, inputs, stats, beside).run(batches, replay)
         for samples in {s.samples for s in gradients}:
             same = [s for s in gradients if s.samples == samples]
             pieces = (to_device(b, device) for b in micro_batches(batches, samples))
@@ -204,17 +205,20 @@ def collect(
     return stats
 
 
-class _Enough(Exception):
-    """All watched layers were reached; the rest of the forward pass is of no use."""
-
-
-class _Watch:
-    """Forward hooks on the modules of some slots, for the time of one :meth:`run`."""
+class _Watch(Passes):
+    """Reads the inputs of the modules of some slots, for the time of one :meth:`run`."""
 
     def __init__(
-        self, model: nn.Module, slots: Sequence[Slot], needs: Sequence[Stat], stats: Stats
+        self,
+        model: nn.Module,
+        slots: Sequence[Slot],
+        needs: Sequence[Stat],
+        stats: Stats,
+        beside: Beside | None,
     ) -> None:
-        self._model, self._needs, self._stats = model, needs, stats
+        self._needs = [need for need in needs if need.source == "inputs"]
+        self._pairs = [need for need in needs if need.source == "pairs"]
+        self._stats, self._beside = stats, beside
         self._slots: dict[str, list[Slot]] = {}
         # Now: code that calls a module with other weights has put them in their place by then.
         self._weights: dict[str, Weight] = {}
@@ -224,52 +228,34 @@ class _Watch:
             self._weights[slot.name] = slot.weight(model)
             for path in slot.owners(model):
                 self._slots.setdefault(path, []).append(slot)
-        self._ended: Counter[str] = Counter()
+        super().__init__(model, self._slots)
         self._samples = 0
         self._reached: set[str] = set()
+        self._unlike: set[str] = set()
         self._batch: Batch = None
         # The mask of an encoder says nothing of what its decoder reads.
         self._one_mask = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
-    def run(self, batches: Sequence[Batch], replay: Replay | None) -> None:
-        device = device_of(self._model)
-        handles = [self._hook(path) for path in self._slots]
-        ends = replay.ends(self._slots) if replay is not None else None
-        handles += [self._end(path, ends) for path in ends or ()]
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    self._ended.clear()
-                    self._reached.clear()
-                    self._batch = batch
-                    self._samples = size_of(batch)
-                    known = replay.serving(batch) if replay is not None else nullcontext()
-                    with suppress(_Enough), looking_inside(self._model), known:
-                        forward(self._model, to_device(batch, device))
-        finally:
-            for handle in handles:
-                handle.remove()
+    def begin(self, batch: Batch) -> None:
+        self._reached.clear()
+        self._batch = batch
+        self._samples = size_of(batch)
+        if self._pairs and self._beside is not None:
+            self._beside.see(self.paths, batch)
 
-    def _hook(self, path: str) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            inputs = args
-            if kwargs:  # Transformers and others pass inputs by name
-                inputs = tuple(inspect.signature(module.forward).bind(*args, **kwargs).args)
-            for slot in self._slots[path]:
-                self._update(slot, module, inputs, output)
+    def called(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        dense = self._beside.call(path) if self._pairs and self._beside is not None else None
+        for slot in self._slots[path]:
+            self._update(slot, module, inputs, output, dense)
 
-        module = self._model.get_submodule(path)
-        return module.register_forward_hook(hook, with_kwargs=True)
-
-    def _end(self, path: str, ends: Counter[str] | None) -> RemovableHandle:
-        def hook(*_: Any) -> None:
-            self._ended[path] += 1
-            if self._ended == ends:
-                raise _Enough
-
-        return self._model.get_submodule(path).register_forward_hook(hook)
-
-    def _update(self, slot: Slot, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _update(
+        self,
+        slot: Slot,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+        dense: tuple[Any, ...] | None,
+    ) -> None:
         assert slot.rows is not None
         x = inputs[0] if inputs else None
         if not isinstance(x, (Tensor, PackedSequence)):
@@ -301,6 +287,30 @@ class _Watch:
             for need in self._needs:
                 whole = getattr(need, "padding", False)
                 self._stats.update(need, weight, rows if whole else real, samples)
+            if self._pairs and self._beside is not None and slot.name not in self._unlike:
+                piece = slice(None) if step >= total else slice(start, start + step)
+                other = self._beside.rows(slot, dense, piece)
+                # Experts are given the tokens that the router sends there, and it may send others
+                # now. Where every sample has equally many, they are taken to be the same.
+                uneven = step >= total and rows.shape[1] % max(1, self._samples)
+                fits = other is not None and other.shape == rows.shape and not uneven
+                self._compare(slot, weight, x, rows, other if fits else None)
+
+    def _compare(
+        self, slot: Slot, weight: Weight, x: Any, rows: Tensor, other: Tensor | None
+    ) -> None:
+        """Feed what is made of these rows, and of the same ones in the dense network if there are any."""
+        assert self._beside is not None
+        if other is None or weight.axes.stacked:
+            self._unlike.add(slot.name)
+            for need in self._pairs:
+                self._stats.put(need, slot.name, rows.new_empty(0))
+            return
+        real, before = (self._without_padding(x, each) for each in (rows, other))
+        dense = _outputs(slot.weight(self._beside.dense), before)
+        seen = torch.cat([wide(real), dense - _outputs(weight, real), dense], 2)
+        for need in self._pairs:
+            self._stats.update(need, weight, seen, 0)
 
     def _without_padding(self, x: Any, rows: Tensor) -> Tensor:
         """The rows of real tokens, where ``x`` is ``(samples, tokens, features)`` and each is a row."""
@@ -308,6 +318,12 @@ class _Watch:
         if mask is None or rows.shape[:2] != (1, mask.numel()) or bool(mask.all()):
             return rows
         return rows[:, mask.flatten().bool().to(rows.device)]
+
+
+def _outputs(weight: Weight, rows: Tensor) -> Tensor:
+    """What a weight makes of rows, ``(groups, rows, out / groups)``."""
+    matrix = weight.matrix().reshape(weight.axes.groups, -1, weight.fan_in)
+    return wide(rows) @ wide(matrix).transpose(1, 2)
 
 
 def _collect_gradients(
@@ -356,29 +372,3 @@ def finite(x: Tensor, name: str, what: str) -> Tensor:
             "check the calibration data and the layers before this one",
         )
     return x
-
-
-def stream_gradients(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    slots: Sequence[Slot],
-    needs: Sequence[Stat],
-    stats: Stats,
-) -> RemovableHandle:
-    """Feed ``stats`` from a training loop: the gradients just before every update of the weights.
-
-    Returns:
-        A handle whose ``remove()`` ends it.
-    """
-
-    def before(_: torch.optim.Optimizer) -> None:
-        if all(slot.tensor(model).grad is None for slot in slots):
-            return  # no backward pass came before this step
-        for slot in slots:
-            parameter = slot.tensor(model)
-            # The loss does not depend on a weight that it left without a gradient.
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for need in needs:
-                stats.update(need, slot.weight(model), gradient, 1)
-
-    return before_update(optimizer, before)

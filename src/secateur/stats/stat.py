@@ -23,8 +23,12 @@ class Stat(Protocol):
     """
 
     @property
-    def source(self) -> Literal["inputs", "gradients"]:
-        """What it is made from: the rows of inputs, or gradients of the loss."""
+    def source(self) -> Literal["inputs", "gradients", "pairs"]:
+        """What it is made from: rows of inputs; gradients of the loss; or rows and what comes of them.
+
+        The last are ``(groups, rows, fan_in + 2 out / groups)``: the rows, how far the outputs of the
+        dense network lie beyond those of now, and the outputs of the dense network.
+        """
         ...
 
     @property

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from secateur.core.slots import Slot
+from secateur.stats.engine import Stats
+from secateur.stats.stat import Stat
 
 Act = Callable[[torch.optim.Optimizer], object]
 
@@ -66,6 +71,32 @@ def before_update(optimizer: torch.optim.Optimizer, act: Act) -> RemovableHandle
         return tuple(after(a) if callable(a) else a for a in args), named
 
     return optimizer.register_step_pre_hook(before)
+
+
+def stream_gradients(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    slots: Sequence[Slot],
+    needs: Sequence[Stat],
+    stats: Stats,
+) -> RemovableHandle:
+    """Feed ``stats`` from a training loop: the gradients just before every update of the weights.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+    """
+
+    def before(_: torch.optim.Optimizer) -> None:
+        if all(slot.tensor(model).grad is None for slot in slots):
+            return  # no backward pass came before this step
+        for slot in slots:
+            parameter = slot.tensor(model)
+            # The loss does not depend on a weight that it left without a gradient.
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for need in needs:
+                stats.update(need, slot.weight(model), gradient, 1)
+
+    return before_update(optimizer, before)
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:

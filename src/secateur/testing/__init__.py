@@ -13,7 +13,7 @@ over its own catalogues; run them on yours:
 from secateur.recover import FixedMask
 from secateur.testing.allocations import check_allocation, sample_items
 from secateur.testing.criteria import check_criterion
-from secateur.testing.evidence import evidence, sample_rows
+from secateur.testing.evidence import evidence, sample_pairs, sample_rows
 from secateur.testing.groups import SampleGroups, check_group_criterion, sample_groups
 from secateur.testing.layouts import check_layout
 from secateur.testing.masks import check_masks
@@ -43,6 +43,7 @@ __all__ = [
     "evidence",
     "sample_groups",
     "sample_items",
+    "sample_pairs",
     "sample_rows",
     "sample_weight",
 ]

@@ -36,6 +36,26 @@ def sample_rows(weight: Weight, seed: int = 0, *, rows: int = 60, rank: int = 0)
     return own if rank else own + 0.3 * torch.randn(groups, rows, fan_in, generator=generator)
 
 
+def sample_pairs(weight: Weight, rows: Tensor, *, gap: float = 0.0) -> Tensor:
+    """What a statistic of pairs is given: rows, the gap of outputs, and the dense network's outputs.
+
+    Args:
+        weight: What the rows multiply.
+        rows: ``(groups, rows, fan_in)``.
+        gap: Standard deviation of the gap; at 0 both networks are the same up to here.
+
+    Example:
+        >>> from secateur.testing import sample_weight
+        >>> weight = sample_weight("grouped")
+        >>> sample_pairs(weight, sample_rows(weight, rows=5)).shape
+        torch.Size([2, 5, 32])
+    """
+    matrix = weight.matrix().reshape(weight.axes.groups, -1, weight.fan_in)
+    outputs = rows.float() @ matrix.float().transpose(1, 2)
+    apart = gap * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(len(rows)))
+    return torch.cat([rows.float(), apart, outputs + apart], 2)
+
+
 def evidence(
     weight: Weight, needs: Iterable[Stat | Probe], seed: int = 0, *, order: Tensor | None = None
 ) -> Stats:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.core.weight import Weight
 from secateur.recover import BatchNorm, FixedMask, Recovery, Repaired, row_errors
 from secateur.stats import Gram, Moments, Stats
-from secateur.testing.evidence import sample_rows
+from secateur.testing.evidence import sample_pairs, sample_rows
 from secateur.testing.law import require, same
 from secateur.testing.samples import sample_weight
 
@@ -49,6 +49,9 @@ def check_recovery(
     for need in {*recovery.needs, Gram(), Moments()}:
         if need.source == "inputs":
             stats.update(need, weight, rows, rows.shape[1])
+            continue
+        if need.source == "pairs":  # both networks are the same up to here
+            stats.update(need, weight, sample_pairs(weight, rows), rows.shape[1])
             continue
         for gradient in _gradients(weight, rows):
             stats.update(need, weight, gradient, 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.core.weight import Weight
 from secateur.stats import Stat, Stats
-from secateur.testing.evidence import sample_rows
+from secateur.testing.evidence import sample_pairs, sample_rows
 from secateur.testing.law import require, same
 from secateur.testing.samples import sample_weight
 
@@ -32,7 +32,7 @@ def check_stat(stat: Stat, weight: Weight | None = None, *, seed: int = 0) -> No
     copies = [s.clone() for s in seen]
     whole, left, right = Stats(), Stats(), Stats()
     for index, piece in enumerate(seen):
-        samples = piece.shape[1] if stat.source == "inputs" else 3
+        samples = 3 if stat.source == "gradients" else piece.shape[1]
         whole.update(stat, weight, piece, samples)
         (left if index < 2 else right).update(stat, weight, piece, samples)
     one, halves = (
@@ -50,7 +50,9 @@ def check_stat(stat: Stat, weight: Weight | None = None, *, seed: int = 0) -> No
 
 
 def _seen(stat: Stat, weight: Weight, seed: int) -> list[Tensor]:
-    if stat.source == "inputs":
-        return list(sample_rows(weight, seed).split([7, 20, 33], dim=1))
+    if stat.source != "gradients":
+        rows = sample_rows(weight, seed)
+        whole = rows if stat.source == "inputs" else sample_pairs(weight, rows, gap=0.5)
+        return list(whole.split([7, 20, 33], dim=1))
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(weight.value.shape, generator=generator) for _ in range(4)]
