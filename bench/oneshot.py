@@ -49,13 +49,15 @@ NEEDS_TRAINING = {"movement", "smoothed"}
 SYNFLOW_ROUNDS, FISHER_ROUNDS = 100, 4
 ELEMENTS, AT_ONCE = Elements(), OneShot()
 MAGNITUDE, SWEEP = "magnitude", "sweep + least squares"
+# To the outputs of the dense network, each layer after the ones before it.
+ASYMMETRIC = "sweep + asymmetric least squares"
 FAMILIES: dict[str, Allocation] = {"uniform": Uniform(), "global": Ranked()}
 # What the deep network tries, as it takes three times as long.
 DEEP = {
-    "uniform": {MAGNITUDE, "wanda", "magnitude mask, least squares", "sweep", SWEEP},
+    "uniform": {MAGNITUDE, "wanda", "magnitude mask, least squares", "sweep", SWEEP, ASYMMETRIC},
     "global": set[str](),
 }
-QUICK = {"uniform": {MAGNITUDE, "wanda", SWEEP}, "global": {MAGNITUDE, "lamp"}}
+QUICK = {"uniform": {MAGNITUDE, "wanda", SWEEP, ASYMMETRIC}, "global": {MAGNITUDE, "lamp"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,10 @@ def sweeps(family: str, sparsity: float, *, levels: Allocation) -> dict[str, sec
             "sweep": (sweep,),
             f"{SWEEP} + batchnorm (shifted images)": (sweep, refit, norm),
         }
-    return {n: Parts(ObsSaliency(), steps=s).recipe(levels, sparsity) for n, s in steps.items()}
+    parts = {name: Parts(ObsSaliency(), steps=each) for name, each in steps.items()}
+    far = (sweep, LeastSquares(asymmetric=True))
+    parts[ASYMMETRIC] = Parts(ObsSaliency(), steps=far, sequential=True)
+    return {name: each.recipe(levels, sparsity) for name, each in parts.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +158,14 @@ class Parts:
         pattern: Which weights go together.
         steps: Repairs.
         schedule: Everything at once, or in rounds.
+        sequential: Each layer on the network as pruned so far.
     """
 
     criterion: Criterion
     pattern: Pattern = ELEMENTS
     steps: tuple[Any, ...] = ()
     schedule: Schedule = AT_ONCE
+    sequential: bool = False
 
     def recipe(self, allocation: Allocation, sparsity: float) -> secateur.Recipe:
         """Put it together."""
@@ -169,6 +176,7 @@ class Parts:
             allocation,
             self.schedule,
             self.steps,
+            sequential=self.sequential,
         )
 
 
@@ -295,17 +303,20 @@ def goals(
     rows: list[dict[str, Any]], family: str, sparsities: tuple[float, ...], where: str
 ) -> list[dict[str, Any]]:
     """The sweep with least squares must beat magnitude at every sparsity: the least lead counts."""
-    points, losses = [], []
-    for sparsity in sparsities:
-        place = {"allocation": family, "target": sparsity}
-        ours = _find(rows, {"method": SWEEP, **place})
-        plain = _find(rows, {"method": MAGNITUDE, **place})
-        if not ours or not plain:
-            return []
-        points.append(ours["accuracy"] - plain["accuracy"])
-        losses.append(plain["loss"] - ours["loss"])
-    lead = f"least lead of {SWEEP} over magnitude at the same allocation ({where})"
-    return [
-        record.goal(f"{lead}, points of accuracy", min(points), "more than", 0),
-        record.goal(f"{lead}, loss", min(losses), "more than", 0),
-    ]
+    found = []
+    for method in (SWEEP, ASYMMETRIC):
+        points, losses = [], []
+        for sparsity in sparsities:
+            place = {"allocation": family, "target": sparsity}
+            ours = _find(rows, {"method": method, **place})
+            plain = _find(rows, {"method": MAGNITUDE, **place})
+            if ours and plain:
+                points.append(ours["accuracy"] - plain["accuracy"])
+                losses.append(plain["loss"] - ours["loss"])
+        if len(points) == len(sparsities):
+            lead = f"least lead of {method} over magnitude at the same allocation ({where})"
+            found += [
+                record.goal(f"{lead}, points of accuracy", min(points), "more than", 0),
+                record.goal(f"{lead}, loss", min(losses), "more than", 0),
+            ]
+    return found

@@ -284,9 +284,12 @@ def test_one_shot_counts_the_least_lead() -> None:
             (oneshot.SWEEP, 0.5, 83.0),
             (oneshot.MAGNITUDE, 0.9, 50.0),
             (oneshot.SWEEP, 0.9, 48.0),
+            (oneshot.ASYMMETRIC, 0.9, 64.0),
         )
     ]
     accuracy, loss = oneshot.goals(rows, "uniform", (0.5, 0.9), "here")
+    alone = oneshot.goals(rows, "uniform", (0.9,), "here")
+    assert [(goal["found"], goal["met"]) for goal in alone[::2]] == [(-2.0, False), (14.0, True)]
     assert (accuracy["found"], accuracy["met"]) == (-2.0, False)
     assert (loss["found"], loss["met"]) == (0.0, False)
     assert oneshot.goals(rows, "global", (0.5, 0.9), "here") == []
