@@ -48,6 +48,20 @@ class Tokens(nn.Module):
         return self.last(torch.relu(self.first(self.embed(input_ids))))  # type: ignore[no-any-return]
 
 
+class InPlace(nn.Module):
+    """What a layer was given is changed behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        z = self.last(y)
+        y += 3
+        return y * z
+
+
 class Routed(nn.Module):
     """A layer that is given the samples that the hidden values send there."""
 
@@ -81,6 +95,7 @@ def text() -> tuple[nn.Module, dict[str, Tensor]]:
 CASES: dict[str, Any] = {
     "chain": lambda: (chain(), torch.randn(60, 8)),
     "images": lambda: (images(), torch.randn(20, 2, 9, 9)),
+    "in place": lambda: (InPlace(), torch.randn(50, 6)),
     "twice": lambda: (Twice(), torch.randn(50, 6)),
     "text": text,
 }
@@ -98,7 +113,7 @@ def seen(model: nn.Module, path: str, batch: Any) -> list[tuple[Tensor, Tensor]]
     """Inputs and outputs of a module, a pair a call."""
     found = []
     module = model.get_submodule(path)
-    hook = module.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
+    hook = module.register_forward_hook(lambda _, a, y: found.append((a[0].clone(), y.clone())))
     with torch.no_grad():
         model(**batch) if isinstance(batch, dict) else model(batch)
     hook.remove()
@@ -165,6 +180,29 @@ def test_each_layer_is_numpys_fit_to_the_dense_outputs(name: str) -> None:
             np.testing.assert_allclose(x @ w, x @ best, atol=1e-5)  # inputs may be dead or alike
             lost += np.square(x @ w - wanted[:, i]).sum()
         assert layer.output_error == pytest.approx(lost / np.square(wanted).sum(), rel=1e-6)
+
+
+def test_under_autocast_products_are_those_of_single_precision() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layers(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    dense, x = Half(), torch.randn(200, 8)
+    done = prune(dense, recipe(EXACT), [x])
+    rows, before = (seen(net, "layers.2", x)[0][0].double() for net in (done.model, dense))
+    old = dense.layers[2].weight.detach().double()  # type: ignore[index]
+    wanted = (before @ old.T).numpy()
+    found = done.model.layers[2].weight.detach().double()  # type: ignore[index, union-attr]
+    kept = done.masks["layers.2.weight"].numpy()
+    for i in range(7):
+        best = np.linalg.lstsq(rows[:, kept[i]].numpy(), wanted[:, i], rcond=None)[0]
+        np.testing.assert_allclose(found[i, kept[i]], best, atol=1e-5)
 
 
 def test_damping_is_that_of_a_ridge_regression() -> None:

@@ -79,9 +79,8 @@ class LeastSquares:
             missing = (dense[part] - start[part]) @ g
             if gap is not None:
                 missing += gap[part, : weight.fan_in].to(g.dtype)
-                g = g + self.damp * g.diagonal().mean() * torch.eye(
-                    len(g), dtype=g.dtype, device=g.device
-                )
+                g = g.clone()
+                g.diagonal().add_(self.damp * g.diagonal().mean())
             parts.append(self._solve(g, start[part], missing, mask[part]))
         # Rounding back to the weight's own precision is the last thing that happens.
         values = torch.cat(parts).to(weight.value.dtype).masked_fill(~mask, 0)

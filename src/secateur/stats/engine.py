@@ -307,8 +307,9 @@ class _Watch(Passes):
                 self._stats.put(need, slot.name, rows.new_empty(0))
             return
         real, before = (self._without_padding(x, each) for each in (rows, other))
-        dense = _outputs(slot.weight(self._beside.dense), before)
-        seen = torch.cat([wide(real), dense - _outputs(weight, real), dense], 2)
+        with torch.autocast(rows.device.type, enabled=False):
+            dense = _outputs(slot.weight(self._beside.dense), before)
+            seen = torch.cat([wide(real), dense - _outputs(weight, real), dense], 2)
         for need in self._pairs:
             self._stats.update(need, weight, seen, 0)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur.core.attention import open_attention
 from secateur.core.batches import Batch, evaluating
@@ -156,4 +157,5 @@ class _Calls(Passes):
                 "nothing can be fitted to what it makes of them",
                 "check the calibration data and the layers before this one",
             )
-        self._calls[path].append((module, inputs, output))
+        # Copies, for what follows may change them in place.
+        self._calls[path].append((module, *tree_map_only(Tensor, torch.clone, (inputs, output))))
