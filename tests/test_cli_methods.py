@@ -13,8 +13,10 @@ from secateur.cli.flags import Flags, describe, recipe_from
 from secateur.cli.main import app
 from secateur.core.budget import Target
 from secateur.core.errors import UsageError
+from secateur.drive.recipe import Recipe
 from secateur.drive.recipe_file import from_plain
 from secateur.pattern import NM
+from secateur.recover import LeastSquares
 
 COUNTING = sorted(
     name for name, f in recipes.ALIASES.items() if "epochs" in inspect.signature(f).parameters
@@ -48,6 +50,19 @@ def test_arguments_and_a_schedule_of_the_user_hold() -> None:
     assert (found.finetune.epochs, found.finetune.lr) == (3, 0.01)
     own = Flags(method="gmp", epochs=3.0, schedule="linear:end=1,unit=epochs,frequency=1")
     assert recipe_from(own).schedule.end == 1
+
+
+def test_one_weight_after_another_or_all_at_once() -> None:
+    repair = ("least_squares:asymmetric=true",)
+    found = recipe_from(Flags(recovery=repair, sequential=True))
+    assert found == Recipe(recovery=LeastSquares(asymmetric=True), sequential=True)
+    assert "sequential" in dict(describe(found))
+    with pytest.raises(UsageError, match="sequential=True"):
+        recipe_from(Flags(recovery=repair))
+    assert recipe_from(Flags(method="wanda")).sequential
+    assert not recipe_from(Flags(method="wanda", sequential=False)).sequential
+    with pytest.raises(UsageError, match="--sequential was given too"):
+        recipe_from(Flags(recipe="r.yaml", sequential=True))
 
 
 def test_epochs_given_twice() -> None:

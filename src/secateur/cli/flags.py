@@ -39,6 +39,7 @@ class Flags:
     allocation: str | None = None
     schedule: str | None = None
     recovery: tuple[str, ...] = ()
+    sequential: bool | None = None
     ignore: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     epochs: float | None = None
@@ -153,6 +154,8 @@ def _plain(flags: Flags) -> dict[str, Any]:
             plain[kind] = part(kind, text)
     if flags.recovery:
         plain["recovery"] = [part("recovery", text) for text in flags.recovery]
+    if flags.sequential is not None:
+        plain["sequential"] = flags.sequential
     scope: dict[str, Any] = {}
     if flags.ignore:
         scope["ignore"] = list(flags.ignore)
@@ -296,6 +299,8 @@ def describe(recipe: Recipe) -> list[tuple[str, str]]:
             rows[-1] = (kind, _runs(recipe.pattern))
     pairs = zip(plain.get("recovery", []), recipe.recovery, strict=True)
     rows.append(("recovery", ", then ".join(_words(*pair) for pair in pairs) or "none"))
+    if recipe.sequential:
+        rows.append(("sequential", "each weight on the network as pruned so far"))
     if recipe.rounding is not None:
         rows.append(("rounding", _words(plain["rounding"], recipe.rounding)))
     if recipe.regrow is not None:

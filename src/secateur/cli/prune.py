@@ -69,6 +69,15 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
     recovery: Annotated[
         list[str] | None, _part("recoveries", "Repair of the survivors. Repeatable.")
     ] = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--parallel",
+            metavar="",
+            help="Measure each weight on the network as pruned so far, or all on the dense one.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
     ignore: options.Ignore = None,
     include: options.Include = None,
     epochs: Annotated[
@@ -119,6 +128,7 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
             allocation=allocation,
             schedule=schedule,
             recovery=tuple(recovery or ()),
+            sequential=sequential,
             ignore=tuple(ignore or ()),
             include=tuple(include or ()),
             epochs=epochs,
