@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError, first_line
+from secateur.runtime.compiler.computed import ARITHMETIC, computed
 from secateur.runtime.compiler.shapes import Axis, replaceable, shapes_of
 
 OLDEST_OPSET = 7
@@ -194,7 +195,7 @@ class Graph:
         )
 
     def constant(self, name: str) -> np.ndarray | None:
-        """A value that no input can change: a weight, or a constant that was moved about."""
+        """A value that no input can change: a weight, or what nodes make of constants alone."""
         if not name:
             return None
         if name not in self._constants:
@@ -238,12 +239,17 @@ class Graph:
         node = self.nodes[self.producer[name]]
         if standard(node, "Constant"):
             return _stored(node)
-        if not standard(node, *_RULES) or not node.input:
+        if not standard(node, *MOVES, *ARITHMETIC) or not node.input:
             return None
-        parts = [self.constant(part) for part in node.input if part]
-        if any(part is None for part in parts):
+        parts = [(part, self.constant(part)) for part in node.input if part]
+        known = [(part, held) for part, held in parts if held is not None]
+        if len(known) < len(parts):
             return None
-        return _RULES[node.op_type](node, [part for part in parts if part is not None])
+        if node.op_type in MOVES:
+            return MOVES[node.op_type](node, [held for _, held in known])
+        made = computed(node, dict(known), self.opset) or {}
+        self._constants.update(made)
+        return made.get(name)
 
 
 def ordered(graph: Any) -> tuple[Any, ...]:
@@ -340,7 +346,8 @@ def _flatten(node: Any, parts: list[np.ndarray]) -> np.ndarray | None:
     return parts[0].reshape(math.prod(parts[0].shape[:axis]), -1)
 
 
-_RULES: dict[str, Callable[[Any, list[np.ndarray]], np.ndarray | None]] = {
+#: Operators that move the elements of a constant about, or change its type.
+MOVES: dict[str, Callable[[Any, list[np.ndarray]], np.ndarray | None]] = {
     "Identity": lambda node, parts: parts[0],
     "Transpose": lambda node, parts: parts[0].transpose(attribute(node, "perm")),
     "Reshape": _reshape,

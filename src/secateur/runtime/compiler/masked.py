@@ -11,7 +11,7 @@ import torch
 from secateur.core.atomic import new_file
 from secateur.core.errors import UsageError
 from secateur.core.select import keep_top
-from secateur.runtime.compiler.graph import Graph, read_model
+from secateur.runtime.compiler.graph import MOVES, Graph, read_model, standard
 from secateur.runtime.compiler.site import Site, start
 
 
@@ -55,9 +55,9 @@ def prune_onnx(
 
 
 def _origin(graph: Graph, site: Site) -> str:
-    """The stored tensor that a weight is made from."""
+    """The stored tensor whose elements a weight has; what nodes compute has none."""
     name = site.source
-    while name in graph.producer and graph.nodes[graph.producer[name]].input:
+    while name in graph.producer and standard(graph.nodes[graph.producer[name]], *MOVES):
         name = graph.nodes[graph.producer[name]].input[0]
     return name
 

@@ -1,0 +1,76 @@
+"""Ways in which files hold a weight: under a mask, in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from odd_onnx_cases import close, model, node, numbers, numpy_helper, onnx, weight
+
+from secateur.runtime import available
+from secateur.runtime.compiler.masked import prune_onnx
+from secateur.runtime.operators import is_sparse
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
+
+W = weight(16, 8)
+KEPT = (W != 0).astype(np.float32)
+LINEAR = node("MatMul", ["x", "w"], ["y"])
+FEEDS = {"x": numbers(4, 16)}
+# name: (nodes that make the weight, what is stored)
+MADE: dict[str, tuple[list[Any], dict[str, np.ndarray]]] = {
+    "under a mask": (
+        [node("Mul", ["whole", "mask"], ["w"])],
+        {"whole": numbers(16, 8), "mask": KEPT},
+    ),
+    "under a mask of flags": (
+        [node("Cast", ["flags"], ["mask"], to=1), node("Mul", ["mask", "whole"], ["w"])],
+        {"whole": numbers(16, 8), "flags": KEPT > 0},
+    ),
+    "where it is kept": (
+        [node("Where", ["flags", "whole", "zero"], ["w"])],
+        {"whole": numbers(16, 8), "flags": KEPT > 0, "zero": np.float32(0)},
+    ),
+    "of a given norm": (
+        [
+            node("ReduceL2", ["direction"], ["length"], axes=[0], keepdims=1),
+            node("Div", ["gain", "length"], ["factor"]),
+            node("Mul", ["direction", "factor"], ["w"]),
+        ],
+        {"direction": W + KEPT, "gain": numbers(1, 8)},
+    ),
+    "cut from a larger one": (
+        [node("Split", ["all", "sizes"], ["left", "w"], axis=1)],
+        {"all": np.concatenate([W, W], 1), "sizes": np.array([8, 8])},
+    ),
+    "joined": ([node("Concat", ["up", "down"], ["w"], axis=0)], {"up": W[:5], "down": W[5:]}),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_weight_that_is_computed_from_constants(name: str, tmp_path: Path) -> None:
+    nodes, held = MADE[name]
+    made = model([*nodes, LINEAR], held)
+    (layer,) = close(tmp_path, made, FEEDS).layers
+    assert layer.sparsity > 0.5
+    graph = onnx.load(str(tmp_path / "sparse.onnx")).graph
+    assert all(map(is_sparse, graph.node))
+    assert not {tensor.name for tensor in graph.initializer} & set(held), "they are packed"
+
+
+def test_a_weight_that_is_computed_from_an_input_is_none(tmp_path: Path) -> None:
+    nodes, held = MADE["under a mask"]
+    inputs = [("x", ["N", 16]), ("mask", [16, 8])]
+    made = model([*nodes, LINEAR], {"whole": held["whole"]}, inputs)
+    assert not close(tmp_path, made, {**FEEDS, "mask": held["mask"]}).layers
+
+
+def test_pruning_a_file_leaves_masks_alone(tmp_path: Path) -> None:
+    nodes, held = MADE["under a mask of flags"]
+    full, pruned = tmp_path / "full.onnx", tmp_path / "pruned.onnx"
+    full.write_bytes(model([*nodes, LINEAR], held).SerializeToString())
+    assert prune_onnx(full, pruned, 0.9, first=True) == 0
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(pruned)).graph.initializer}
+    assert np.array_equal(stored["flags"], held["flags"])
