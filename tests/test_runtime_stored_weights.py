@@ -1,4 +1,4 @@
-"""Ways in which files hold a weight: under a mask, in parts."""
+"""Ways in which files hold a weight: under a mask, in parts, as a sparse tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from odd_onnx_cases import close, model, node, numbers, numpy_helper, onnx, weight
+from odd_onnx_cases import close, helper, model, node, numbers, numpy_helper, onnx, weight
 
 from secateur.runtime import available
 from secateur.runtime.compiler.masked import prune_onnx
@@ -74,3 +74,39 @@ def test_pruning_a_file_leaves_masks_alone(tmp_path: Path) -> None:
     assert prune_onnx(full, pruned, 0.9, first=True) == 0
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(pruned)).graph.initializer}
     assert np.array_equal(stored["flags"], held["flags"])
+
+
+@pytest.mark.parametrize("along_each_axis", [True, False])
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_sparse_tensor_of_onnx(constant: bool, along_each_axis: bool, tmp_path: Path) -> None:
+    places = np.argwhere(W) if along_each_axis else np.flatnonzero(W)
+    tensor = helper.make_sparse_tensor(
+        numpy_helper.from_array(W[W != 0], "w"), numpy_helper.from_array(places, "at"), W.shape
+    )
+    if constant:
+        made = model([node("Constant", [], ["w"], sparse_value=tensor), LINEAR], {})
+    else:
+        # What follows it is fused only if the shape of the product is known.
+        following = [node("MatMul", ["x", "w"], ["h"]), node("Add", ["h", "r"], ["y"])]
+        made = model(following, {}, [("x", ["N", 16]), ("r", ["N", 8])])
+        made.graph.sparse_initializer.append(tensor)
+    feeds = FEEDS if constant else {**FEEDS, "r": numbers(4, 8)}
+    done = close(tmp_path, made, feeds)
+    (layer,) = done.layers
+    assert layer.sparsity == np.mean(W == 0)
+    assert done.dense_bytes == (tmp_path / "dense.onnx").stat().st_size
+    graph = onnx.load(str(tmp_path / "sparse.onnx")).graph
+    assert all(map(is_sparse, graph.node))
+    assert not graph.sparse_initializer, "it is packed"
+
+
+def test_a_sparse_tensor_of_a_layer_that_stays_dense(tmp_path: Path) -> None:
+    tensor = helper.make_sparse_tensor(
+        numpy_helper.from_array(W[W != 0], "w"), numpy_helper.from_array(np.flatnonzero(W)), W.shape
+    )
+    made = model([node("MatMul", ["r", "w"], ["y"])], {}, [("r", ["N", 3, 16]), ("w", [16, 8])])
+    made.graph.sparse_initializer.append(tensor)
+    made.graph.initializer.append(numpy_helper.from_array(numbers(2), "other"))
+    # An input, too, beside a constant that is none: a caller may replace it.
+    assert not close(tmp_path, made, {"r": numbers(2, 3, 16)}).layers
+    assert len(onnx.load(str(tmp_path / "sparse.onnx")).graph.sparse_initializer) == 1

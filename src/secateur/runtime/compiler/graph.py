@@ -13,7 +13,7 @@ import numpy as np
 
 from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError, first_line
 from secateur.runtime.compiler.computed import ARITHMETIC, computed
-from secateur.runtime.compiler.shapes import Axis, replaceable, shapes_of
+from secateur.runtime.compiler.shapes import Axis, initializers, replaceable, shapes_of
 
 OLDEST_OPSET = 7
 _DOMAINS = ("", "ai.onnx")
@@ -97,7 +97,7 @@ def read_model(path: str | Path) -> Any:
             f"before version {OLDEST_OPSET} they had other meanings",
             "convert it with onnx.version_converter",
         )
-    held = {tensor.name for tensor in model.graph.initializer}
+    held = initializers(model)
     if model.ir_version < 4 or replaceable(model) == held:
         inputs = [i for i in model.graph.input if i.name not in held]
         del model.graph.input[:]
@@ -183,6 +183,8 @@ class Graph:
             for name in uses(node):
                 users.setdefault(name, []).append(index)
         inputs = replaceable(model)
+        held = {t.name: t for t in model.graph.initializer}
+        held |= {t.values.name: t for t in model.graph.sparse_initializer}
         return Graph(
             model,
             nodes,
@@ -191,7 +193,7 @@ class Graph:
             frozenset(o.name for o in model.graph.output),
             shapes_of(model),
             opset(model),
-            {t.name: t for t in model.graph.initializer if t.name not in inputs},
+            {name: tensor for name, tensor in held.items() if name not in inputs},
         )
 
     def constant(self, name: str) -> np.ndarray | None:
@@ -230,10 +232,8 @@ class Graph:
         return first is not None and None not in first and first == second
 
     def _evaluate(self, name: str) -> np.ndarray | None:
-        from onnx import numpy_helper
-
         if name in self._initializers:
-            return np.asarray(numpy_helper.to_array(self._initializers[name]))
+            return _numbers(self._initializers[name])
         if name not in self.producer:
             return None
         node = self.nodes[self.producer[name]]
@@ -301,12 +301,28 @@ def uses(node: Any) -> Iterator[str]:
             yield from (name for name in captured if name not in own)
 
 
-def _stored(node: Any) -> np.ndarray | None:
+def _numbers(tensor: Any) -> np.ndarray:
+    """A stored tensor, dense or sparse."""
+    import onnx
     from onnx import numpy_helper
 
+    if not isinstance(tensor, onnx.SparseTensorProto):
+        return np.asarray(numpy_helper.to_array(tensor))
+    values, places = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+    shape = tuple(tensor.dims)
+    # Places are counted through all of the tensor, or along each axis.
+    at = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), shape)
+    out = np.zeros(math.prod(shape), values.dtype)
+    out[at] = values
+    return out.reshape(shape)
+
+
+def _stored(node: Any) -> np.ndarray | None:
     for item in node.attribute:
         if item.name == "value":
-            return np.asarray(numpy_helper.to_array(item.t))
+            return _numbers(item.t)
+        if item.name == "sparse_value":
+            return _numbers(item.sparse_tensor)
         if item.name in ("value_float", "value_floats"):
             held = item.f if item.name == "value_float" else list(item.floats)
             return np.asarray(held, np.float32)

@@ -192,7 +192,9 @@ def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx
     needed = {name for node in nodes for name in uses(node)} | graph.outputs
     needed |= replaceable(source)  # without their values they would have to be given
     inner.initializer.extend(t for t in source.graph.initializer if t.name in needed)
-    inner.sparse_initializer.extend(source.graph.sparse_initializer)
+    inner.sparse_initializer.extend(
+        t for t in source.graph.sparse_initializer if t.values.name in needed
+    )
     inner.initializer.extend(held.values())
     # What attention puts out may have had more axes before.
     own = [node for node in nodes if not attention.is_block(node)]

@@ -11,10 +11,16 @@ Axis = int | str | None
 _LARGE = 4096
 
 
+def initializers(model: Any) -> frozenset[str]:
+    """Names of the stored values of a graph, dense and sparse."""
+    graph = model.graph
+    sparse = (tensor.values.name for tensor in graph.sparse_initializer)
+    return frozenset(tensor.name for tensor in graph.initializer) | frozenset(sparse)
+
+
 def replaceable(model: Any) -> frozenset[str]:
     """Inputs that have a value already, which a caller may replace."""
-    held = {tensor.name for tensor in model.graph.initializer}
-    return frozenset(i.name for i in model.graph.input) & held
+    return frozenset(i.name for i in model.graph.input) & initializers(model)
 
 
 def shapes_of(model: Any, *, written: bool = True) -> dict[str, tuple[Axis, ...]]:
@@ -57,6 +63,11 @@ def _outline(model: Any, *, written: bool) -> Any:
     for tensor in large:
         value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
         out.graph.input.append(value)
+    for tensor in graph.sparse_initializer:
+        values = tensor.values
+        if values.name not in inputs:
+            value = helper.make_tensor_value_info(values.name, values.data_type, tensor.dims)
+            out.graph.input.append(value)
     out.graph.output.extend(graph.output)
     if written:
         out.graph.value_info.extend(graph.value_info)
