@@ -1,4 +1,4 @@
-"""Ways in which files hold a weight: under a mask, in parts, as a sparse tensor."""
+"""Ways in which files hold a weight: under a mask, in parts, as a sparse tensor, in 16 bits."""
 
 from __future__ import annotations
 
@@ -110,3 +110,22 @@ def test_a_sparse_tensor_of_a_layer_that_stays_dense(tmp_path: Path) -> None:
     # An input, too, beside a constant that is none: a caller may replace it.
     assert not close(tmp_path, made, {"r": numbers(2, 3, 16)}).layers
     assert len(onnx.load(str(tmp_path / "sparse.onnx")).graph.sparse_initializer) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_weights_that_fit_into_16_bits_are_stored_so(dtype: str, tmp_path: Path) -> None:
+    kind = {"float16": 10, "bfloat16": 16, "float32": 1}[dtype]
+    half = numpy_helper.to_array(
+        onnx.helper.make_tensor("h", kind, [64, 64], numbers(64, 64).ravel().tolist())
+    ).copy()
+    half[np.random.default_rng(0).random(half.shape) < 0.3] = 0
+    made = model(
+        [node("Cast", ["h"], ["w"], to=1), node("MatMul", ["x", "w"], ["y"])],
+        {"h": half},
+        [("x", ["N", 64])],
+    )
+    done = close(tmp_path, made, {"x": numbers(4, 64)})
+    tensors = onnx.load(str(tmp_path / "sparse.onnx")).graph.initializer
+    assert [t.data_type for t in tensors if t.name.endswith(".values")] == [kind]
+    about = 4096 * half.dtype.itemsize
+    assert done.dense_bytes - done.bytes > 0.15 * about - 1200, "beside what is said of the layer"

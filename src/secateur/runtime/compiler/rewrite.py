@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
@@ -84,7 +85,7 @@ def replacement(
         residual=residual,
         positions=positions,
         norm=site.norm,
-        dtype="float16" if variant.family == HALF else "float32",
+        dtype="float16" if variant.family == HALF else _narrowest(site.weight),
     )
     return [*before, node, *after], [*held, *weights]
 
@@ -118,6 +119,20 @@ def sparse_model(
     for index, node in enumerate(graph.nodes):
         nodes += at.get(index, [] if index in gone else [node])
     return _assembled(graph, _live(nodes, graph.outputs), held, onnx)
+
+
+def _narrowest(weight: np.ndarray) -> str:
+    """The smallest type that holds every weight as it is: many come from checkpoints in 16 bits.
+
+    Kernels compute in float32 from any; those for single tokens read bfloat16 as it is stored.
+    """
+    whole = torch.tensor(weight)
+    exact = (
+        name
+        for name in ("bfloat16", "float16")
+        if torch.equal(whole.to(getattr(torch, name)).float(), whole)
+    )
+    return next(exact, "float32")
 
 
 def _tall(kind: str, x: str, y: str, version: int, weights: list[Any]) -> Any:
