@@ -68,6 +68,27 @@ def test_shapes_that_are_left_from_other_inputs_are_not_believed(tmp_path: Path,
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_term_that_is_repeated_along_an_axis_opened_later_is_no_residual(
+    tmp_path: Path, opened: bool
+) -> None:
+    nodes = [
+        node("Gather", ["table", "positions"], ["p"]),
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Add", ["h", "p"], ["y"]),
+    ]
+    inputs = [("x", [1, 5, 16]), ("positions", [1, 5], TensorProto.INT64)]
+    made = model(nodes, {"w": W, "table": numbers(9, 8)}, inputs)
+    made = onnx.shape_inference.infer_shapes(made)
+    assert made.graph.value_info, "these say that both sides of the addition have a batch of 1"
+    if opened:
+        made.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
+        made.graph.output[0].type.tensor_type.ClearField("shape")
+    feeds = {"x": numbers(3 if opened else 1, 5, 16), "positions": np.arange(5)[None]}
+    (layer,) = close(tmp_path, made, feeds).layers
+    assert layer.fused == (("MatMul",) if opened else ("MatMul", "Add"))
+
+
 def test_other_heights_and_widths_are_tried(tmp_path: Path) -> None:
     made = model(
         [node("Conv", ["x", "w"], ["y"])], {"w": weight(8, 3, 3, 3)}, [("x", ["n", 3, "h", "w"])]

@@ -227,9 +227,19 @@ class Graph:
         return self._computed.get(name)
 
     def same_shape(self, a: str, b: str) -> bool:
-        """Whether two values surely have one shape: every axis known, by number or by name."""
+        """Whether two values surely have one shape: every axis known, by number or by name.
+
+        What follows from the inputs must not say otherwise: of one value an axis is a number, and of
+        the other another number or a name.
+        """
         first, second = self.shape(a), self.shape(b)
-        return first is not None and None not in first and first == second
+        if first is None or None in first or first != second:
+            return False
+        own = zip(self.computed_shape(a) or (), self.computed_shape(b) or (), strict=False)
+        return not any(
+            m != n and None not in (m, n) and (isinstance(m, int) or isinstance(n, int))
+            for m, n in own
+        )
 
     def _evaluate(self, name: str) -> np.ndarray | None:
         if name in self._initializers:
