@@ -53,6 +53,11 @@ REASONS: dict[str, tuple[str, Weights, str]] = {
         KIND,
     ),
     "transposed": (f"{X4} {{ y = ConvTranspose (x, w) }}", {"w": sparse(8, 16, 2, 2)}, KIND),
+    "recurrent": (
+        "(float[L,N,8] x) => (float[L,N,4] y) { d, y = LSTM <hidden_size = 4> (x, w, r) }",
+        {"w": sparse(1, 16, 8), "r": sparse(1, 16, 4)},
+        KIND,
+    ),
     "infinite": (
         f"{X4} {{ y = Conv (x, w) }}",
         {"w": np.where(W1["w"] > 0, np.float32(np.inf), np.float32(0))},
@@ -97,4 +102,37 @@ def test_weights_of_integers_that_are_moved(moved: str) -> None:
     held |= {"flat": np.array([-1]), "back": np.array([8, 16])}
     assert said(body, held)[0].startswith(
         "not tried: layers whose weights have another type (1 in integers)"
+    )
+
+
+@native
+@pytest.mark.parametrize(
+    ("nodes", "count"),
+    [
+        ("h = MatMul (x, w) z = Relu (h)", "1 layer"),
+        ("z = Gemm (x, w, b) h = MatMul (x, w)", "2 layers"),
+        ("k = Transpose (x) q = MatMul (x, k) z = MatMul (q, c)", ""),
+    ],
+)
+def test_layers_in_branches_are_told(nodes: str, count: str) -> None:
+    branch = f"b () => (float[N,16] z) {{ {nodes} }}"
+    body = f"""(float[N,8] x, bool[1] c1, float[N,16] c) => (float[N,16] y)
+    {{ y = If (c1) <then_branch = {branch}, else_branch = e () => (float[N,16] z)
+    {{ z = Identity (c) }}> }}"""
+    expected = f"not tried: {count} in branches and loops, which stay as they are"
+    assert (expected in said(body, WL)) is bool(count)
+    assert any("branches" in note for note in said(body, WL)) is bool(count)
+
+
+@native
+def test_layers_that_an_optimizer_fused_are_told() -> None:
+    body = """(float[N,8,6,6] x) => (float[N,16,6,6] y)
+    { h = Relu (x) y = com.microsoft.FusedConv <activation = "Relu"> (h, w) }"""
+    assert said(body, W1)[0] == (
+        "not tried: 1 layer in operators that are not of the standard (com.microsoft.FusedConv); "
+        "compile the file from before they were fused"
+    )
+    biased = "(float[N,16] x) => (float[N,16] y) { y = com.microsoft.BiasGelu (x, b) }"
+    assert said(biased, {"b": WL["b"]}) == said(
+        "(float[N,16] x) => (float[N,16] y) { y = Relu (x) }", {}
     )

@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.graph import Graph, attribute, standard
 from secateur.runtime.compiler.shapes import replaceable
 from secateur.runtime.compiler.site import Site, start
 from secateur.runtime.compiler.whole import DENSE, Plan
 
-_LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+_PRODUCTS = ("Gemm", "MatMul")
+_LAYERS = ("Conv", *_PRODUCTS, "ConvTranspose", "LSTM", "GRU", "RNN")
 # Axes of the weights of convolutions over one axis, and over images.
 _IMAGES = (3, 4)
 _MOVES = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Cast")
@@ -60,6 +63,15 @@ def notes(graph: Graph, found: Sequence[Site], plan: Plan) -> tuple[str, ...]:
     if left:
         counts = ", ".join(f"{count} {why}" for why, count in left.items())
         said.append(f"not tried: {left.total()} of {len(own)} layers ({counts})")
+    inside = sum(_inside(graph, node) for node in graph.nodes)
+    if inside:
+        said.append(f"not tried: {_count(inside)} in branches and loops, which stay as they are")
+    fused = Counter(f"{node.domain}.{node.op_type}" for node in graph.nodes if _fused(graph, node))
+    if fused:
+        said.append(
+            f"not tried: {_count(fused.total())} in operators that are not of the standard "
+            f"({', '.join(fused)}); compile the file from before they were fused"
+        )
     if plan.blocks:
         blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"
         ours = plan.blocks[0].domain == attention.OURS
@@ -108,6 +120,34 @@ def _weight_type(graph: Graph, node: Any) -> str:
         if graph.constant(maker.input[0]) is not None:
             return "integers"
     return ""
+
+
+def _inside(graph: Graph, node: Any) -> int:
+    """Layers with a stored weight in the branches or the body of a node."""
+    found = 0
+    for item in node.attribute:
+        for branch in (item.g, *item.graphs):
+            stored = {tensor.name for tensor in branch.initializer}
+            stored |= {n.output[0] for n in branch.node if standard(n, "Constant")}
+            for inner in branch.node:
+                own = any(
+                    name in stored or graph.constant(name) is not None for name in inner.input[:2]
+                )
+                # Other kinds than products never have a second input that is no weight.
+                found += standard(inner, *_LAYERS) and (own or not standard(inner, *_PRODUCTS))
+                found += _inside(graph, inner)
+    return found
+
+
+def _fused(graph: Graph, node: Any) -> bool:
+    """Whether an operator outside the standard holds a weight, as those that optimizers fuse do."""
+    held = graph.constant(node.input[1]) if len(node.input) > 1 else None
+    ours = standard(node, node.op_type)
+    return not ours and held is not None and held.ndim > 1 and held.dtype == np.float32
+
+
+def _count(layers: int) -> str:
+    return f"{layers} layer{'s' if layers > 1 else ''}"
 
 
 def _maker(graph: Graph, name: str) -> Any | None:
