@@ -215,6 +215,13 @@ FUSED: dict[str, tuple[str, Weights, int, list[str]]] = {
         17,
         [],
     ),
+    "silu as swish": (f"{X4} {{ c = Conv (x, w) y = Swish (c) }}", W1, 24, []),
+    "silu of an optimizer": (
+        f"{X4} {{ c = Conv (x, w) y = com.microsoft.QuickGelu <alpha = 1.0> (c) }}",
+        W1,
+        17,
+        [],
+    ),
     "hardswish operator": (f"{X4} {{ c = Conv (x, w) y = HardSwish (c) }}", W1, 14, []),
     "hardswish of hardsigmoid": (
         f"""{X4} {{ c = Conv (x, w) s = HardSigmoid <alpha = 0.16666667, beta = 0.5> (c)

@@ -207,7 +207,9 @@ _BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Min": np.minimum,
     "Max": np.maximum,
 }
-_OTHER = ("Clip", "HardSigmoid", "Gelu", "QuickGelu")
+# x * sigmoid(alpha * x), in the standard and in ONNX Runtime, with what alpha is if it is not said.
+_SWISH = {"Swish": 1.0, "QuickGelu": 1.702}
+_OTHER = ("Clip", "HardSigmoid", "Gelu", "Swish")
 
 
 def _known(node: Any) -> bool:
@@ -240,6 +242,8 @@ def _compute(graph: Graph, node: Any, region: dict[str, np.ndarray]) -> np.ndarr
             return np.asarray(np.clip(slope * known[0] + shift, 0.0, 1.0))
         if kind == "Gelu" and attribute(node, "approximate", b"none") == b"none":
             return _DEFINITIONS[GELU](known[0])
+        if kind in _SWISH:
+            return np.asarray(known[0] * _sigmoid(attribute(node, "alpha", _SWISH[kind]) * known[0]))
     return None
 
 
