@@ -22,6 +22,7 @@ from secateur.core.errors import FileError, UsageError  # noqa: E402
 from secateur.runtime import available, bench, compile_onnx  # noqa: E402
 from secateur.runtime.compiler import compile as compiling  # noqa: E402
 from secateur.runtime.compiler.compile import METADATA  # noqa: E402
+from secateur.runtime.compiler.graph import Graph  # noqa: E402
 from secateur.runtime.compiler.sample import Sample  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
@@ -99,6 +100,33 @@ def test_other_heights_and_widths_are_tried(tmp_path: Path) -> None:
     assert sample.wider(graph) is None, "it was given whole"
     (x,) = Sample(batch=3).wider(graph).feeds(graph).values()  # type: ignore[union-attr]
     assert x.shape == (3, 3, 225, 225)
+
+
+@pytest.mark.parametrize(
+    ("declared", "made_up"),
+    [
+        (["N", 3, "H", "W"], (1, 3, 224, 224)),
+        (["N", "H", "W", 3], (1, 224, 224, 3)),
+        (["N", "H", 64, 3], (1, 224, 64, 3)),
+        (["N", "C", "H", "W"], (1, 128, 224, 224)),
+        (["None", 3, "None", "None"], (1, 3, 224, 224)),
+        (["None", "None", "None", 3], (1, 224, 224, 3)),
+        (["?", "?", 64], (1, 128, 64)),
+        (["n", "n"], (1, 1)),
+    ],
+)
+def test_sizes_of_open_axes(declared: list[Any], made_up: tuple[int, ...]) -> None:
+    graph = Graph.of(model([node("Relu", ["x"], ["y"])], {}, [("x", declared)]))
+    assert Sample().feeds(graph)["x"].shape == made_up
+
+
+@pytest.mark.parametrize(("axis", "fused"), [("n", True), ("None", False), ("?", False)])
+def test_axes_of_one_placeholder_need_not_be_equal(tmp_path: Path, axis: str, fused: bool) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Add", ["h", "r"], ["y"])]
+    made = model(nodes, {"w": W}, [("x", [axis, 16]), ("r", [axis, 8])])
+    feeds = {"x": numbers(3, 16), "r": numbers(3 if fused else 1, 8)}
+    (layer,) = close(tmp_path, made, feeds).layers
+    assert (layer.fused == ("MatMul", "Add")) is fused
 
 
 @pytest.mark.usefixtures("quick")

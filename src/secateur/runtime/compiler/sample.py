@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from secateur.core.errors import UsageError, first_line
 from secateur.runtime.compiler.graph import Graph, attribute, standard
-from secateur.runtime.compiler.shapes import replaceable
+from secateur.runtime.compiler.shapes import NO_NAMES, replaceable
 
 _IMAGE, _SEQUENCE = 224, 128
+# Of a batch of images.
+_AXES = 4
 # An embedding that nobody can be seen to look up still has this many rows.
 _FEW = 2
 # Numbers of an input: beyond any memory, and still below what numpy can count.
@@ -164,17 +166,19 @@ class Sample:
                     "give a shape that fits",
                 )
             return given
-        rank = len(declared)
         return tuple(
-            d.dim_value if d.dim_value > 0 else axes.get(d.dim_param, self._open(i, rank))
+            d.dim_value if d.dim_value > 0 else axes.get(d.dim_param, self._open(i, declared))
             for i, d in enumerate(declared)
         )
 
-    def _open(self, axis: int, rank: int) -> int:
+    def _open(self, axis: int, declared: Sequence[Any]) -> int:
         """Size of an open axis."""
+        rank = len(declared)
         if axis == 0 and rank > 1:
             return self._first
-        return _IMAGE if rank == 4 and axis > 1 else _SEQUENCE
+        # TensorFlow's images have their channels last.
+        last = rank == _AXES and declared[1].dim_value <= 0 < declared[3].dim_value
+        return _IMAGE if rank == _AXES and axis in ((1, 2) if last else (2, 3)) else _SEQUENCE
 
 
 def _inputs(graph: Graph) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def _names(inputs: Mapping[str, Any], sample: Sample) -> dict[str, int]:
         for name, value in inputs.items():
             dims = value.type.tensor_type.shape.dim
             for axis, dim in enumerate(dims):
-                if not dim.dim_param:
+                if dim.dim_param in NO_NAMES:
                     continue
                 if first and name in given and axis < len(given[name]):
                     sizes.setdefault(dim.dim_param, given[name][axis])

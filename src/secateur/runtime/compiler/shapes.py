@@ -7,6 +7,8 @@ from typing import Any
 
 #: One axis: a number, a name that stands for a number, or nothing known.
 Axis = int | str | None
+#: What some files call every open axis: no name that says which axes are equal.
+NO_NAMES = ("", "None", "?", "-1", "unknown")
 # Entries of a weight that cannot say anything about shapes.
 _LARGE = 4096
 
@@ -79,4 +81,4 @@ def _axis(axis: Any) -> Axis:
     # Some exporters write an open axis as -1 or 0.
     if axis.HasField("dim_value"):
         return int(axis.dim_value) if axis.dim_value > 0 else None
-    return axis.dim_param or None
+    return None if axis.dim_param in NO_NAMES else str(axis.dim_param)
