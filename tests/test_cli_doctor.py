@@ -23,6 +23,7 @@ from secateur.runtime.advice import advice
 from secateur.runtime.breakeven import BreakEven, Case, Point, break_evens, crossing, pruned
 from secateur.runtime.machine import Cache, Machine, caches, listed
 from secateur.runtime.native import Spec
+from secateur.runtime.race import Raced
 
 needs_native = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 
@@ -216,6 +217,18 @@ def test_every_pattern_is_timed() -> None:
         else:
             assert families <= {"list", "panels"}
     Console(width=100).print(break_even_table(results))
+
+
+@needs_native
+def test_runs_that_other_work_held_up_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_up = (4.0, 80.0, 4.0, 80.0, 80.0)
+
+    def busy(runners: list[Any], **_: Any) -> Raced:
+        return Raced((held_up, *[(2.0, 2.0, 90.0, 90.0, 90.0)] * (len(runners) - 1)))
+
+    monkeypatch.setattr(breakeven, "race", busy)
+    points = [p for r in break_evens(1, cases=SMALL[:1]) for p in r.points]
+    assert {(p.dense_ms, p.sparse_ms, p.ratio) for p in points} == {(4.0, 2.0, 0.5)}
 
 
 @pytest.mark.parametrize("case", SMALL)

@@ -69,7 +69,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Point:
-    """One sparsity of one pattern: milliseconds, and the fastest kernel."""
+    """One sparsity of one pattern: milliseconds of runs that nothing disturbed, and the fastest kernel."""
 
     sparsity: float
     dense_ms: float
@@ -211,14 +211,10 @@ def _point(
         for variant in kernels(case, pattern, sparsity)
     ]
     raced = race([dense, *(_sparse(layer, x, pool) for layer in layers)], seconds=seconds)
-    best = min(range(1, len(layers) + 1), key=raced.median)
-    return Point(
-        sparsity,
-        raced.median(0),
-        raced.median(best),
-        raced.ratio(best),
-        str(layers[best - 1].variant),
-    )
+    best = min(range(1, len(layers) + 1), key=raced.undisturbed)
+    dense_ms, sparse_ms = raced.undisturbed(0), raced.undisturbed(best)
+    kernel = str(layers[best - 1].variant)
+    return Point(sparsity, dense_ms, sparse_ms, sparse_ms / dense_ms, kernel)
 
 
 def _sparse(layer: Layer, x: Tensor, pool: Workers) -> Run:

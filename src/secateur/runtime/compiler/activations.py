@@ -243,7 +243,9 @@ def _compute(graph: Graph, node: Any, region: dict[str, np.ndarray]) -> np.ndarr
         if kind == "Gelu" and attribute(node, "approximate", b"none") == b"none":
             return _DEFINITIONS[GELU](known[0])
         if kind in _SWISH:
-            return np.asarray(known[0] * _sigmoid(attribute(node, "alpha", _SWISH[kind]) * known[0]))
+            return np.asarray(
+                known[0] * _sigmoid(attribute(node, "alpha", _SWISH[kind]) * known[0])
+            )
     return None
 
 
