@@ -11,6 +11,7 @@ from odd_onnx_cases import close, helper, model, node, numbers, numpy_helper, on
 
 from secateur.runtime import available
 from secateur.runtime.compiler.masked import prune_onnx
+from secateur.runtime.compiler.sample import Sample
 from secateur.runtime.operators import is_sparse
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
@@ -19,6 +20,8 @@ W = weight(16, 8)
 KEPT = (W != 0).astype(np.float32)
 LINEAR = node("MatMul", ["x", "w"], ["y"])
 FEEDS = {"x": numbers(4, 16)}
+SIXTEEN = Sample(shapes={"x": (4, 16)})
+NUMBERS = ("zero", "one", "two")
 # name: (nodes that make the weight, what is stored)
 MADE: dict[str, tuple[list[Any], dict[str, np.ndarray]]] = {
     "under a mask": (
@@ -65,6 +68,22 @@ def test_a_weight_that_is_computed_from_an_input_is_none(tmp_path: Path) -> None
     inputs = [("x", ["N", 16]), ("mask", [16, 8])]
     made = model([*nodes, LINEAR], {"whole": held["whole"]}, inputs)
     assert not close(tmp_path, made, {**FEEDS, "mask": held["mask"]}).layers
+
+
+@pytest.mark.parametrize("width", [16, "M"])
+@pytest.mark.parametrize("cut", ["Gather", "Slice"])
+def test_a_weight_that_is_cut_at_a_size(cut: str, width: int | str, tmp_path: Path) -> None:
+    """As PyTorch's older exporter cuts the keys' part of ``in_proj_weight``."""
+    ends = ["one"] if cut == "Gather" else ["one", "two"]
+    nodes = [
+        node("Shape", ["x"], ["shape"]),
+        node(cut, ["shape", *ends], ["size"]),
+        node("Slice", ["all", "zero", "size"], ["w"]),
+        LINEAR,
+    ]
+    held = {"all": np.concatenate([W, W]), **{k: np.array([i]) for i, k in enumerate(NUMBERS)}}
+    done = close(tmp_path, model(nodes, held, [("x", ["N", width])]), FEEDS, sample=SIXTEEN)
+    assert len(done.layers) == (width == 16)
 
 
 def test_pruning_a_file_leaves_masks_alone(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""What a node makes of constants, computed by ONNX Runtime as it does when it opens a file."""
+"""Constants: stored tensors, and what ONNX Runtime makes of them when it opens a file."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,3 +57,19 @@ def computed(
     except Exception:  # a type that Python has no arrays of, say: fewer layers, no error
         return None
     return dict(zip(names, made, strict=True))
+
+
+def numbers(tensor: Any) -> np.ndarray:
+    """A stored tensor, dense or sparse."""
+    import onnx
+    from onnx import numpy_helper
+
+    if not isinstance(tensor, onnx.SparseTensorProto):
+        return np.asarray(numpy_helper.to_array(tensor))
+    values, places = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+    shape = tuple(tensor.dims)
+    # Places are counted through all of the tensor, or along each axis.
+    at = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), shape)
+    out = np.zeros(math.prod(shape), values.dtype)
+    out[at] = values
+    return out.reshape(shape)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError, first_line
-from secateur.runtime.compiler.computed import ARITHMETIC, computed
+from secateur.runtime.compiler.computed import ARITHMETIC, computed, numbers
 from secateur.runtime.compiler.shapes import Axis, initializers, replaceable, shapes_of
 
 OLDEST_OPSET = 7
@@ -243,7 +243,7 @@ class Graph:
 
     def _evaluate(self, name: str) -> np.ndarray | None:
         if name in self._initializers:
-            return _numbers(self._initializers[name])
+            return numbers(self._initializers[name])
         if name not in self.producer:
             return None
         node = self.nodes[self.producer[name]]
@@ -254,12 +254,32 @@ class Graph:
         parts = [(part, self.constant(part)) for part in node.input if part]
         known = [(part, held) for part, held in parts if held is not None]
         if len(known) < len(parts):
-            return None
+            return self._sizes(node)
         if node.op_type in MOVES:
             return MOVES[node.op_type](node, [held for _, held in known])
         made = computed(node, dict(known), self.opset) or {}
         self._constants.update(made)
         return made.get(name)
+
+    def _sizes(self, node: Any) -> np.ndarray | None:
+        """What a node takes from the shape of a value, if that is the same for all inputs."""
+        index = self.producer.get(node.input[0])
+        maker = (
+            self.nodes[index] if index is not None and standard(node, "Gather", "Slice") else None
+        )
+        if maker is None or not standard(maker, "Shape") or maker.attribute:
+            return None
+        axes = self.computed_shape(maker.input[0]) or ()
+        others = {name: self.constant(name) for name in node.input[1:] if name}
+        places = {name: held for name, held in others.items() if held is not None}
+        if not axes or len(places) < len(others):
+            return None
+        places[node.input[0]] = np.arange(len(axes))
+        taken = (computed(node, places, self.opset) or {}).get(node.output[0])
+        if taken is None:
+            return None
+        sizes = [size for size in (axes[i] for i in taken.ravel()) if isinstance(size, int)]
+        return np.array(sizes, np.int64).reshape(taken.shape) if len(sizes) == taken.size else None
 
 
 def ordered(graph: Any) -> tuple[Any, ...]:
@@ -311,28 +331,12 @@ def uses(node: Any) -> Iterator[str]:
             yield from (name for name in captured if name not in own)
 
 
-def _numbers(tensor: Any) -> np.ndarray:
-    """A stored tensor, dense or sparse."""
-    import onnx
-    from onnx import numpy_helper
-
-    if not isinstance(tensor, onnx.SparseTensorProto):
-        return np.asarray(numpy_helper.to_array(tensor))
-    values, places = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
-    shape = tuple(tensor.dims)
-    # Places are counted through all of the tensor, or along each axis.
-    at = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), shape)
-    out = np.zeros(math.prod(shape), values.dtype)
-    out[at] = values
-    return out.reshape(shape)
-
-
 def _stored(node: Any) -> np.ndarray | None:
     for item in node.attribute:
         if item.name == "value":
-            return _numbers(item.t)
+            return numbers(item.t)
         if item.name == "sparse_value":
-            return _numbers(item.sparse_tensor)
+            return numbers(item.sparse_tensor)
         if item.name in ("value_float", "value_floats"):
             held = item.f if item.name == "value_float" else list(item.floats)
             return np.asarray(held, np.float32)
