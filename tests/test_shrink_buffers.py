@@ -75,12 +75,27 @@ class Projected(nn.Module):
         return y
 
 
+class Standardised(nn.Module):
+    """Hidden units less their means, over their deviations, as measured before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.register_buffer("mean", torch.randn(16))
+        self.register_buffer("deviation", torch.rand(16) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last((self.first(x) - self.mean) / self.deviation)
+        return y
+
+
 IDS, IMAGES = torch.randint(0, 20, (2, 5)), torch.randn(2, 3, 8, 8)
 CASES: Any = {
     "positions": (Positions, IDS, "embed", {"pe": 2}),
     "positions that are not saved": (lambda: Positions(persistent=False), IDS, "embed", {"pe": 2}),
     "blur": (Blurred, IMAGES, "first", {"blur": 0}),
     "whole numbers and flags": (Whole, IMAGES, "first", {"shift": 1, "off": 1}),
+    "a divisor": (Standardised, torch.randn(3, 8), "first", {"mean": 0, "deviation": 0}),
     "a basis": (Projected, torch.randn(3, 8), "first", {"basis": 0}),
 }
 

@@ -31,10 +31,18 @@ from secateur.structure.tracer import Call, Tracer
 
 
 @torch.no_grad()
-def mask_(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> None:
+def mask_(
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], *, buffers: bool = True
+) -> None:
     """Set every slice of the groups that are not kept to zero, in place.
 
     Of a weight with a weight norm the lengths become zero, and the directions stay.
+
+    Args:
+        model: Changed.
+        structure: From :func:`~secateur.structure.couple`.
+        keep: The choice of groups.
+        buffers: Those, too; without, parameters only.
 
     Example:
         >>> from secateur.structure import couple
@@ -43,10 +51,11 @@ def mask_(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) ->
         >>> net[0].bias[1].item(), net[2].weight[:, 1].tolist()
         (0.0, [0.0, 0.0])
     """
+    fixed = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, kept in keep.items():
         slices = structure.by_name[name].slices
         for part in slices:
-            if _points(model, part, slices):
+            if _points(model, part, slices) or (part.parameter in fixed and not buffers):
                 continue
             path, _, attribute = part.parameter.rpartition(".")
             x: Tensor = getattr(model.get_submodule(path), attribute)
@@ -71,8 +80,29 @@ def run_masked(
     model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
 ) -> Any:
     """The output of the masked network; ``model`` is left as it is."""
+    found = _run(model, structure, keep, example, buffers=True)
+    if not _finite(found):
+        # A buffer may be a divisor, as deviations and the grids of splines are: where nothing else
+        # is zero, the units that are removed have numbers again, which nobody reads.
+        again = _run(model, structure, keep, example, buffers=False)
+        found = again if _finite(again) else found
+    return found
+
+
+def _finite(output: Any) -> bool:
+    return all(bool(x.isfinite().all()) for x in predictions(output))
+
+
+def _run(
+    model: nn.Module,
+    structure: Structure,
+    keep: Mapping[str, Tensor],
+    example: Any,
+    *,
+    buffers: bool,
+) -> Any:
     masked = copy.deepcopy(model)
-    mask_(masked, structure, keep)
+    mask_(masked, structure, keep, buffers=buffers)
     alive = structure.alive(keep)
 
     same = SameDraws()
