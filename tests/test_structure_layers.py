@@ -196,6 +196,11 @@ PINNED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         TOKENS,
         "a window slides over them",
     ),
+    "resizing over features": (
+        lambda: between(lambda x: F.interpolate(x, scale_factor=2), after=24),
+        TOKENS,
+        "they are pixels that are resized",
+    ),
     "Fourier transform over features": (
         lambda: between(lambda x: torch.fft.fft(x).real),
         TOKENS,

@@ -12,6 +12,7 @@ from secateur.structure.tracer import Call, Tracer
 _WINDOW = (
     "a window slides over them, as in a LocalResponseNorm: after a cut others would be neighbours"
 )
+_RESIZED = "they are pixels that are resized: after a cut others would be neighbours"
 _PATCHES = "patches are taken along them"
 
 
@@ -27,10 +28,10 @@ _PATCHES = "patches are taken along them"
       "aten.mkldnn_max_pool2d", "aten.affine_grid_generator")  # fmt: skip
 def pooled(tracer: Tracer, call: Call) -> None:
     """Batch and channels stay, the other axes may change their size."""
-    x = call.args[0]
+    x, why = call.args[0], _WINDOW if "pool" in call.name else _RESIZED
     for out in call.outputs:
-        labels = [_slid(tracer, label, out, _windows(call, out)) for label in tracer.labels(x)]
-        tracer.put(out, labels)
+        axes = _windows(call, out)
+        tracer.put(out, [_slid(tracer, label, out, axes, why) for label in tracer.labels(x)])
 
 
 def _windows(call: Call, out: Tensor) -> list[int]:
@@ -45,10 +46,10 @@ def _windows(call: Call, out: Tensor) -> list[int]:
     return sorted(set(axes))
 
 
-def _slid(tracer: Tracer, label: Tensor, out: Tensor, axes: list[int]) -> Tensor:
+def _slid(tracer: Tracer, label: Tensor, out: Tensor, axes: list[int], why: str) -> Tensor:
     for axis in axes:
         if axis in varying(label):
-            left = tracer.ledger.whole(label, axis, _WINDOW)
+            left = tracer.ledger.whole(label, axis, why)
             label = fill(tuple(label.shape)) if left is None else left
         label = first_along(label, axis)
     return label.expand(out.shape)
@@ -60,7 +61,7 @@ def unpooled(tracer: Tracer, call: Call) -> None:
     x, places = call.args[:2]
     labels = tracer.meet(tuple(x.shape), [x, places], FIXED)
     axes = list(range(x.ndim - int(call.name[-2]), x.ndim))
-    tracer.put(call.out, [_slid(tracer, label, call.out, axes) for label in labels])
+    tracer.put(call.out, [_slid(tracer, label, call.out, axes, _WINDOW) for label in labels])
 
 
 @rule("aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
