@@ -292,3 +292,42 @@ def test_the_fused_rms_norm_of_accelerators_sees_kept_units_only() -> None:
     wanted = F.rms_norm(x[:, alive], (8,), weight[alive])
     torch.testing.assert_close(found[:, alive], wanted)
     assert not bool(found[:, ~alive].any())
+
+
+class Mixed(nn.Module):
+    """Tokens are the channels of convolutions, so features lie along their pixels."""
+
+    def __init__(self, first: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Linear(6, 12), nn.Sequential(first, nn.GELU(), last)
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.embed(x)
+        return self.out(x + self.mix(x))
+
+
+ALONE: Any = {
+    "kernel of one": lambda: Mixed(nn.Conv1d(5, 9, 1), nn.Conv1d(9, 5, 1)),
+    "in groups": lambda: Mixed(nn.Conv1d(5, 10, 1, groups=5), nn.Conv1d(10, 5, 1, bias=False)),
+    "transposed": lambda: Mixed(nn.Conv1d(5, 9, 1), nn.ConvTranspose1d(9, 5, 1)),
+    "one axis": lambda: nn.Sequential(
+        nn.Linear(8, 12), nn.Conv2d(3, 9, (3, 1), stride=(2, 1)), nn.Linear(12, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_pixels_that_a_kernel_sees_alone_can_go(name: str) -> None:
+    net, example = ALONE[name], IMAGE if name == "one axis" else TOKENS
+    structure = require_exact(net, example)
+    assert any(width.groups == 12 for width in structure.widths), structure.pinned
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "stride": 2}]
+)
+def test_pixels_that_a_kernel_mixes_or_skips_stay(options: Any) -> None:
+    after = 12 // options.get("stride", 1)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Conv1d(5, 5, **options), nn.Linear(after, 4)).double()
+    assert couple(net, TOKENS).pinned["0.weight", 0] == "a convolution mixes their pixels"

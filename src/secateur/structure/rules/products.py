@@ -7,12 +7,13 @@ columns along ``k``, and the weight's rows go on as the units of the output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.structure.labels import along, first_along, varying
+from secateur.structure.labels import along, first_along, narrowed, varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.tracer import Call, Labels, Tracer
@@ -160,7 +161,8 @@ def convolution(tracer: Tracer, call: Call) -> None:
     x, weight, bias = call.args[:3]
     transposed, groups = _form(call)
     rows, columns = _channels(tracer, weight)
-    inputs = _along_channels(tracer, x)
+    passed, mixed = _by_pixel(tracer, call)
+    inputs = _along_channels(tracer, mixed)
     if transposed:
         rows, columns = columns, rows
     # rows: units of the output channels, columns: of the input channels; one of the two counts
@@ -168,7 +170,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     outs = _grouped(tracer, inputs, rows, columns, (groups, x.shape[1], call.out.shape[1]))
     if groups > 1 and outs is not None and x.shape[1] == groups:
         tracer.size(along(outs.reshape(groups, -1)[:, 0], 0, (groups,)), 0, value=groups)
-    labels = [] if outs is None else [along(outs, 1, tuple(call.out.shape))]
+    labels = passed if outs is None else [along(outs, 1, tuple(call.out.shape)), *passed]
     if isinstance(bias, Tensor):
         shape = (len(bias), *[1] * (call.out.ndim - 2))
         mine = tuple(label.reshape(shape) for label in tracer.labels(bias))
@@ -178,9 +180,39 @@ def convolution(tracer: Tracer, call: Call) -> None:
 
 
 def _form(call: Call) -> tuple[bool, int]:
-    names = [a.name for a in call.func._schema.arguments]
-    values = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    values = _named(call)
     return bool(values.get("transposed", False)), int(values["groups"])
+
+
+def _named(call: Call) -> dict[str, Any]:
+    names = [a.name for a in call.func._schema.arguments]
+    return dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+
+
+def _by_pixel(tracer: Tracer, call: Call) -> tuple[list[Tensor], list[Tensor]]:
+    """Labels of the output along pixels that meet no others, and the labels of the input that are left.
+
+    Where a kernel has one position and goes on by one, each pixel of the input is one of the output.
+    Networks that mix tokens by ``Conv1d(tokens, tokens, 1)`` have the residual width there.
+    """
+    x, weight = call.args[:2]
+    values = _named(call)
+    alone = {
+        axis + 2
+        for axis, size in enumerate(weight.shape[2:])
+        if size == 1 and _at(values["stride"], axis) == 1 and _at(values["padding"], axis) == 0
+    }
+    passed, mixed = [], []
+    for label in tracer.labels(x):
+        if alone.issuperset(varying(label)):
+            passed.append(narrowed(label).expand(call.out.shape))
+        else:
+            mixed.append(label)
+    return passed, mixed
+
+
+def _at(sizes: Sequence[int], axis: int) -> int:
+    return sizes[axis % len(sizes)]
 
 
 def _channels(tracer: Tracer, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -196,10 +228,10 @@ def _channels(tracer: Tracer, weight: Tensor) -> tuple[Tensor | None, Tensor | N
     return found[0], found[1]
 
 
-def _along_channels(tracer: Tracer, x: Tensor) -> Tensor | None:
+def _along_channels(tracer: Tracer, labels: list[Tensor]) -> Tensor | None:
     """The units along the channels of an input; others end here."""
     found = None
-    for label in tracer.labels(x):
+    for label in labels:
         rest = [label]
         for axis in varying(label):
             if axis != 1:
