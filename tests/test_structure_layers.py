@@ -172,12 +172,28 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {
         TOKENS,
         {"0": 12},
     ),
+    "a triangle for each feature": (lambda: between(by_delta), TOKENS, {"0": 12}),
+    "a triangle for all features": (lambda: between(by_columns), TOKENS, {"0": 12}),
     "groups as a number": (
         lambda: convolved(lambda x: F.group_norm(x, 3)),
         IMAGE,
         {"0": 4},
     ),
 }
+
+
+def by_delta(x: Tensor) -> Tensor:
+    """A triangle of products of tokens for each feature, as in linear attention by the delta rule."""
+    k = x.transpose(1, 2)[..., None]
+    triangle = torch.eye(x.shape[1], dtype=x.dtype) + (k @ k.mT).tril(-1)
+    return torch.linalg.solve_triangular(triangle, k, upper=False)[..., 0].transpose(1, 2)
+
+
+def by_columns(x: Tensor) -> Tensor:
+    """One triangle for all features."""
+    triangle = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()
+    return torch.linalg.solve_triangular(triangle, x, upper=False)
+
 
 #: What cannot be cut, and the reason.
 PINNED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
@@ -205,6 +221,11 @@ PINNED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         lambda: between(lambda x: torch.fft.fft(x).real),
         TOKENS,
         "a Fourier transform runs over them",
+    ),
+    "an equation for the features": (
+        lambda: between(lambda x: by_columns(x.mT).mT),
+        TOKENS,
+        "an equation is solved for all of them together",
     ),
     "orthogonal weight": (
         lambda: nn.Sequential(

@@ -21,6 +21,7 @@ from secateur.structure.tracer import Call, Labels, Tracer
 READS = "it reads a tensor of fixed size, such as the input of the model"
 _TAPS = "positions of a kernel are not removed"
 _ROWS = "a product grouped by experts needs rows of whole 16 bytes"
+_SOLVED = "an equation is solved for all of them together"
 _HEAD = "a product of two activations runs over them, so they are one head"
 
 
@@ -128,6 +129,27 @@ def distances(tracer: Tracer, call: Call) -> None:
 def of_a_matrix(tracer: Tracer, call: Call) -> None:
     """Inverses, factors and exponentials: every entry depends on all of the matrix."""
     tracer.refuse(call, "a function of a whole matrix mixes them, as in an orthogonal weight")
+
+
+@rule("aten.linalg_solve_triangular")
+def solved(tracer: Tracer, call: Call) -> None:
+    """``A @ x = b`` (or ``x @ A = b``) for each of a batch of triangles, which are solved as a whole.
+
+    In linear attention by the delta rule there is one for each head.
+    """
+    a, b = call.args[:2]
+    solved_axis = b.ndim - (2 if call.kwargs.get("left", True) else 1)
+    operands: list[tuple[tuple[int, ...], Labels]] = []
+    for x, axes in ((a, (a.ndim - 2, a.ndim - 1)), (b, (solved_axis,))):
+        labels, shape = list(tracer.labels(x)), list(x.shape)
+        for axis in axes:
+            labels = [first_along(left, axis) for left in tracer.fixed(labels, axis, _SOLVED)]
+            shape[axis] = 1
+        operands.append((tuple(shape), tuple(labels)))
+    frame = list(call.out.shape)
+    frame[solved_axis - b.ndim] = 1
+    merged = tracer.meet_labels(tuple(frame), operands, FIXED)
+    tracer.put(call.out, [label.expand(call.out.shape) for label in merged])
 
 
 @rule("aten._grouped_mm")
