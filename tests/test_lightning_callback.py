@@ -156,6 +156,17 @@ def test_the_same_callback_continues_from_a_checkpoint() -> None:
             assert torch.equal(a, b)
 
 
+def test_a_checkpoint_from_after_the_end_has_the_masks() -> None:
+    """As ``trainer.save_checkpoint`` writes it when all is done, for a longer training later."""
+    callback, net = LightningCallback(RECIPE), build()
+    Trainer(callback).fit(net)
+    saved = copy.deepcopy((net.state_dict(), callback.state_dict(), 16))
+    again = LightningCallback(RECIPE)
+    Trainer(again, 24).fit(build(), saved)
+    assert again.pruned.masks == callback.pruned.masks
+    assert not torch.equal(again.pruned.model[0].weight, net[0].weight)  # it was trained on
+
+
 def test_what_is_left_of_a_training_counts() -> None:
     """From a checkpoint without masks, or in a second fit, pruning begins at its first step."""
     callback = LightningCallback(RECIPE)

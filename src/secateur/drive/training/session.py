@@ -133,11 +133,14 @@ class Session:
         if self.pruner is None:
             return dict(self._waiting[0]) if self._waiting is not None else {}
         stamp = self._stamp()
+        masks = dict(masks_of(self.pruner.model, getattr(self.pruner, "masks", None)))
+        if self._pruned is not None:  # they were taken off, and a later training goes on with them
+            masks |= self._pruned.masks
         return {
             "model": stamp.model,
             "recipe": stamp.recipe,
             "world": stamp.world,
-            "masks": dict(masks_of(self.pruner.model, getattr(self.pruner, "masks", None))),
+            "masks": masks,
             "pruner": self.pruner.state_dict(),
         }
 
