@@ -167,6 +167,24 @@ def test_a_checkpoint_from_after_the_end_has_the_masks() -> None:
     assert not torch.equal(again.pruned.model[0].weight, net[0].weight)  # it was trained on
 
 
+def test_a_checkpoint_in_which_the_training_is_over_gives_its_result() -> None:
+    """Lightning restores it, trains nothing, and calls nothing but the end of the fit."""
+    callback, net = LightningCallback(RECIPE), build()
+    Trainer(callback).fit(net)
+    weights, state = copy.deepcopy((net.state_dict(), callback.state_dict()))
+    again, twin = LightningCallback(RECIPE), build()
+    trainer = Trainer(again, done=16)
+    trainer.optimizers = [torch.optim.SGD(twin.parameters(), 0.1)]
+    again.setup(trainer, twin, "fit")
+    twin.load_state_dict(weights)
+    again.load_state_dict(state)
+    again.on_fit_end(trainer, twin)
+    assert again.pruned.masks == callback.pruned.masks
+    assert again.pruned.facts.history == callback.pruned.facts.history
+    assert not len(masks_of(twin))
+    assert all(map(torch.equal, twin.state_dict().values(), weights.values()))
+
+
 def test_what_is_left_of_a_training_counts() -> None:
     """From a checkpoint without masks, or in a second fit, pruning begins at its first step."""
     callback = LightningCallback(RECIPE)

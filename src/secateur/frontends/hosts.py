@@ -214,7 +214,7 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
         def __init__(self) -> None:
             self.session = session
             self._steps = 0
-            self._fits = self._new = self._restored = False
+            self._fits = self._new = self._restored = self._begun = False
 
         @property
         def state_key(self) -> str:
@@ -222,6 +222,7 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             self._fits = self._new = stage == "fit"
+            self._begun = False
 
         def _renew(self) -> None:
             if self._new:  # not in setup: a fit with nothing left to do begins no training
@@ -245,6 +246,7 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self._renew()
+            self._begun = True
             _require_one(trainer.optimizers)
             _refuse_average(lightning, trainer.callbacks, pl_module)
             self._steps = int(trainer.global_step)
@@ -268,6 +270,11 @@ def lightning_callback(session: Session, begin: Any, *, verbose: int = 0) -> Any
             session.end()
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            # Of a checkpoint in which the training is over, Lightning trains nothing.
+            left = self._restored and not self._new and not self._begun
+            if left and trainer.num_training_batches:
+                self.on_train_start(trainer, pl_module)
+                session.end()
             session.hold()  # an average may have been put into the model after our on_train_end
 
         @property
