@@ -173,3 +173,33 @@ def test_scores_around_zero_are_ranked_by_their_size(offset: float) -> None:
         kept = RankedWidths()(items, lambda kept: kept["a"] + kept["b"], limit)
         assert abs(kept["a"] - kept["b"]) <= 1, limit
         assert kept["a"] + kept["b"] == limit
+
+
+class Tokens(nn.Module):
+    """Layers that mix the tokens of each feature: they run as often as there are features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 32), nn.Linear(32, 4)
+        self.mix, self.back = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + self.back(self.mix(x.mT).relu()).mT
+        y: torch.Tensor = self.out(x.mean(1))
+        return y
+
+
+def test_the_multiply_adds_that_are_told_are_those_of_the_cut_network() -> None:
+    from secateur.evaluate.cost import cost_of
+
+    net, example = Tokens().eval(), torch.randn(2, 16, 4)
+    recipe = secateur.ShrinkRecipe(
+        target=secateur.Target("macs", 0.5), allocation=UniformWidths(), recovery=()
+    )
+    pruned = secateur.shrink(net, recipe, example)
+    told = pruned.facts.measures["target"]
+    counted = cost_of(pruned.model, example=example).macs_dense
+    assert told["reached"] == pytest.approx(counted, rel=1e-9)
+    assert told["reached"] < 0.9 * told["limit"]
+    assert any("do not run as often" in note.text for note in pruned.facts.notes)

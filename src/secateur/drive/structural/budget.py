@@ -167,3 +167,29 @@ class ShrinkBudget:
         groups = self._groups(scores, search.run(items, cost), grain)
         self.facts.measures["target"]["align"] = step
         return {name: int(flags.sum()) for name, flags in groups.items()}
+
+
+def recount(model: nn.Module, example: Any, facts: Facts) -> None:
+    """Tell the multiply-adds that are counted in a cut network, if other ones were reckoned.
+
+    A choice is reckoned from the widths, as if layers ran as often as before. They run less often where
+    they lie along what was cut, as layers that mix the tokens of each feature do, and experts may get
+    more or fewer tokens.
+
+    Args:
+        model: After the cut.
+        example: What it was traced with.
+        facts: With the target and what was reached; other units than multiply-adds are left alone.
+    """
+    told = facts.measures.get("target", {})
+    if told.get("unit") != "macs":
+        return
+    used = uses(model, discover(model), as_batch(example))
+    found = sum(times * model.get_parameter(name).numel() for name, times in used.items())
+    if abs(found - told["reached"]) > TOLERANCE * told["limit"]:
+        text = (
+            f"the widths were chosen for {told['reached']:,.4g} macs, and the cut network has "
+            f"{found:,.4g}: some layers do not run as often in it as before"
+        )
+        facts.note("target", "", text)
+    told["reached"] = found

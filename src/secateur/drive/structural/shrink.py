@@ -23,7 +23,7 @@ from secateur.core.widths import Width
 from secateur.drive.network import copy_of, network_of
 from secateur.drive.plan import require_finite
 from secateur.drive.pruned import Pruned
-from secateur.drive.structural.budget import ShrinkBudget
+from secateur.drive.structural.budget import ShrinkBudget, recount
 from secateur.drive.structural.compensate import Told, compensate_
 from secateur.drive.structural.cutting import example_of, proved, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
@@ -314,11 +314,11 @@ class _Run:
         if self.recipe.compensation is not None:
             self._repair_(self.recipe.compensation, keep)
             self._prove(keep, example)
-        told = self.facts.measures
-        before = sum(p.numel() for p in self.model.parameters())
+        told, parameters = self.facts.measures, list(self.model.parameters())
+        first = told.get("parameters", [sum(p.numel() for p in parameters)])[0]
         apply_(self.model, cuts_for(self.model, self.structure, keep))
-        after = sum(p.numel() for p in self.model.parameters())
-        told["parameters"] = [told.get("parameters", [before])[0], after]
+        told["parameters"] = [first, sum(p.numel() for p in parameters)]
+        recount(self.model, example, self.facts)
         self._note_widths(keep)
         self._note_reductions(keep)
 
