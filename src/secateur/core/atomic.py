@@ -59,12 +59,12 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill the yielded folder; it becomes ``path`` only if the block ends without an error.
 
     An existing folder is only ever replaced by one that has all of its entries: whatever else a
-    user keeps there would be lost.
+    user keeps there would be lost. Where ``path`` is a link, it stays one: what it leads to is written.
 
     Raises:
         OutputExists: ``path`` exists and ``overwrite`` is false, or it holds other things.
     """
-    path = Path(path)
+    path = _followed(Path(path))
     _require_replaceable(path, overwrite, None)
     _require_parent(path)
     try:
@@ -78,7 +78,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         for entry in (*temporary.iterdir(), temporary):
             _sync(entry)
         temporary.chmod(0o777 & ~_umask())
-        _put(temporary, path)
+        _put(temporary, path, overwrite)
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -92,7 +92,7 @@ def require_new(path: str | Path, entries: set[str] | None, *, overwrite: bool =
         entries: Names of the files that it will hold; None if they are not known yet.
         overwrite: As for :func:`new_folder`.
     """
-    path = Path(path)
+    path = _followed(Path(path))
     _require_replaceable(path, overwrite, entries)
     _require_parent(path)
 
@@ -116,12 +116,7 @@ def _require_replaceable(path: Path, overwrite: bool, entries: set[str] | None) 
     if not path.exists():
         return
     if not overwrite:
-        raise OutputExists(
-            f"writing to {str(path)!r}",
-            "it already exists",
-            "a result is never overwritten by accident",
-            "choose another folder, remove it, or ask for overwriting (--overwrite)",
-        )
+        raise _exists(path)
     others = [] if path.is_dir() else [path.name]
     if path.is_dir() and entries is not None:
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in entries)
@@ -134,13 +129,29 @@ def _require_replaceable(path: Path, overwrite: bool, entries: set[str] | None) 
         )
 
 
-def _put(temporary: Path, path: Path) -> None:
+def _exists(path: Path) -> OutputExists:
+    return OutputExists(
+        f"writing to {str(path)!r}",
+        "it already exists",
+        "a result is never overwritten by accident",
+        "choose another folder, remove it, or ask for overwriting (--overwrite)",
+    )
+
+
+def _followed(path: Path) -> Path:
+    """Where a link leads: a folder cannot be renamed to the name of a link."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def _put(temporary: Path, path: Path, overwrite: bool) -> None:
     try:
         temporary.rename(path)
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+    if not overwrite:  # another process has made it since it was looked for
+        raise _exists(path)
     if not _exchange(temporary, path):
         # No atomic exchange on this system: the old folder survives under another name
         # until the new one is in place.
