@@ -21,6 +21,9 @@ _AT_FDCWD = -100
 def new_file(path: str | Path) -> Iterator[Path]:
     """Write to the yielded path; it becomes ``path`` only if the block ends without an error.
 
+    Raises:
+        FileError: Nothing can be written there, or writing broke off, as on a full disk.
+
     Example:
         >>> import tempfile, pathlib
         >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
@@ -50,6 +53,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        raise _broken_off(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -63,6 +68,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         OutputExists: ``path`` exists and ``overwrite`` is false, or it holds other things.
+        FileError: Nothing can be written there, or writing broke off, as on a full disk.
     """
     path = _followed(Path(path))
     _require_replaceable(path, overwrite, None)
@@ -80,6 +86,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         _put(temporary, path, overwrite)
         _sync(path.parent)
+    except OSError as error:
+        raise _broken_off(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -187,6 +195,18 @@ def _unwritable(path: Path, error: OSError) -> FileError:
         f"nothing can be written into {path.parent} ({error.strerror or error})",
         "the result is built beside its place, under a longer name, and moved there whole",
         "choose a folder that you may write to, or a shorter name",
+    )
+
+
+def _broken_off(path: Path, error: OSError) -> OSError:
+    """What to raise where writing fails half-way; an error that says so already stays as it is."""
+    if isinstance(error, FileError):
+        return error
+    return FileError(
+        f"writing to {str(path)!r}",
+        f"it broke off ({error.strerror or error})",
+        "the disk is full perhaps, or a quota is used up; nothing half-written was left",
+        "make room, or choose another place",
     )
 
 

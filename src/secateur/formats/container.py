@@ -63,6 +63,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], masks: Masks)
 
     Raises:
         UsageError: A tensor or mask cannot be stored; the message names it.
+        FileError: The file cannot be written, as on a full disk.
 
     Example:
         >>> import tempfile
@@ -89,7 +90,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], masks: Masks)
     stored = _apart(stored)
     metadata = {"format": "pt", "secateur": Table(sparse, aliases).to_json()}
     with new_file(path) as temporary:
-        save_file(stored, temporary, metadata={**metadata, "secateur_sha256": _BLANK.decode()})
+        try:
+            save_file(stored, temporary, metadata={**metadata, "secateur_sha256": _BLANK.decode()})
+        except SafetensorError as error:  # the tensors were checked: it is the disk
+            raise OSError(str(error)) from error
         _seal_(temporary)
 
 
