@@ -21,6 +21,7 @@ import secateur
 from secateur import Data, FineTune, Gradual, Recipe, Target
 from secateur.core.errors import DataError, SecateurError, UsageError
 from secateur.core.masks import Masks
+from secateur.core.slots import bare
 from secateur.drive.training import ranks
 from secateur.drive.training.order import Feed, Shuffled
 from secateur.drive.training.resume import Training, resume_, save_checkpoint
@@ -73,7 +74,7 @@ def train(training: Training, steps: int) -> None:
 
 
 def facts(training: Training) -> dict[str, Any]:
-    model = ranks.bare(training.model)
+    model = bare(training.model)
     return {
         "masks": training.pruner.masks.fingerprint(),
         "sparsity": training.pruner.masks.sparsity,
@@ -461,8 +462,8 @@ def test_wrappers_are_looked_through() -> None:
     model = net()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert ranks.bare(torch.compile(model, backend="eager")) is model
-    assert ranks.bare(model) is model
+        assert bare(torch.compile(model, backend="eager")) is model
+    assert bare(model) is model
 
 
 if __name__ == "__main__":

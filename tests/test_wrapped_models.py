@@ -1,4 +1,4 @@
-"""Networks inside torch.compile or data parallelism are pruned like the plain ones."""
+"""Networks inside torch.compile or data parallelism are pruned, loaded and measured like plain ones."""
 
 import copy
 from collections.abc import Callable
@@ -7,9 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import secateur
-from secateur import Recipe, ShrinkRecipe, Target, prune, prune_, recipes, shrink
+from secateur import (
+    Recipe,
+    ShrinkRecipe,
+    Target,
+    attach_,
+    compare,
+    measure,
+    prune,
+    prune_,
+    recipes,
+    shrink,
+)
+from secateur.cli.main import app
+from secateur.evaluate.compare import identical
 
 BATCHES = [(x, x[:, :4].argmax(1)) for x in torch.randn(4, 16, 16, generator=torch.Generator())]
 
@@ -90,3 +104,49 @@ def test_a_network_with_a_compiled_part_is_pruned_like_the_plain_one(name: str, 
     found, plain = prune(net, recipe, BATCHES), prune(mlp(), recipe, BATCHES)
     assert list(found.masks) == ["0.weight", "2._orig_mod.0.weight"]
     assert [m.tolist() for m in found.masks.values()] == [m.tolist() for m in plain.masks.values()]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_bundle_is_loaded_into_a_wrapped_network(
+    wrap: Callable[[nn.Module], nn.Module], cut: bool, tmp_path: Path
+) -> None:
+    target = Target.parse("params=60%")
+    found = shrink(mlp(), ShrinkRecipe(target=target), data=BATCHES) if cut else prune(mlp())
+    found.save(tmp_path / "bundle")
+    net = mlp()
+    loaded = secateur.load(wrap(net), tmp_path / "bundle")
+    assert loaded.model is net
+    assert identical(net, found.model)
+    assert loaded.masks == found.masks
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_network_is_measured_like_the_plain_one(
+    wrap: Callable[[nn.Module], nn.Module],
+) -> None:
+    found = prune(mlp())
+    wrapped = wrap(copy.deepcopy(found.model))
+    plain = measure(found.model, BATCHES, masks=found.masks, latency=False)
+    assert measure(wrapped, BATCHES, masks=found.masks, latency=False) == plain
+    both = compare(found, wrapped, BATCHES, masks=(None, found.masks), latency=False)
+    assert both.identical
+    assert both.a == both.b == plain
+    attach_(found.model, found.masks)
+    assert measure(wrap(found.model), latency=False).cost.bytes == plain.cost.bytes
+
+
+@pytest.mark.parametrize("wrap", ["torch.compile(net, backend='eager')", "nn.DataParallel(net)"])
+def test_a_function_may_give_a_wrapped_network(wrap: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def plain(): return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))\n"
+        f"def build():\n    net = plain()\n    return {wrap}\n"
+    )
+    for words in (
+        ("prune", f"{tmp_path}/net.py:build", "-o", str(tmp_path / "out")),
+        ("evaluate", str(tmp_path / "out")),
+        ("evaluate", str(tmp_path / "out"), "--model", f"{tmp_path}/net.py:plain"),
+    ):
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output

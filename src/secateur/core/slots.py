@@ -118,3 +118,16 @@ def weights(model: nn.Module, slots: Iterable[Slot]) -> list[Weight]:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter (CPU for a model without any)."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of data parallelism and ``torch.compile``.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> bare(net) is net, bare(torch.compile(net, backend="eager")) is net
+        (True, True)
+    """
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+    return bare(inner) if isinstance(inner, nn.Module) else model

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from secateur.core.arguments import require_dense
 from secateur.core.errors import UsageError, kind_of
+from secateur.core.slots import bare
 from secateur.drive.training import ranks
 
 
@@ -31,7 +32,7 @@ def network_of(model: nn.Module) -> nn.Module:
         True
     """
     if isinstance(model, nn.Module):
-        model = ranks.bare(model)
+        model = bare(model)
     found = _obstacle(model)
     if found is not None:
         raise UsageError("the model", *found)

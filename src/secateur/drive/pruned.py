@@ -10,6 +10,7 @@ from torch import nn
 from secateur.core.arguments import require_network
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
+from secateur.core.slots import bare
 from secateur.formats import Surgery, read_bundle, write_bundle
 from secateur.frontends.surgery import load_bundle_
 
@@ -63,7 +64,8 @@ def load(model: nn.Module, folder: str | Path, *, check_weights: bool = False) -
     one. Classes, names, shapes and types are checked before anything is changed.
 
     Args:
-        model: The architecture that the bundle was made from. Its values do not matter.
+        model: The architecture that the bundle was made from. Its values do not matter. Of a compiled
+            one, or one in data parallelism, the network inside.
         folder: The bundle.
         check_weights: Require that ``model`` has the very weights that were cut (their hash is in
             ``surgery.json``). A freshly built model has others.
@@ -83,6 +85,7 @@ def load(model: nn.Module, folder: str | Path, *, check_weights: bool = False) -
         True
     """
     require_network("loading a bundle into a model", model)
+    model = bare(model)
     bundle = read_bundle(folder)
     load_bundle_(model, bundle, check_weights=check_weights)
     return Pruned(model, bundle.masks, bundle.facts, bundle.surgery)

@@ -23,7 +23,7 @@ from secateur.core.losses import (
     task_loss,
     unusable,
 )
-from secateur.core.slots import device_of
+from secateur.core.slots import bare, device_of
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _shifts(model: nn.Module, batch: Batch, target: Tensor) -> bool:
     """Whether the labels are the inputs themselves, each to be predicted from those before it."""
     if not isinstance(batch, Mapping) or target.ndim != 2:
         return False
-    name = type(model).__name__
+    name = type(bare(model)).__name__
     if "CausalLM" in name or "LMHead" in name:
         return True
     ids = batch.get("input_ids")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch, as_data, evaluating, size_of
 from secateur.core.masks import Masks
+from secateur.core.slots import bare
 from secateur.drive.pruned import Pruned
 from secateur.evaluate.accuracy import Answers, answer, choices, divergence
 from secateur.evaluate.cost import cost_of
@@ -134,13 +135,15 @@ def compare(
 def identical(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks have the same tensors, bit for bit, under the same names.
 
+    Wrappers of ``torch.compile`` and data parallelism are passed over.
+
     Example:
         >>> net = nn.Linear(2, 2)
         >>> other = nn.Linear(2, 2)
         >>> identical(net, net), identical(net, other)
         (True, False)
     """
-    left, right = a.state_dict(), b.state_dict()
+    left, right = bare(a).state_dict(), bare(b).state_dict()
     return left.keys() == right.keys() and all(
         left[n].shape == right[n].shape
         and left[n].dtype == right[n].dtype

@@ -11,7 +11,7 @@ from torch import nn
 from secateur.core.batches import Batch
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
-from secateur.core.slots import Slot
+from secateur.core.slots import Slot, bare
 from secateur.drive.money import uses
 from secateur.drive.training.held import SUFFIX, masks_of
 from secateur.formats import write_bundle
@@ -64,7 +64,7 @@ def cost_of(model: nn.Module, masks: Masks | None = None, example: Batch | None 
         >>> cost.parameters, cost.macs_dense
         (10, 8.0)
     """
-    model = dense_copy(model)
+    model = dense_copy(bare(model))
     parameters = [p.detach() for p in model.parameters()]
     dense: float | None = None
     kept: float | None = None

@@ -13,6 +13,7 @@ from secateur.core.batches import Data
 from secateur.core.errors import FileError, FormatError, NotYet, UnknownName, UsageError, kind_of
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
+from secateur.core.slots import bare
 from secateur.formats import Bundle, read_bundle
 from secateur.formats.bundle import is_meant
 from secateur.frontends import pyfile
@@ -51,8 +52,9 @@ def load_model(spec: str, *, weights: str | None = None, model: str | None = Non
     r"""Build the model that ``spec`` names.
 
     Args:
-        spec: ``file.py:function`` (called without arguments, returns a module), a Transformers
-            folder (``config.json`` and ``model.safetensors``), or a bundle.
+        spec: ``file.py:function`` (called without arguments, returns a module, which is taken out of
+            wrappers of ``torch.compile`` and data parallelism), a Transformers folder
+            (``config.json`` and ``model.safetensors``), or a bundle.
         weights: For a function: a ``.safetensors`` file or a bundle to load into what it builds.
         model: For a bundle: what to build (``file.py:function`` or a Transformers folder), if the
             bundle does not say or what it says is gone.
@@ -205,7 +207,7 @@ def _built(spec: str) -> nn.Module:
             "pruning works on torch.nn.Module",
             "return the module itself",
         )
-    return network
+    return bare(network)  # compared are networks, and a pruned one comes without a wrapper
 
 
 def _transformers(folder: Path, others: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -13,6 +13,7 @@ from secateur.allocate.widths import GivenWidths
 from secateur.core.arguments import require_kind
 from secateur.core.batches import Data, lack
 from secateur.core.errors import NeedsData, NotYet, UsageError
+from secateur.core.slots import bare
 from secateur.drive.plan import require_finite
 from secateur.drive.recipe import describe
 from secateur.drive.structural.recipe import ShrinkRecipe
@@ -108,8 +109,8 @@ def require_fit(
             "DistributedDataParallel keeps buffers of the old shapes",
             "train on one process, or prune with masks (Gradual) and shrink afterwards",
         )
-    require_finite(ranks.bare(model))
-    if masks_of(ranks.bare(model)):
+    require_finite(bare(model))
+    if masks_of(bare(model)):
         found, why = "it carries masks", "a cut would leave the masks behind"
         raise UsageError("Shrinking(...)", found, why, "call detach_ first; the zeros stay")
     own = {id(p) for p in model.parameters()}

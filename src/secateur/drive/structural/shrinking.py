@@ -19,6 +19,7 @@ from secateur.core.errors import NeedsData, UsageError
 from secateur.core.facts import Facts, environment
 from secateur.core.masks import Masks
 from secateur.core.randomness import own_random
+from secateur.core.slots import bare
 from secateur.drive.money import uses
 from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
@@ -106,7 +107,7 @@ class Shrinking:
         require_fit(model, ranks.bare_optimizer(optimizer), recipe, found)
         require_kind("Shrinking(pace=...)", pace, Pace, what="a Pace", write="e.g. pace=Pace()")
         pace.require_possible()
-        self.model, self.optimizer = ranks.bare(model), ranks.bare_optimizer(optimizer)
+        self.model, self.optimizer = bare(model), ranks.bare_optimizer(optimizer)
         self.recipe, self.pace = recipe, pace
         self.facts = Facts(
             to_plain(recipe), fingerprint_of(recipe, pace), environment=environment()

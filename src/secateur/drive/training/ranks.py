@@ -230,19 +230,6 @@ def require_equal_epochs(batches: int) -> None:
         )
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers of data parallelism and ``torch.compile``.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> bare(net) is net, bare(torch.compile(net, backend="eager")) is net
-        (True, True)
-    """
-    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-    inner = model.module if wrapped else getattr(model, "_orig_mod", None)
-    return bare(inner) if isinstance(inner, nn.Module) else model
-
-
 def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside the wrapper of Accelerate.
 

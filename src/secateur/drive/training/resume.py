@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import FormatError, SecateurError, UsageError
 from secateur.core.masks import Masks
-from secateur.core.slots import device_of
+from secateur.core.slots import bare, device_of
 from secateur.drive.training import ranks
 from secateur.drive.training.chance import random_states, restore_random_
 from secateur.drive.training.held import SUFFIX, attach_, masks_of
@@ -273,7 +273,7 @@ def beside(file: Path, number: int) -> Path:
 
 def state_of(training: Training) -> dict[str, Any]:
     """Everything that decides how the loop goes on, as nested plain values and tensors."""
-    model = ranks.bare(training.model)
+    model = bare(training.model)
     return {
         "model": _without_masks(model),
         "masks": dict(masks_of(model)),
@@ -289,7 +289,7 @@ def put_back_(training: Training, state: Mapping[str, Any]) -> None:
     Raises:
         UsageError: The parts do not fit; nothing was changed.
     """
-    model = ranks.bare(training.model)
+    model = bare(training.model)
     parts = training.parts()
     own, masks = _without_masks(model), Masks(state["masks"])
     lost = sorted(set(masks_of(model)) - set(masks))
@@ -340,7 +340,7 @@ def on_device(value: Any, device: torch.device) -> Any:
 
 def stamp_of(training: Training, step: int) -> Stamp:
     """What a checkpoint of this loop belongs to."""
-    tensors = _without_masks(ranks.bare(training.model))
+    tensors = _without_masks(bare(training.model))
     return Stamp(
         names_hash({n: t for n, t in tensors.items() if isinstance(t, Tensor)}),
         training.fingerprint,

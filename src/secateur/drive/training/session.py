@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.core.batches import Data, as_data
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
-from secateur.core.slots import device_of
+from secateur.core.slots import bare, device_of
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe
 from secateur.drive.training import ranks
@@ -276,7 +276,7 @@ def _kept(
     model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str]
 ) -> list[tuple[Tensor, Tensor]]:
     """Masked weights and their optimizer state, each with a copy in main memory."""
-    state, known = ranks.bare_optimizer(optimizer).state, dict(ranks.bare(model).named_parameters())
+    state, known = ranks.bare_optimizer(optimizer).state, dict(bare(model).named_parameters())
     parameters = [known[name] for name in names if name in known]
     slots = [v for p in parameters for v in state.get(p, {}).values() if isinstance(v, Tensor)]
     tensors: list[Tensor] = [*parameters, *slots]
