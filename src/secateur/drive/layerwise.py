@@ -87,10 +87,11 @@ class MaskChoice:
     def knee(self, stats: Stats) -> float | None:
         """Where plain masking begins to hurt: the point of the error curve farthest below its chord.
 
-        Not looked for in weights of over a million elements, where it would cost more than pruning.
+        Not looked for in weights of over a million elements, where it would cost more than pruning,
+        nor with N:M, which has one level and no curve.
         """
-        size = self._weight.value.numel()
-        if (Sketch(), self._weight.name) not in stats or size > _LARGE:
+        size, runs = self._weight.value.numel(), isinstance(self._recipe.pattern, NM)
+        if runs or (Sketch(), self._weight.name) not in stats or size > _LARGE:
             return None
         curve = [(0.0, 0.0)]
         for level in _LEVELS:
