@@ -170,6 +170,23 @@ def test_load_refuses_what_one_memory_cannot_hold() -> None:
         load_into_(lazy, Bundle({"weight": torch.ones(2, 2)}, Masks({}), {}, Facts()))
 
 
+class Turning(nn.Module):
+    """Holds factors, and a view of their memory that stands for their conjugates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turn", torch.randn(3, dtype=torch.complex64))
+        self.register_buffer("back", self.get_buffer("turn").conj())
+
+
+def test_conjugates_in_the_same_memory_are_tensors_of_their_own(tmp_path: Path) -> None:
+    net, fresh = Turning(), Turning()
+    write_bundle(tmp_path / "b", net.state_dict(), Masks({}), recipe={}, facts=Facts())
+    load_into_(fresh, read_bundle(tmp_path / "b"))
+    assert torch.equal(fresh.get_buffer("turn"), net.get_buffer("turn"))
+    assert torch.equal(fresh.get_buffer("back"), net.get_buffer("turn").conj())
+
+
 def test_load_keeps_views_that_agree() -> None:
     base = torch.zeros(6)
     model = nn.Module()

@@ -103,10 +103,15 @@ def _rehearse(asked: str, own: Mapping[str, Tensor], new: Mapping[str, Tensor]) 
         )
         for name, x in own.items()
     }
+    views = {name: x.conj() if own[name].is_conj() else x for name, x in views.items()}
     try:
         for name, view in views.items():
             view.copy_(new[name])
-        bad = [repr(name) for name, view in views.items() if not same_bits(view, new[name])]
+        bad = [
+            repr(name)
+            for name, view in views.items()
+            if not same_bits(view.resolve_conj(), new[name])
+        ]
     except RuntimeError:
         bad = [repr(name) for name in own]
     if bad:

@@ -42,7 +42,9 @@ def view_of(tensor: Tensor) -> View | None:
         return None
     span = 1 + sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.itemsize
-    kind = f"{tensor.device} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}"
+    # A conjugate or negative view has the memory of its tensor and other values.
+    bits = f"{tensor.is_conj()} {tensor.is_neg()}"
+    kind = f"{tensor.device} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {bits}"
     storage = tensor.untyped_storage().data_ptr()
     return View(storage, start, start + span * tensor.itemsize, kind)
 
