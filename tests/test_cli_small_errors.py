@@ -50,6 +50,12 @@ def test_keys_that_stand_twice(tmp_path: Path, text: str, key: str) -> None:
         read_recipe(tmp_path / "r.yaml")
 
 
+def test_thousands_of_brackets(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(5_000 * "[")
+    with pytest.raises(FormatError, match="It must be a YAML file"):
+        read_recipe(tmp_path / "r.yaml")
+
+
 def test_a_key_may_stand_in_two_mappings(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("target: {sparsity: 0.5}\nmethod: {gmp: {sparsity: 0.5}}")
     assert read_recipe(tmp_path / "r.yaml").target.value == 0.5  # type: ignore[union-attr]

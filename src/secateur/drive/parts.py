@@ -314,7 +314,8 @@ def read_plain(path: str | Path) -> Mapping[str, Any]:
                 "leave one of them out",
             )
         data = plain_text(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: of 2001-99-99, no date
+    # ValueError: of 2001-99-99, no date; RecursionError: of thousands of brackets
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(
