@@ -72,6 +72,42 @@ def test_tied_weights_are_stored_once_and_loaded_twice(tmp_path: Path) -> None:
         load_weights_(untied, str(tmp_path / "w.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_weights_saved_from_a_wrapped_network(wrapper: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net, file = nn.Linear(4, 2), str(tmp_path / "w.safetensors")
+    save_file({wrapper + name: x for name, x in net.state_dict().items()}, file)
+    plain = nn.Linear(4, 2)
+    load_weights_(plain, file)
+    assert torch.equal(plain.weight, net.weight)
+    with pytest.raises(UsageError, match="of the same model"):  # only what a wrapper puts there
+        load_weights_(nn.Sequential(nn.Linear(4, 2)), file)
+
+
+def test_a_network_may_have_a_part_that_is_called_module(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net, file = nn.Module(), str(tmp_path / "w.safetensors")
+    net.module = nn.Linear(4, 2)
+    save_file({name: x + 1 for name, x in net.state_dict().items()}, file)
+    before = net.get_parameter("module.weight").detach().clone()
+    load_weights_(net, file)
+    assert torch.equal(net.get_parameter("module.weight"), before + 1)
+
+
+def test_weights_of_another_type_are_told_as_such(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net, file = nn.Linear(4, 2), str(tmp_path / "w.safetensors")
+    save_file({name: x.half() for name, x in net.state_dict().items()}, file)
+    with pytest.raises(UsageError, match=r"\.to\(torch\.float16\), or save the weights"):
+        load_weights_(net, file)
+    load_weights_(net.half(), file)
+
+
 # --- Transformers ------------------------------------------------------------------------------
 
 

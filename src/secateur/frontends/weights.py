@@ -21,7 +21,8 @@ def load_weights_(network: nn.Module, path: str, bundle: Bundle | None = None) -
 
     Args:
         network: Any module.
-        path: The folder or file.
+        path: The folder or file. Names in a file may begin with ``module.`` or ``_orig_mod.``, as those
+            of networks in data parallelism or ``torch.compile`` do.
         bundle: The bundle, if it was read already.
 
     Returns:
@@ -41,7 +42,7 @@ def load_weights_(network: nn.Module, path: str, bundle: Bundle | None = None) -
     try:
         load_bundle_(network, found)
     except UsageError as error:
-        do = "use the weights and the network of the same model; nothing was loaded"
+        do = _advice(network, found.tensors)
         raise UsageError(f"the weights {path!r}", error.found, error.why, do) from error
     return found.masks
 
@@ -76,7 +77,33 @@ def _read(path: Path, network: nn.Module) -> Bundle:
     if ours:  # the file of a bundle, taken out of its folder
         tensors, masks = read_tensors(path)
         return Bundle(tensors, masks, {}, Facts())
-    return Bundle(_with_tied(network, tensors), Masks({}), {}, Facts())
+    named = _unwrapped(network, tensors)
+    return Bundle(_with_tied(network, named), Masks({}), {}, Facts())
+
+
+def _unwrapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Plain names in place of those that ``torch.compile`` or data parallelism has lengthened."""
+    own = [name for name, _ in network.named_parameters()]
+    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # either may be inside the other
+        if tensors and all(n.startswith(wrapper) for n in tensors):
+            if any(n.startswith(wrapper) for n in own):  # a name of the network's own
+                break
+            tensors = {n.removeprefix(wrapper): x for n, x in tensors.items()}
+    return tensors
+
+
+def _advice(network: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """What to do about weights that do not fit: they may only be of another type."""
+    state = network.state_dict()
+    shapes = {name: x.shape for name, x in state.items() if isinstance(x, Tensor)}
+    if shapes == {name: x.shape for name, x in tensors.items()}:
+        stored = {x.dtype for name, x in tensors.items() if x.dtype != state[name].dtype}
+        if len(stored) == 1:
+            return (
+                f"give the network their type where it is built, e.g. .to({stored.pop()}), or save the "
+                "weights in the network's; nothing was loaded"
+            )
+    return "use the weights and the network of the same model; nothing was loaded"
 
 
 def _with_tied(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
