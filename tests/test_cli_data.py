@@ -138,6 +138,32 @@ def test_data_that_the_model_cannot_take_are_no_defect(
     assert not (place / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["prune", "shrink", "ticket"])
+@pytest.mark.parametrize(
+    ("buffer", "told"),
+    [("torch.eye(4).to_sparse()", "torch.sparse_coo"), ("torch.ones(4).cdouble()", "complex128")],
+)
+def test_what_cannot_be_saved_is_told_before_the_work(
+    command: str, buffer: str, told: str, place: Path
+) -> None:
+    (place / "odd.py").write_text(
+        "from net import *\n"
+        "def odd():\n"
+        f"    net = build(); net.register_buffer('adjacency', {buffer}); return net\n"
+        "def unread():\n"
+        "    def batches():\n"
+        "        raise AssertionError('work has begun')\n"
+        "        yield\n"
+        "    return batches(), batches()\n"
+    )
+    words = (command, "odd.py:odd", "-o", "out", "--data", "odd.py:unread")
+    error = refused(*words, code=2)
+    assert "'adjacency'" in error["asked"]
+    assert told in error["found"]
+    assert "persistent=False" in error["do"]
+    assert not (place / "out").exists()
+
+
 def test_a_defect_of_ours_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("our own mistake")

@@ -25,6 +25,7 @@ from secateur.drive.training.recorder import Checkpoints
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
+from secateur.formats.container import require_storable
 from secateur.frontends import Exported, Loaded, export_onnx, load_data, load_model
 from secateur.report import comparison_table, exported_text, layer_table, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
@@ -140,6 +141,7 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
         require_places(output, onnx, data, overwrite=overwrite)
         saved = _checkpoints(wanted, checkpoint, checkpoint_every)
         loaded = out.noting(load_model(model, weights=weights, model=architecture))
+        require_storable(loaded.model.state_dict())
         batches = None if data is None else load_data(data)
         if batches is not None and calibration is not None:
             batches = dataclasses.replace(batches, calibration=calibration)

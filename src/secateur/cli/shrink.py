@@ -23,6 +23,7 @@ from secateur.drive.structural.shrink import shrink as run
 from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
+from secateur.formats.container import require_storable
 from secateur.frontends import Exported, export_onnx, load_data, load_model
 from secateur.frontends.example import example_inputs
 from secateur.frontends.transformers import copy_readers
@@ -156,6 +157,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         )
         require_places(output, onnx, data, pretrained=pretrained, overwrite=overwrite)
         loaded = out.noting(load_model(model, weights=weights, model=architecture))
+        require_storable(loaded.model.state_dict())
         if pretrained is not None:
             require_transformers(loaded.model)
         batches = None if data is None else load_data(data)

@@ -28,6 +28,7 @@ from secateur.experiments import (
     overall_structure,
 )
 from secateur.experiments.reading import require_errors
+from secateur.formats.container import require_storable
 from secateur.frontends import load_data, load_model
 from secateur.report import notes_text
 from secateur.report.tickets import structure_table, ticket_table
@@ -216,6 +217,7 @@ def _network(
 ) -> nn.Module | Callable[[], nn.Module]:
     """A function where the file's own function draws the weights, else the network."""
     loaded = load_model(model, weights=weights, model=architecture)
+    require_storable(loaded.model.state_dict())
     if loaded.masks:
         raise UsageError(
             f"tickets of {model!r}",

@@ -48,6 +48,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _MARK = b'"secateur_sha256":"'
 _BLANK = b"0" * 64
 _AGAIN = "copy the file again from where it came, or write it again"
+_CONVERT = "convert it; or, where the network makes it anew, register it with persistent=False"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], masks: Masks) -> None:
@@ -74,8 +75,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], masks: Masks)
         >>> tensors["w"].tolist(), masks["w"].tolist()
         ([[1.5, 0.0]], [[True, False]])
     """
-    for name, tensor in tensors.items():
-        _require_storable(name, tensor)
+    require_storable(tensors)
     for name, mask in masks.items():
         _require_masked(name, mask, tensors)
     aliases = find_aliases(tensors, masks)
@@ -250,6 +250,26 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
+def require_storable(tensors: Mapping[str, object]) -> None:
+    """Fail early, before hours of work, where :func:`write_tensors` would fail at the end.
+
+    Args:
+        tensors: A full ``state_dict``.
+
+    Raises:
+        UsageError: One of them cannot be stored; the message names it.
+
+    Example:
+        >>> require_storable({"w": torch.zeros(2)})
+        >>> require_storable({"w": torch.zeros(2).to_sparse()})
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: writing the tensor 'w': it is torch.sparse_coo on cpu, ...
+    """
+    for name, tensor in tensors.items():
+        _require_storable(name, tensor)
+
+
 def _require_storable(name: str, tensor: object) -> None:
     asked = f"writing the tensor {name!r}"
     if not isinstance(tensor, Tensor):
@@ -257,10 +277,10 @@ def _require_storable(name: str, tensor: object) -> None:
         raise UsageError(asked, found, why, "leave it out of the state_dict")
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         found = f"it is {tensor.layout} on {tensor.device}, quantized: {tensor.is_quantized}"
-        raise UsageError(asked, found, "only plain tensors with data can be stored", "convert it")
+        raise UsageError(asked, found, "only plain tensors with data can be stored", _CONVERT)
     if tensor.dtype not in DTYPES.values():
         why = f"the format has {', '.join(DTYPES)}"
-        raise UsageError(asked, f"its type is {tensor.dtype}", why, "convert it")
+        raise UsageError(asked, f"its type is {tensor.dtype}", why, _CONVERT)
     if name == "__metadata__" or name.encode("utf-8", "replace").decode() != name:
         why = "names are UTF-8 text, and '__metadata__' is taken by the format"
         raise UsageError(asked, "it cannot have that name", why, "rename it")
