@@ -164,6 +164,21 @@ def test_what_cannot_be_saved_is_told_before_the_work(
     assert not (place / "out").exists()
 
 
+def test_single_samples_are_no_batches(place: Path) -> None:
+    (place / "rows.py").write_text(
+        "import torch\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "rows = TensorDataset(torch.zeros(8, 16), torch.zeros(8, dtype=torch.long))\n"
+        "def bare(): return rows, rows\n"
+        "def loaders(): return DataLoader(rows, 4), DataLoader(rows, 4)\n"
+    )
+    error = refused("evaluate", "net.py:build", "--data", "rows.py:bare", code=2)
+    assert "a TensorDataset, a data set, was given" in error["found"]
+    assert "DataLoader(TensorDataset(...), batch_size=32)" in error["do"]
+    done = CliRunner().invoke(app, ["evaluate", "net.py:build", "--data", "rows.py:loaders"])
+    assert done.exit_code == 0, done.output
+
+
 def test_a_defect_of_ours_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("our own mistake")

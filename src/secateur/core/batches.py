@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from secateur.core.arguments import require_count
 from secateur.core.errors import (
@@ -136,6 +136,14 @@ _FIELDS = tuple(f.name for f in fields(Data))
 
 
 def _require_batches(asked: str, batches: object) -> None:
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        kind = type(batches).__name__
+        raise UsageError(
+            asked,
+            f"{kind_of(batches)}, a data set, was given",
+            "it yields single samples, and batches are wanted",
+            f"write DataLoader({kind}(...), batch_size=32); where its items are batches, batch_size=None",
+        )
     found = ""
     parts: Any = batches.values() if isinstance(batches, Mapping) else batches
     if isinstance(batches, Tensor):
