@@ -179,6 +179,55 @@ def test_single_samples_are_no_batches(place: Path) -> None:
     assert done.exit_code == 0, done.output
 
 
+def told(*words: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code in (0, 6), done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_shapes_are_enough_for_multiply_adds_and_latency() -> None:
+    found = told("evaluate", "net.py:build", "--input", "2x16")["measurement"]
+    assert found["macs"] == found["macs_dense"] == 16 * 64 + 64 * 64 + 64 * 4
+    assert found["latency"]["batch"] == 2
+    assert found["accuracy"] is None
+    assert found["samples"] == 0
+
+
+def test_networks_are_compared_and_shrunk_on_shapes(place: Path) -> None:
+    words = ("--input", "1x16", "--recovery", "none", "--target", "params=50%")
+    own = told("shrink", "net.py:build", "-o", "out", *words)["comparison"]
+    words = ("compare", "net.py:build", "out", "--input", "1x16", "--require", "faster")
+    found = told(*words)
+    for each in (own, found["comparison"]):
+        assert each["b"]["macs"] < each["a"]["macs"] == 16 * 64 + 64 * 64 + 64 * 4
+        assert each["speed"]["low"] <= each["speed"]["ratio"] <= each["speed"]["high"]
+    faster = next(gain for gain in found["comparison"]["verdict"] if gain["name"] == "faster")
+    assert found["missing"] == ([] if faster["real"] else ["faster"])
+
+
+@pytest.mark.parametrize(
+    ("words", "piece"),
+    [
+        (("evaluate", "net.py:build", "--input", "1x15"), "its own forward fails"),
+        (("compare", "net.py:build", "net.py:other", "--input", "1x16"), "its own forward fails"),
+        (
+            ("evaluate", "net.py:build", "--input", "1x16", "--data", "net.py:good"),
+            "both were given",
+        ),
+        (("compare", "net.py:build", "net.py:build", "--require", "faster"), "no data was given"),
+        (
+            ("compare", "net.py:build", "net.py:build", "--input", "1x16", "--require", "accuracy"),
+            "no data was given",
+        ),
+    ],
+)
+def test_shapes_that_will_not_do(words: tuple[str, ...], piece: str, place: Path) -> None:
+    with (place / "net.py").open("a") as file:
+        file.write("def other(): return nn.Linear(8, 4)\n")
+    assert piece in refused(*words, code=2)["found"]
+
+
 def test_a_defect_of_ours_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("our own mistake")

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from secateur.cli import options
+from secateur.cli.example import example_from
 from secateur.cli.screen import screen
 from secateur.core.errors import UnknownName, UsageError
 from secateur.core.facts import environment
@@ -35,6 +36,7 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
     data: options.Data = None,
     weights: options.Weights = None,
     architecture: options.Architecture = None,
+    inputs: options.Input = None,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,21 +52,25 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
     """Compare A with B: paired accuracy, size, and latency measured in turn.
 
     Of two masked networks it also says how alike their masks are.
-    --weights belongs to A. --model belongs to whichever is a bundle.
+    --weights belongs to A. --model belongs to whichever is a bundle. Without data, both are timed on
+    random numbers of the shapes in --input.
 
         secateur compare net.py:build small --weights net.safetensors --data data.py:load
     """
     with screen("compare", json=json, threads=threads) as out:
-        claims = [_claim(text, data) for text in require or ()]
+        claims = [_claim(text, data, inputs) for text in require or ()]
         # --model is for bundles; a function or a folder says itself what to build.
         first = out.noting(
             load_model(a, weights=weights, model=architecture if is_bundle(a) else None)
         )
         second = out.noting(load_model(b, model=architecture if is_bundle(b) else None))
         batches = None if data is None else load_data(data)
+        example = example_from(inputs, data, first.model, second.model)
         masks = first.masks or None, second.masks or None
         with out.watching(batches) as watched:
-            found = compare_networks(first.model, second.model, watched, masks=masks)
+            found = compare_networks(
+                first.model, second.model, watched, masks=masks, example=example
+            )
         out.text.print(comparison_table(found, (_short(a), _short(b))))
         out.show(verdict_text(found.verdict))
         if found.identical:
@@ -100,7 +106,7 @@ def _alike(a: Masks, b: Masks) -> Similarity | None:
     return mask_jaccard(a, b, per_layer=False) if same else None
 
 
-def _claim(text: str, data: str | None) -> tuple[str, float | None]:
+def _claim(text: str, data: str | None, inputs: str | None) -> tuple[str, float | None]:
     """``smaller``, ``faster``, ``accuracy`` or ``accuracy=0.5``."""
     name, equals, value = text.partition("=")
     if name not in _REQUIRABLE:
@@ -112,9 +118,13 @@ def _claim(text: str, data: str | None) -> tuple[str, float | None]:
             "it holds or it does not",
             f"write {name}",
         )
-    if data is None and name != "smaller":
+    timed = name == "faster" and inputs is not None
+    if data is None and name != "smaller" and not timed:
         raise UsageError(
-            f"--require {text}", "no data was given", "it is measured on data", "add --data"
+            f"--require {text}",
+            "no data was given",
+            "it is measured on data",
+            "add --data" + (", or --input" if name == "faster" else ""),
         )
     return name, _points(text, value) if equals else None
 

@@ -16,7 +16,7 @@ from secateur.cli.screen import Screen, screen
 from secateur.core.batches import first_of
 from secateur.core.masks import Masks
 from secateur.drive.pruned import Pruned
-from secateur.drive.structural.cutting import example_of
+from secateur.drive.structural.cutting import as_batch, example_of
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import from_plain, read_shrink_recipe
 from secateur.drive.structural.shrink import shrink as run
@@ -173,7 +173,8 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         _note_masks(pruned, loaded.masks)
         masks = (loaded.masks or None, None)
         with out.watching(batches if measurable else None) as watched:
-            found = compare_networks(loaded.model, pruned, watched, masks=masks)
+            taken = None if measurable or example is None else as_batch(example)
+            found = compare_networks(loaded.model, pruned, watched, masks=masks, example=taken)
         pruned.facts.measures["comparison"] = comparison_json(found)
         exported = None
         if onnx is not None:

@@ -1,0 +1,45 @@
+"""What networks are run on where shapes stand in for data."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from secateur.core.batches import Batch, evaluating, forward, to_device
+from secateur.core.errors import UsageError
+from secateur.core.failing import on_example
+from secateur.core.slots import device_of
+from secateur.drive.structural.cutting import as_batch
+from secateur.frontends.example import example_inputs
+
+
+def example_from(inputs: str | None, data: str | None, *models: nn.Module) -> Batch | None:
+    """The batch that ``--input`` describes, or None where it was not given.
+
+    Args:
+        inputs: The value of ``--input``.
+        data: That of ``--data``, which has batches of its own.
+        models: Each is run once.
+
+    Raises:
+        UsageError: Both were given, the shapes cannot be read, or a model does not run on them.
+
+    Example:
+        >>> example_from("2x4", None, nn.Linear(4, 2)).shape
+        torch.Size([2, 4])
+    """
+    if inputs is None:
+        return None
+    if data is not None:
+        raise UsageError(
+            f"--input {inputs} --data {data}",
+            "both were given",
+            "each says what the network reads",
+            "leave --input out",
+        )
+    batch = as_batch(example_inputs(models[0], inputs))
+    for model in models:
+        why = "it is timed on it, and its multiply-adds are counted"
+        with on_example(model, why), evaluating(model), torch.no_grad():
+            forward(model, to_device(batch, device_of(model)))
+    return batch
