@@ -104,3 +104,25 @@ def test_inspect_shows_a_list_and_a_model(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 0, found.stderr
     assert {"patterns", "slots"} <= json.loads(found.stdout).keys()
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "asked"),
+    [
+        ("prune", ["--calibration", "8", "-o", "OUT"], "--calibration 8"),
+        ("shrink", ["--calibration", "8", "-o", "OUT", "--input", "1x8"], "--calibration 8"),
+        ("compare", ["NET", "--model", "NET"], "--model NET"),
+    ],
+)
+def test_flags_that_would_change_nothing(
+    tmp_path: Path, command: str, words: list[str], asked: str
+) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\nbuild = lambda: nn.Linear(8, 8)\n")
+    places = {"NET": f"{tmp_path}/net.py:build", "OUT": f"{tmp_path}/out"}
+    given = [places.get(word, word) for word in (command, "NET", *words, "--json")]
+    found = CliRunner().invoke(app, given)
+    assert found.exit_code == 2
+    error = json.loads(found.stdout)["error"]
+    assert error["asked"] == asked.replace("NET", places["NET"])
+    assert "leave" in error["do"]
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.example import example_from
+from secateur.cli.batches import example_from
 from secateur.cli.screen import screen
 from secateur.core.errors import UnknownName, UsageError
 from secateur.core.facts import environment
@@ -60,6 +60,13 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
     with screen("compare", json=json, threads=threads) as out:
         claims = [_claim(text, data, inputs) for text in require or ()]
         # --model is for bundles; a function or a folder says itself what to build.
+        if architecture is not None and not (is_bundle(a) or is_bundle(b)):
+            raise UsageError(
+                f"--model {architecture}",
+                f"neither {a!r} nor {b!r} is a bundle",
+                "it says what to build for a bundle",
+                "leave --model out",
+            )
         first = out.noting(
             load_model(a, weights=weights, model=architecture if is_bundle(a) else None)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.example import example_from
+from secateur.cli.batches import example_from
 from secateur.cli.screen import screen
 from secateur.core.facts import environment
 from secateur.evaluate import measure

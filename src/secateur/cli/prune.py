@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.cli import options
+from secateur.cli.batches import data_from
 from secateur.cli.flags import Flags, describe, recipe_from
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
@@ -26,7 +27,7 @@ from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
 from secateur.formats.container import require_storable
-from secateur.frontends import Exported, Loaded, export_onnx, load_data, load_model
+from secateur.frontends import Exported, Loaded, export_onnx, load_model
 from secateur.report import comparison_table, exported_text, layer_table, notes_text, verdict_text
 from secateur.report.jsonreport import comparison_json
 from secateur.report.units import count, percent
@@ -142,9 +143,7 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
         saved = _checkpoints(wanted, checkpoint, checkpoint_every)
         loaded = out.noting(load_model(model, weights=weights, model=architecture))
         require_storable(loaded.model.state_dict())
-        batches = None if data is None else load_data(data)
-        if batches is not None and calibration is not None:
-            batches = dataclasses.replace(batches, calibration=calibration)
+        batches = data_from(data, calibration)
         _announce(out, loaded, wanted, model)
         pruned = _run(out, loaded, wanted, batches, saved)
         with out.watching(_measurable(batches)) as watched:

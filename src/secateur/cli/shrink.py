@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from secateur.cli import options
+from secateur.cli.batches import data_from
 from secateur.cli.flags import part, require_alone, with_training
 from secateur.cli.places import require_places
 from secateur.cli.screen import Screen, screen
@@ -24,7 +25,7 @@ from secateur.evaluate import Comparison
 from secateur.evaluate import compare as compare_networks
 from secateur.evaluate.measure import batches_of
 from secateur.formats.container import require_storable
-from secateur.frontends import Exported, export_onnx, load_data, load_model
+from secateur.frontends import Exported, export_onnx, load_model
 from secateur.frontends.example import example_inputs
 from secateur.frontends.transformers import copy_readers
 from secateur.frontends.transformers_save import SavedModel, require_transformers, save_transformers
@@ -160,9 +161,7 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         require_storable(loaded.model.state_dict())
         if pretrained is not None:
             require_transformers(loaded.model)
-        batches = None if data is None else load_data(data)
-        if batches is not None and calibration is not None:
-            batches = dataclasses.replace(batches, calibration=calibration)
+        batches = data_from(data, calibration)
         example = None
         if inputs is not None or batches is None:
             example = example_inputs(loaded.model, inputs)

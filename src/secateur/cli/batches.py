@@ -1,16 +1,44 @@
-"""What networks are run on where shapes stand in for data."""
+"""What networks are run on: data, or shapes that stand in for them."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import nn
 
-from secateur.core.batches import Batch, evaluating, forward, to_device
+from secateur.core.batches import Batch, Data, evaluating, forward, to_device
 from secateur.core.errors import UsageError
 from secateur.core.failing import on_example
 from secateur.core.slots import device_of
 from secateur.drive.structural.cutting import as_batch
+from secateur.frontends import load_data
 from secateur.frontends.example import example_inputs
+
+
+def data_from(data: str | None, calibration: int | None) -> Data | None:
+    """The data that ``--data`` names, with as many calibration samples as asked for.
+
+    Raises:
+        UsageError: Samples were asked for, of no data.
+
+    Example:
+        >>> data_from(None, 64)
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: --calibration 64: there is no --data. ...
+    """
+    if data is None and calibration is not None:
+        raise UsageError(
+            f"--calibration {calibration}",
+            "there is no --data",
+            "samples are taken from its training batches",
+            "add --data, or leave --calibration out",
+        )
+    found = None if data is None else load_data(data)
+    if found is None or calibration is None:
+        return found
+    return dataclasses.replace(found, calibration=calibration)
 
 
 def example_from(inputs: str | None, data: str | None, *models: nn.Module) -> Batch | None:
