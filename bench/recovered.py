@@ -105,7 +105,8 @@ def plan_of(
 ) -> Plan:
     """The plan of a depth; with another rate only the best run so far, ``matched``.
 
-    With more images that, and then ``distilled``, which was best held out. ResNet-20 is there with held out images alone.
+    With more images that, and then ``distilled``, which was best held out. ResNet-20 is there with held
+    out images alone.
 
     Raises:
         ValueError: More images than are not held out.
