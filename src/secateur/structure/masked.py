@@ -90,7 +90,7 @@ def run_masked(
 
 
 def _finite(output: Any) -> bool:
-    return all(bool(x.isfinite().all()) for x in predictions(output))
+    return all(x.is_meta or bool(x.isfinite().all()) for x in predictions(output))
 
 
 def _run(
