@@ -128,6 +128,8 @@ class _Run:
         checkpoint: Checkpoints | None = None,
     ) -> None:
         self.model, self.recipe, self.data = model, recipe, data
+        if dense is None and (recipe.distills or recipe.asymmetric):
+            dense = copy.deepcopy(model)
         self.dense = dense
         self.progress: Progress = progress or _silent
         self.checkpoint, self._stages = checkpoint, 0
@@ -135,16 +137,13 @@ class _Run:
         self.plan = plan(model, recipe)
         self.facts = Facts(recipe=to_plain(recipe), fingerprint=recipe.fingerprint())
         self.facts.environment = environment()
-        self.sample = Calibration(data)
+        self.sample = Calibration(data, dense)
 
     def run(self) -> Pruned:
         """Check everything first, then prune, then train."""
         start = time.perf_counter()
         self._check()
         note_left_out(self.facts, self.plan)
-        if (self.recipe.distills or self.recipe.asymmetric) and self.dense is None:
-            self.dense = copy.deepcopy(self.model)
-        self.sample.dense = self.dense
         before = masks_of(self.model)
         with own_random(self.model, self.recipe.seed):
             trains = self.recipe.schedule.unit != "rounds"
