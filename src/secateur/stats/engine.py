@@ -218,7 +218,7 @@ class _Watch(Passes):
     ) -> None:
         self._needs = [need for need in needs if need.source == "inputs"]
         self._pairs = [need for need in needs if need.source == "pairs"]
-        self._stats, self._beside = stats, beside
+        self._stats, self._beside = stats, beside if self._pairs else None
         self._slots: dict[str, list[Slot]] = {}
         # Now: code that calls a module with other weights has put them in their place by then.
         self._weights: dict[str, Weight] = {}
@@ -240,11 +240,11 @@ class _Watch(Passes):
         self._reached.clear()
         self._batch = batch
         self._samples = size_of(batch)
-        if self._pairs and self._beside is not None:
+        if self._beside is not None:
             self._beside.see(self.paths, batch)
 
     def called(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        dense = self._beside.call(path) if self._pairs and self._beside is not None else None
+        dense = self._beside.call(path) if self._beside is not None else None
         for slot in self._slots[path]:
             self._update(slot, module, inputs, output, dense)
 
@@ -287,7 +287,7 @@ class _Watch(Passes):
             for need in self._needs:
                 whole = getattr(need, "padding", False)
                 self._stats.update(need, weight, rows if whole else real, samples)
-            if self._pairs and self._beside is not None and slot.name not in self._unlike:
+            if self._beside is not None and slot.name not in self._unlike:
                 piece = slice(None) if step >= total else slice(start, start + step)
                 other = self._beside.rows(slot, dense, piece)
                 # Experts are given the tokens that the router sends there, and it may send others
