@@ -3,14 +3,21 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "isa.h"
 #include "layer/attention.h"
+#include "layer/chain.h"
 #include "layer/layer.h"
 #include "secateur.h"
 
 struct secateur_layer {
   secateur::Layer layer;
+};
+
+struct secateur_chain {
+  secateur::Chain chain;
 };
 
 namespace {
@@ -103,6 +110,27 @@ int secateur_layer_run(const secateur_layer *layer, const float *x, const int64_
                        const float *residual, float *y, secateur_parallel parallel, void *context,
                        int threads) {
   return guarded([&] { layer->layer.run(x, dims, residual, y, {parallel, context, threads}); });
+}
+
+int secateur_chain_create(const secateur_layer *const *layers, int count, secateur_chain **out) {
+  return guarded([&] {
+    *out = nullptr;
+    std::vector<const secateur::Layer *> all;
+    for (int i = 0; i < count; ++i) all.push_back(&layers[i]->layer);
+    *out = new secateur_chain{secateur::Chain(std::move(all))};
+  });
+}
+
+void secateur_chain_destroy(secateur_chain *chain) { delete chain; }
+
+int secateur_chain_shape(const secateur_chain *chain, const int64_t dims[3], int64_t out[3]) {
+  return guarded([&] { chain->chain.shape(dims, out); });
+}
+
+int secateur_chain_run(const secateur_chain *chain, const float *x, const int64_t dims[3],
+                       const float *residual, float *y, secateur_parallel parallel, void *context,
+                       int threads) {
+  return guarded([&] { chain->chain.run(x, dims, residual, y, {parallel, context, threads}); });
 }
 
 int secateur_attention_run(const secateur_attention *attention, const char *isa, const float *q,

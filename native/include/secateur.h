@@ -99,6 +99,7 @@ typedef struct {
 } secateur_attention;
 
 typedef struct secateur_layer secateur_layer;
+typedef struct secateur_chain secateur_chain;
 typedef struct secateur_pool secateur_pool;
 typedef struct secateur_team secateur_team;
 
@@ -147,6 +148,19 @@ SECATEUR_EXPORT int secateur_layer_shape(const secateur_layer *layer, const int6
  * may overlap y. parallel may be NULL: then all runs on the calling thread. threads is how many
  * threads to split for; below 1 counts as 1. */
 SECATEUR_EXPORT int secateur_layer_run(const secateur_layer *layer, const float *x,
+                                       const int64_t dims[3], const float *residual, float *y,
+                                       secateur_parallel parallel, void *context, int threads);
+
+/* Convolutions one after the other, each depthwise (family DEPTHWISE) or of single pixels (a kernel of
+ * 1 x 1, stride 1, no padding). They run band by band: what one hands to the next never leaves the second
+ * cache. The layers must outlive the chain. */
+SECATEUR_EXPORT int secateur_chain_create(const secateur_layer *const *layers, int count,
+                                          secateur_chain **out);
+SECATEUR_EXPORT void secateur_chain_destroy(secateur_chain *chain);
+/* As secateur_layer_shape and secateur_layer_run; the residual is added by the last layer. */
+SECATEUR_EXPORT int secateur_chain_shape(const secateur_chain *chain, const int64_t dims[3],
+                                         int64_t out[3]);
+SECATEUR_EXPORT int secateur_chain_run(const secateur_chain *chain, const float *x,
                                        const int64_t dims[3], const float *residual, float *y,
                                        secateur_parallel parallel, void *context, int threads);
 

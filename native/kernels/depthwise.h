@@ -148,9 +148,9 @@ static void depthwise_of(const DepthwiseWork &given) {
   edges[1] = last ? inside_of<K, S>(work, last) : edges[0];
   for (int64_t i = 0; i < given.channels; ++i) {
     depthwise_plane<K, S, Bounds>(work, bounds, edges, last + kLanes - work.out_width);
-    work.x += work.height * work.width;
-    work.y += work.out_height * work.out_width;
-    if (work.residual) work.residual += work.out_height * work.out_width;
+    work.x += work.x_plane;
+    work.y += work.y_plane;
+    if (work.residual) work.residual += work.y_plane;
     work.weights += K * K;
     ++work.bias;
   }

@@ -117,6 +117,7 @@ struct DepthwiseWork {
   const float *bias;
   int64_t channels;
   int64_t height, width, out_height, out_width;
+  int64_t x_plane, y_plane;  // floats from one channel to the next
   int32_t pad_y, pad_x;
   int32_t kernel, stride;
   Activation activation;

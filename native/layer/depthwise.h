@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/table.h"
+#include "layer/band.h"
 #include "layer/spec.h"
 
 namespace secateur {
@@ -19,6 +20,8 @@ class Depthwise {
   // dims: n, h, w of the input; out: those of the output.
   void run(const float *x, const int64_t dims[3], const int64_t out[3], const float *residual,
            float *y, const Parallel &parallel) const;
+  // The channels [first, stop) of one image, or of some of its rows.
+  void run_channels(const Band &band, int64_t first, int64_t stop) const;
 
   int64_t bytes() const { return static_cast<int64_t>(weights_.size() * sizeof(float)); }
 

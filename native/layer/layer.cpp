@@ -104,6 +104,7 @@ struct Layer::Task {
   const float *x, *residual;
   float *y;
   int64_t height, width;  // of the input; tokens: 1 and tokens
+  int64_t x_plane, y_plane;       // floats from one channel to the next
   int64_t tile, part;
 };
 
@@ -239,8 +240,8 @@ void Layer::run(const float *x, const int64_t dims[3], const float *residual, fl
     const int64_t at = ranges.take();
     const int64_t n = at / (tiles * parts), rest = at % (tiles * parts);
     run_task(*plan, {x + n * in, residual ? residual + n * image : nullptr, y + n * image,
-                     linear ? 1 : dims[1], linear ? dims[0] : dims[2], rest / parts,
-                     rest % parts});
+                     linear ? 1 : dims[1], linear ? dims[0] : dims[2], dims[1] * dims[2],
+                     out[1] * out[2], rest / parts, rest % parts});
   });
   if (scale_.empty() || parts == 1) return;
   // No task had whole tokens.
@@ -249,6 +250,21 @@ void Layer::run(const float *x, const int64_t dims[3], const float *residual, fl
     const int64_t first = static_cast<int64_t>(i) * kTokens;
     norm(y + first * spec_.outputs, std::min(kTokens, dims[0] - first));
   });
+}
+
+bool Layer::takes_bands() const {
+  return depthwise_ || (spec_.kind == SECATEUR_CONV && Tiling::takes_plain(spec_));
+}
+
+void Layer::run_band(const Band &band) const {
+  if (depthwise_) return depthwise_->run_channels(band, 0, spec_.outputs);
+  const int64_t dims[3] = {1, band.height, band.width};
+  const auto plan = this->plan(dims, 1);
+  const int64_t parts = static_cast<int64_t>(plan->streams->parts.size());
+  for (int64_t i = 0; i < plan->tiling.tiles() * parts; ++i) {
+    run_task(*plan, {band.x, band.residual, band.y, band.height, band.width, band.x_plane,
+                     band.y_plane, i / parts, i % parts});
+  }
 }
 
 void Layer::run_task(const Plan &plan, const Task &task) const {
@@ -294,7 +310,7 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
   Work work = {nullptr, nullptr, nullptr, nullptr,
                reinterpret_cast<const char *>(half ? halves : panel), sums,
                static_cast<uint32_t>(part.first_row), weights_.bias.data(), tiling.vectors,
-               variant_.rows, linear ? nullptr : task.y, task.residual, plane, pieces, piece_count,
+               variant_.rows, linear ? nullptr : task.y, task.residual, task.y_plane, pieces, piece_count,
                whole_vectors ? landings : nullptr, activation};
   const auto kernel = half                                 ? table_.half_list
                       : variant_.family == SECATEUR_LIST   ? table_.list
@@ -321,7 +337,7 @@ void Layer::run_task(const Plan &plan, const Task &task) const {
                           tiling.vectors, channel, count},
                          panel);
     } else if (tiling.plain) {
-      table_.pack_plane(task.x + channel * plane + col0, plane, count,
+      table_.pack_plane(task.x + channel * task.x_plane + col0, task.x_plane, count,
                         static_cast<int32_t>(positions), tiling.vectors, panel);
     } else {
       table_.pack_window({task.x, task.height, task.width, channel, count,

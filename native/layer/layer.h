@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../isa.h"
+#include "band.h"
 #include "depthwise.h"
 #include "gemv.h"
 #include "spec.h"
@@ -25,6 +26,12 @@ class Layer {
   void shape(const int64_t dims[3], int64_t out[3]) const;
   void run(const float *x, const int64_t dims[3], const float *residual, float *y,
            const Parallel &asked) const;
+  // Whether a part of the rows of an image can be computed from a part of those of the input, with all
+  // channels at hand: depthwise layers, and convolutions that look at one pixel each.
+  bool takes_bands() const;
+  // On the calling thread.
+  void run_band(const Band &band) const;
+  const secateur_spec &spec() const { return spec_; }
   int64_t nonzeros() const { return nonzeros_; }
   int64_t bytes() const;
 

@@ -31,12 +31,16 @@ int64_t extent(const secateur_spec &spec, int axis, int64_t size) {
 
 }  // namespace
 
+bool Tiling::takes_plain(const secateur_spec &spec) {
+  return spec.kind == SECATEUR_LINEAR ||
+         (spec.kernel[0] == 1 && spec.kernel[1] == 1 && spec.stride[0] == 1 &&
+          spec.stride[1] == 1 && !spec.pads[0] && !spec.pads[1] && !spec.pads[2] && !spec.pads[3]);
+}
+
 Tiling::Tiling(const secateur_spec &spec, int64_t height, int64_t width, int most_vectors,
                int lanes) {
   const bool linear = spec.kind == SECATEUR_LINEAR;
-  plain = linear || (spec.kernel[0] == 1 && spec.kernel[1] == 1 && spec.stride[0] == 1 &&
-                     spec.stride[1] == 1 && !spec.pads[0] && !spec.pads[1] && !spec.pads[2] &&
-                     !spec.pads[3]);
+  plain = takes_plain(spec);
   out_height = linear ? 1 : extent(spec, 0, height);
   out_width = linear ? width : extent(spec, 1, width);
   if (plain) {

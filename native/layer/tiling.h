@@ -13,11 +13,13 @@ namespace secateur {
 // image into phases, every tap is a shift. Or every tap has a phase of its own, a copy of the image
 // that is shifted already.
 struct Tiling {
+  // Whether the input can be taken as it is: a kernel of one pixel, at every place.
+  static bool takes_plain(const secateur_spec &spec);
+
   // Cuts an output of oh x ow (tokens: 1 x tokens) into tiles of at most so many vectors.
   Tiling(const secateur_spec &spec, int64_t height, int64_t width, int most_vectors, int lanes);
 
-  // Whether the input can be taken as it is: then the tiles cut the whole plane, not its rows.
-  bool plain;
+  bool plain;  // takes_plain; then the tiles cut the whole plane, not its rows
   // Whether every column (row) of the kernel reads a copy of the image of its own, shifted to its
   // place. With copies of columns all vectors start where vectors may.
   bool copies_x = false, copies_y = false;

@@ -17,11 +17,6 @@ namespace secateur::ops {
 
 constexpr const char *AGAIN = " Write the file again: secateur compile.";
 
-enum Input : size_t {
-  X = 0, VALUES = 1, INDEX = 2, BIAS = 3, RESIDUAL = 4, SCALE = 5, SHIFT = 6, INPUTS = 7
-};
-constexpr const char *INPUT_NAMES[INPUTS] = {"X", "values", "index", "bias", "residual", "scale", "shift"};
-
 // An error on its way to the C interface, where it becomes a status.
 struct Refusal {
   ort::ErrorCode code;
@@ -106,36 +101,37 @@ class Node {
     throw Refusal{ort::INVALID_GRAPH, who_ + ": " + found + AGAIN};
   }
 
-  int32_t integer(const char *attribute) const {
+  int32_t integer(const std::string &attribute) const {
     int64_t value = 0;
-    if (!succeeded(api_, api_.KernelInfoGetAttribute_int64(info_, attribute, &value))) {
-      refuse(std::string("it has no integer attribute '") + attribute + "'.");
+    if (!succeeded(api_, api_.KernelInfoGetAttribute_int64(info_, attribute.c_str(), &value))) {
+      refuse("it has no integer attribute '" + attribute + "'.");
     }
     return narrow(attribute, value);
   }
 
-  int32_t integer_or(const char *attribute, int32_t otherwise) const {
+  int32_t integer_or(const std::string &attribute, int32_t otherwise) const {
     int64_t value = 0;
-    const bool given = succeeded(api_, api_.KernelInfoGetAttribute_int64(info_, attribute, &value));
+    const bool given =
+        succeeded(api_, api_.KernelInfoGetAttribute_int64(info_, attribute.c_str(), &value));
     return given ? narrow(attribute, value) : otherwise;
   }
 
-  float real(const char *attribute) const {
+  float real(const std::string &attribute) const {
     float value = 0;
-    if (!succeeded(api_, api_.KernelInfoGetAttribute_float(info_, attribute, &value))) {
-      refuse(std::string("it has no float attribute '") + attribute + "'.");
+    if (!succeeded(api_, api_.KernelInfoGetAttribute_float(info_, attribute.c_str(), &value))) {
+      refuse("it has no float attribute '" + attribute + "'.");
     }
     return value;
   }
 
   template <size_t count>
-  void integers(const char *attribute, int32_t (&out)[count]) const {
+  void integers(const std::string &attribute, int32_t (&out)[count]) const {
     int64_t values[count] = {};
     size_t size = 0;
     const auto read = api_.KernelInfoGetAttributeArray_int64;
-    if (!succeeded(api_, read(info_, attribute, nullptr, &size)) || size != count ||
-        !succeeded(api_, read(info_, attribute, values, &size))) {
-      refuse(std::string("its attribute '") + attribute + "' is not a list of " +
+    if (!succeeded(api_, read(info_, attribute.c_str(), nullptr, &size)) || size != count ||
+        !succeeded(api_, read(info_, attribute.c_str(), values, &size))) {
+      refuse("its attribute '" + attribute + "' is not a list of " +
              std::to_string(count) + " integers.");
     }
     for (size_t i = 0; i < count; ++i) out[i] = narrow(attribute, values[i]);
@@ -148,8 +144,8 @@ class Node {
                                }).empty();
   }
 
-  Tensor constant(Input input) const {
-    const std::string what = std::string("its input '") + INPUT_NAMES[input] + "'";
+  Tensor constant(size_t input, const std::string &called) const {
+    const std::string what = "its input '" + called + "'";
     int is_constant = 0;
     const ort::Value *value = nullptr;
     if (!has(input)) refuse(what + " is missing.");
@@ -186,10 +182,10 @@ class Node {
     return out;
   }
 
-  int32_t narrow(const char *attribute, int64_t value) const {
+  int32_t narrow(const std::string &attribute, int64_t value) const {
     if (value < std::numeric_limits<int32_t>::min() ||
         value > std::numeric_limits<int32_t>::max()) {
-      refuse(std::string("its attribute '") + attribute + "' is " + std::to_string(value) +
+      refuse("its attribute '" + attribute + "' is " + std::to_string(value) +
              ", which is far out of range.");
     }
     return static_cast<int32_t>(value);

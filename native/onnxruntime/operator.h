@@ -71,6 +71,13 @@ struct Spread {
   }
 };
 
+// Tells the error of a call of secateur.h.
+inline void require_ok(const std::string &who, int code, ort::ErrorCode otherwise) {
+  if (code == SECATEUR_OK) return;
+  throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : otherwise,
+                who + ": " + secateur_last_error() + "."};
+}
+
 // What every kernel has, and how it ends.
 struct KernelBase {
   const ort::Api *api;
@@ -103,11 +110,8 @@ struct KernelBase {
     require_ok(code, ort::INVALID_ARGUMENT);
   }
 
-  // Tells the error of a call of secateur.h.
   void require_ok(int code, ort::ErrorCode otherwise) const {
-    if (code == SECATEUR_OK) return;
-    throw Refusal{code == SECATEUR_NO_MEMORY ? ort::FAIL : otherwise,
-                  who + ": " + secateur_last_error() + "."};
+    ops::require_ok(who, code, otherwise);
   }
 };
 

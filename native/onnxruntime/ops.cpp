@@ -3,7 +3,6 @@
 // Whatever is wrong with them becomes an error of the session's creation, and whatever is wrong
 // with an input an error of the run. Nothing here is thrown across the C interface.
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -13,7 +12,8 @@
 #include <vector>
 
 #include "attention.h"
-#include "operator.h"
+#include "chain.h"
+#include "packed.h"
 
 namespace secateur::ops {
 namespace {
@@ -22,90 +22,18 @@ constexpr const char *DOMAIN = "secateur";
 // Tells that options know our operators: to register them twice is an error of ONNX Runtime.
 constexpr const char *REGISTERED_ENTRY = "secateur.registered";
 
-secateur_spec read_spec(const Node &node, int32_t kind) {
-  secateur_spec spec = {};
-  spec.kind = kind;
-  spec.outputs = node.integer("outputs");
-  spec.inputs = node.integer("inputs");
-  spec.activation = node.integer("activation");
-  spec.alpha = node.real("alpha");
-  spec.beta = node.real("beta");
-  spec.groups = 1;
-  for (int axis = 0; axis < 2; ++axis) {
-    spec.kernel[axis] = spec.stride[axis] = spec.dilation[axis] = 1;
-  }
-  if (kind == SECATEUR_CONV) {
-    spec.groups = node.integer("group");
-    node.integers("kernel", spec.kernel);
-    node.integers("strides", spec.stride);
-    node.integers("dilations", spec.dilation);
-    node.integers("pads", spec.pads);
-  }
-  return spec;
-}
+// The inputs of SparseConv and SparseLinear.
+enum Input : size_t {
+  X = 0, VALUES = 1, INDEX = 2, BIAS = 3, RESIDUAL = 4, SCALE = 5, SHIFT = 6, INPUTS = 7
+};
 
-// A constant input with a number for every output.
-const float *read_floats(const Node &node, Input input, int32_t outputs) {
-  const Tensor found = node.constant(input);
-  if (found.type != ort::FLOAT || found.dims[0] != outputs) {
-    node.refuse(std::string("its input '") + INPUT_NAMES[input] + "' has ONNX's type " +
-                std::to_string(found.type) + " and " + std::to_string(found.dims[0]) +
-                " entries. It must be float32 (1) with one entry for each of the " +
-                std::to_string(outputs) + " outputs.");
-  }
-  return static_cast<const float *>(found.data);
-}
-
-secateur_weights read_weights(const Node &node, const secateur_spec &spec) {
-  secateur_weights weights = {};
-  const Tensor values = node.constant(VALUES), index = node.constant(INDEX);
-  weights.layout = node.integer("layout");
-  weights.values = values.data;
-  weights.count = values.dims[0];
-  if (values.type == ort::FLOAT) {
-    weights.dtype = SECATEUR_FLOAT32;
-  } else if (values.type == ort::BFLOAT16) {
-    weights.dtype = SECATEUR_BFLOAT16;
-  } else if (values.type == ort::FLOAT16) {
-    weights.dtype = SECATEUR_FLOAT16;
-  } else {
-    node.refuse("its input 'values' has ONNX's type " + std::to_string(values.type) +
-                ". Weights are float32 (1), float16 (10) or bfloat16 (16).");
-  }
-  if (index.type != ort::UINT8) {
-    node.refuse("its input 'index' has ONNX's type " + std::to_string(index.type) +
-                ". An index is a row of bytes, uint8 (2).");
-  }
-  weights.index = static_cast<const uint8_t *>(index.data);
-  weights.index_bytes = index.dims[0];
-  if (node.has(BIAS)) weights.bias = read_floats(node, BIAS, spec.outputs);
-  return weights;
-}
-
-// The variant that the file asks for, or our first guess if the file was made for vectors of
-// another width: what was fastest there says little here.
-secateur_variant read_variant(const Node &node, const secateur_spec &spec,
-                              const secateur_weights &weights) {
-  secateur_variant variant = {node.integer("family"), node.integer("rows"),
-                              node.integer("vectors"), node.integer("columns")};
-  if (node.integer("isa_lanes") == secateur_lanes(nullptr)) return variant;
-  const double entries =
-      1.0 * spec.outputs * spec.inputs * spec.kernel[0] * spec.kernel[1];
-  const double density = entries > 0 ? std::min(1.0, weights.count / entries) : 1.0;
-  const int positions = std::max(1, node.integer_or("positions", 196));
-  secateur_variant first = {};
-  return secateur_candidates(&spec, positions, density, nullptr, &first, 1) > 0 ? first : variant;
-}
-
-struct Kernel : KernelBase {
+struct Kernel : LayerKernel {
   static constexpr size_t INPUTS = ops::INPUTS, REQUIRED = BIAS;
   static ort::ElementType input_type(size_t index) {
     return index == VALUES ? ort::UNDEFINED : index == INDEX ? ort::UINT8 : ort::FLOAT;
   }
 
-  secateur_spec spec;
-  std::unique_ptr<secateur_layer, void (*)(secateur_layer *)> layer{nullptr,
-                                                                  secateur_layer_destroy};
+  PackedLayer packed;
 
   Kernel(const ort::Api &api, const Operator &op, const Node &node, int32_t kind);
   void run(ort::KernelContext *context) const;
@@ -121,71 +49,43 @@ struct KernelOf : Kernel {
 };
 
 Kernel::Kernel(const ort::Api &api, const Operator &op, const Node &node, int32_t kind)
-    : KernelBase(api, op, node), spec(read_spec(node, kind)) {
-  const secateur_weights weights = read_weights(node, spec);
-  const secateur_variant variant = read_variant(node, spec, weights);
-  secateur_layer *made = nullptr;
-  require_ok(secateur_layer_create(&spec, &weights, &variant, nullptr, &made), ort::INVALID_GRAPH);
-  layer.reset(made);
+    : LayerKernel(api, op, node), packed(node, kind, {VALUES, ""}) {
   if (!node.has(SCALE)) return;
-  const float *const scale = read_floats(node, SCALE, spec.outputs);
-  const float *const shift = node.has(SHIFT) ? read_floats(node, SHIFT, spec.outputs) : nullptr;
-  require_ok(secateur_layer_normalise(made, scale, shift, node.real("epsilon")), ort::INVALID_GRAPH);
+  const int32_t outputs = packed.spec.outputs;
+  const float *const scale = read_floats(node, SCALE, "scale", outputs);
+  const float *const shift =
+      node.has(SHIFT) ? read_floats(node, SHIFT, "shift", outputs) : nullptr;
+  require_ok(secateur_layer_normalise(packed.layer.get(), scale, shift, node.real("epsilon")),
+             ort::INVALID_GRAPH);
 }
 
 void Kernel::run(ort::KernelContext *context) const {
-  const ort::Value *input = nullptr;
-  require(*api, api->KernelContext_GetInput(context, X, &input), who);
-  if (!input) refuse("it got no X.");
-  const Tensor x = read_tensor(*api, input, who);
+  const secateur_spec &spec = packed.spec;
+  const Tensor x = read_x(context);
   const int64_t features = static_cast<int64_t>(spec.inputs) * spec.groups;
   int64_t dims[3] = {1, 1, 1}, out[3] = {};
   std::vector<int64_t> shape = x.dims;
-  if (x.type != ort::FLOAT) {
-    refuse("X has ONNX's type " + std::to_string(x.type) +
-           ", and this operator takes float32 (1).");
-  }
   if (spec.kind == SECATEUR_CONV) {
-    if (x.dims.size() != 4 || x.dims[1] != features) {
-      refuse("X has the shape " + text(x.dims) + ", and this layer takes [batch, " +
-             std::to_string(features) + ", height, width].");
-    }
+    require_image(x, features);
     dims[0] = x.dims[0], dims[1] = x.dims[2], dims[2] = x.dims[3];
+    if (secateur_layer_shape(packed.layer.get(), dims, out) != SECATEUR_OK) {
+      refuse("X has the shape " + text(x.dims) + ": " + secateur_last_error() + ".");
+    }
+    shape = {dims[0], spec.outputs, out[1], out[2]};
   } else {
     if (x.dims.empty() || x.dims.back() != features) {
       refuse("X has the shape " + text(x.dims) + ", and this layer takes [..., " +
              std::to_string(features) + "].");
     }
     for (size_t axis = 0; axis + 1 < x.dims.size(); ++axis) dims[0] *= x.dims[axis];
-  }
-  if (spec.kind == SECATEUR_CONV) {
-    if (secateur_layer_shape(layer.get(), dims, out) != SECATEUR_OK) {
-      refuse("X has the shape " + text(x.dims) + ": " + secateur_last_error() + ".");
-    }
-    shape = {dims[0], spec.outputs, out[1], out[2]};
-  } else {
     shape.back() = spec.outputs;
   }
-
-  size_t inputs = 0;
-  const ort::Value *added = nullptr;
-  require(*api, api->KernelContext_GetInputCount(context, &inputs), who);
-  if (inputs > RESIDUAL) require(*api, api->KernelContext_GetInput(context, RESIDUAL, &added), who);
-  Tensor residual;
-  if (added) {
-    residual = read_tensor(*api, added, who);
-    if (residual.type != ort::FLOAT || residual.dims != shape) {
-      refuse("the residual has ONNX's type " + std::to_string(residual.type) + " and the shape " +
-             text(residual.dims) + ", and it must be float32 (1) like the output, " + text(shape) +
-             ".");
-    }
-  }
-
+  const Tensor residual = read_residual(context, RESIDUAL, shape);
   float *const y = output(context, shape);
   if (dims[0] == 0) return;
   on_threads(context, [&](auto parallel, void *state, int count) {
-    return secateur_layer_run(layer.get(), floats(x), dims, floats(residual), y, parallel, state,
-                              count);
+    return secateur_layer_run(packed.layer.get(), floats(x), dims, floats(residual), y, parallel,
+                              state, count);
   });
 }
 
@@ -193,7 +93,7 @@ void Kernel::run(ort::KernelContext *context) const {
 // never freed: a session may outlive every moment that we could choose.
 struct Registration {
   const ort::ApiBase *base;
-  Operator operators[3];
+  Operator operators[4];
   ort::CustomOpDomain *domain = nullptr;
 };
 
@@ -212,6 +112,7 @@ ort::CustomOpDomain *domain_of(const ort::ApiBase *base, const ort::Api &api) {
   made->operators[0] = make_operator<KernelOf<SECATEUR_CONV>>("SparseConv", recent);
   made->operators[1] = make_operator<KernelOf<SECATEUR_LINEAR>>("SparseLinear", recent);
   made->operators[2] = make_operator<AttentionKernel>("Attention", recent);
+  made->operators[3] = make_operator<ChainKernel>("SparseChain", recent);
   require(api, api.CreateCustomOpDomain(DOMAIN, &made->domain), "secateur");
   for (Operator &op : made->operators) {
     require(api, api.CustomOpDomain_Add(made->domain, &op), "secateur");

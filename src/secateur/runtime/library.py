@@ -101,6 +101,16 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ),
     ),
     "secateur_layer_normalise": (c_int, (c_void_p, c_void_p, c_void_p, c_float)),
+    "secateur_chain_create": (c_int, (POINTER(c_void_p), c_int, POINTER(c_void_p))),
+    "secateur_chain_destroy": (None, (c_void_p,)),
+    "secateur_chain_shape": (c_int, (c_void_p, POINTER(c_int64), POINTER(c_int64))),
+    "secateur_chain_run": (
+        c_int,
+        (
+            *(c_void_p, c_void_p, POINTER(c_int64), c_void_p, c_void_p),
+            *(c_void_p, c_void_p, c_int),
+        ),
+    ),
     "secateur_attention_run": (
         c_int,
         (
