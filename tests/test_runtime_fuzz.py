@@ -23,6 +23,8 @@ from secateur.core.errors import FormatError
 from secateur.runtime import library
 
 SEEDS = 1500
+# The number of the first layer of the chain.
+CHAINED = 5
 # What a damaged model may ask for beyond what is there when the test begins.
 MEMORY = 2 << 30
 
@@ -35,9 +37,10 @@ Damage = Callable[[random.Random, Any], None]
 
 
 def compiled() -> Any:
-    """Five layers side by side: every layout, every type of values, every family."""
+    """Layers side by side: every layout, every type of values, every family; and a chain of three."""
     from onnx import TensorProto, helper
 
+    from secateur.runtime.chains import chain_node
     from secateur.runtime.native import Spec, Variant
     from secateur.runtime.operators import opset, sparse_node
 
@@ -45,14 +48,18 @@ def compiled() -> Any:
     wide = Spec("conv", 8, 4, groups=2, kernel=(3, 3), pads=(1, 1, 1, 1), activation="relu")
     point = Spec("conv", 16, 8, stride=(2, 2), activation="clip", beta=6.0)
     linear = Spec("linear", 16, 12, activation="gelu")
+    deep = Spec("conv", 12, 1, groups=12, kernel=(3, 3), stride=(2, 2), pads=(1, 1, 1, 1))
     layers: list[tuple[Spec, Variant, str, str]] = [
         (wide, Variant("list", 1, 2), "csr", "float32"),
         (point, Variant("panels", 4, 2), "bitmask", "bfloat16"),
         (linear, Variant("blocks", 8, 1), "dense", "float32"),
         (linear, Variant("gemv", 1, 1), "bitmask", "bfloat16"),
         (linear, Variant("list", 1, 1, columns=8), "csr", "float16"),
+        (Spec("conv", 12, 8), Variant("list", 1, 1), "csr", "float32"),
+        (deep, Variant("depthwise", 1, 1), "dense", "bfloat16"),
+        (Spec("conv", 8, 12), Variant("panels", 4, 1), "bitmask", "float32"),
     ]
-    nodes, tensors, outputs = [], [], []
+    nodes, tensors = [], []
     for number, (spec, variant, layout, dtype) in enumerate(layers):
         shape: tuple[int, ...] = (spec.outputs, spec.inputs)
         if spec.kind == "conv":
@@ -64,7 +71,11 @@ def compiled() -> Any:
             spec,
             variant,
             name=f"layer{number}",
-            x="image" if spec.kind == "conv" else "tokens",
+            x=f"y{number - 1}"
+            if number > CHAINED
+            else "image"
+            if spec.kind == "conv"
+            else "tokens",
             y=f"y{number}",
             bias=rng.standard_normal(spec.outputs).astype(np.float32),
             residual="added" if number == 2 else None,
@@ -73,7 +84,10 @@ def compiled() -> Any:
         )
         nodes.append(node)
         tensors += packed
-        outputs.append(helper.make_tensor_value_info(f"y{number}", TensorProto.FLOAT, None))
+    nodes[CHAINED:] = [chain_node(nodes[CHAINED:])]
+    outputs = [
+        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None) for node in nodes
+    ]
     graph = helper.make_graph(
         nodes,
         "layers",
@@ -172,7 +186,7 @@ def wires(rng: random.Random, model: Any) -> None:
     elif kind == 1:
         del node.input[rng.randrange(len(node.input))]
     elif kind == 2:
-        node.op_type = "SparseLinear" if node.op_type == "SparseConv" else "SparseConv"
+        node.op_type = rng.choice(["SparseLinear", "SparseConv", "SparseChain"])
     else:
         node.input[rng.randrange(len(node.input))] = rng.choice(names)
 

@@ -1,9 +1,10 @@
-"""The operators that a compiled ONNX model contains: ``SparseConv``, ``SparseLinear``, ``Attention``.
+"""The operators of a compiled ONNX model: ``SparseConv``, ``SparseLinear``, ``SparseChain``, ``Attention``.
 
 All have the domain ``secateur``. Sparse layers have the inputs X, values, index, bias (may be left
 out), residual (may be left out), and scale and shift, if what a linear layer puts out is normalised.
 ``values`` and ``index`` are the packed weight, in the layouts of :mod:`secateur.formats.layouts`;
-everything else is in the attributes. ``Attention`` is dense: queries, keys and values ``(batch,
+everything else is in the attributes. ``SparseChain`` is several convolutions, see
+:mod:`secateur.runtime.chains`. ``Attention`` is dense: queries, keys and values ``(batch,
 positions, heads * size)``, and a mask (may be left out) that is added to the scores, ``(batch or 1,
 heads or 1, positions, keys)``. The library that implements them is registered by
 :func:`secateur.runtime.session.session`.
@@ -28,6 +29,8 @@ DOMAIN = "secateur"
 VERSION = 1
 #: Operator names, by the kind of a layer.
 NAMES = {"conv": "SparseConv", "linear": "SparseLinear"}
+#: Convolutions that run one after the other, band by band; see :mod:`secateur.runtime.chains`.
+CHAIN = "SparseChain"
 #: Attention between sparse layers.
 ATTENTION = "Attention"
 #: ONNX's numbers for the types that values can have.
@@ -90,7 +93,7 @@ def sparse_node(  # noqa: PLR0913 - one call describes a whole layer
         >>> spec_of(node) == spec, variant_of(node) == variant
         (True, True)
     """
-    helper = _onnx_helper()
+    helper = onnx_helper()
     _require_fit(name, weight, bias, norm, spec)
     if dtype not in VALUE_TYPES:
         raise UnknownName("type of stored weights", dtype, VALUE_TYPES)
@@ -148,7 +151,7 @@ def attention_node(inputs: Sequence[str], y: str, *, heads: int, scale: float) -
         ('Attention', ['q', 'k', 'v'], True, False)
     """
     about: dict[str, Any] = {"abi": ABI, "heads": heads, "scale": float(scale)}
-    helper = _onnx_helper()
+    helper = onnx_helper()
     return helper.make_node(ATTENTION, inputs, [y], name=y, domain=DOMAIN, **about)
 
 
@@ -168,18 +171,18 @@ def opset() -> Any:
         >>> opset().domain, opset().version
         ('secateur', 1)
     """
-    return _onnx_helper().make_opsetid(DOMAIN, VERSION)
+    return onnx_helper().make_opsetid(DOMAIN, VERSION)
 
 
 def is_sparse(node: Any) -> bool:
-    """Whether an ONNX node is a sparse layer of ours.
+    """Whether an ONNX node is a sparse layer of ours, or several.
 
     Example:
         >>> from onnx import helper
         >>> is_sparse(helper.make_node("Conv", ["x", "w"], ["y"]))
         False
     """
-    return node.domain == DOMAIN and node.op_type in NAMES.values()
+    return node.domain == DOMAIN and node.op_type in (*NAMES.values(), CHAIN)
 
 
 def spec_of(node: Any) -> Spec:
@@ -227,7 +230,7 @@ class _Attributes:
 
     @staticmethod
     def of(node: Any) -> _Attributes:
-        get = _onnx_helper().get_attribute_value
+        get = onnx_helper().get_attribute_value
         values = {attribute.name: get(attribute) for attribute in node.attribute}
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return _Attributes(f"the {node.op_type} {node.name!r}", values | lists)
@@ -277,7 +280,12 @@ def _require_fit(
             )
 
 
-def _onnx_helper() -> Any:
+def onnx_helper() -> Any:
+    """What makes nodes.
+
+    Raises:
+        MissingExtra: onnx is not installed.
+    """
     try:
         from onnx import helper
     except ImportError:

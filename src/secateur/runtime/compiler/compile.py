@@ -92,7 +92,8 @@ class Compiled:
         bytes: Its size.
         dense_bytes: Size of the file that it was made from.
         plan: Which layers were replaced: ``"dense"`` if none paid, ``"first"`` if nothing was
-            timed, or the name of the fastest plan; ``"tuned"`` if that could be improved.
+            timed, or the name of the fastest plan; ``"tuned"`` if that could be improved, and
+            ``"chained"`` if layers of it run band by band in one operator.
         dense_ms: Median of the whole dense model in ONNX Runtime; None if nothing was timed.
         sparse_ms: The same of the compiled one.
         speedup: The median ratio of paired turns.

@@ -77,6 +77,12 @@ def notes(graph: Graph, found: Sequence[Site], plan: Plan) -> tuple[str, ...]:
         ours = plan.blocks[0].domain == attention.OURS
         where = "an operator of secateur" if ours else "ONNX Runtime's own MultiHeadAttention"
         said.append(f"{blocks} of attention run in {where}, not in the nodes that were exported")
+    if plan.chains:
+        runs = "1 run" if plan.chains == 1 else f"{plan.chains} runs"
+        said.append(
+            f"{runs} of layers around a depthwise convolution go through an image band by band, in one "
+            "operator each; their times in the table are those of each layer alone"
+        )
     text = [o.name for o in graph.model.graph.output if _is_text(o)]
     if text:
         said.append(f"not compared with the dense model, as text: {', '.join(map(repr, text))}")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from secateur.core.errors import FormatError
+from secateur.runtime.chains import unchained
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
 from secateur.runtime.compiler.graph import attribute, names_in, opset
@@ -36,9 +37,10 @@ def dense_model(model: Any) -> Any:
     out.CopyFrom(model)
     held = {tensor.name: tensor for tensor in model.graph.initializer}
     version = opset(model)
-    taken = names_in(model.graph.node) | {i.name for i in model.graph.input} | set(held)
+    layers = unchained(model.graph.node)
+    taken = names_in(layers) | {i.name for i in model.graph.input} | set(held)
     del out.graph.node[:]
-    for node in model.graph.node:
+    for node in layers:
         if is_attention(node):
             out.graph.node.append(_theirs(node))
             continue
@@ -49,7 +51,7 @@ def dense_model(model: Any) -> Any:
         out.graph.node.extend(nodes)
         out.graph.initializer.extend(weights)
     used = {name for node in out.graph.node for name in node.input}
-    packed = {n for node in model.graph.node if is_sparse(node) for n in node.input[1:3]}
+    packed = {n for node in layers if is_sparse(node) for n in node.input[1:3]}
     kept = [t for t in out.graph.initializer if t.name in used or t.name not in packed]
     del out.graph.initializer[:]
     out.graph.initializer.extend(kept)

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from secateur.runtime.chains import takes_bands
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention, attentions
+from secateur.runtime.compiler.banded import banded
 from secateur.runtime.compiler.choose import Timed
 from secateur.runtime.compiler.graph import Graph
-from secateur.runtime.compiler.rewrite import sparse_model
+from secateur.runtime.compiler.rewrite import sparse_model, spec
 from secateur.runtime.race import TURN, Raced, open_session, race, runner
 
 #: What is not faster by more than this is a tie; ties go to dense.
@@ -30,8 +32,10 @@ _CLEAR = 0.15
 # layout. The same bounds, widened, say for which layers another try is worth its time.
 _EAGER = -0.25
 _DOUBTFUL = (0.5, 2.5)
-# Share of the time for deciding about attention.
-_ATTENTION = 0.1
+# Shares of the time for deciding about attention and about chains.
+_ATTENTION, _CHAINS = 0.1, 0.2
+# Chains hand on what no second cache holds, or all that can be are chains.
+_LARGE = 1 << 19
 DENSE = "dense"
 
 Progress = Callable[[str, float, float], None]
@@ -49,6 +53,7 @@ class Plan:
         sparse_ms: Median of this one.
         speedup: Median ratio of paired turns.
         blocks: Attention that became one operator each.
+        chains: How many operators hold several layers, which run band by band.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Plan:
     sparse_ms: float | None = None
     speedup: float | None = None
     blocks: tuple[Attention, ...] = ()
+    chains: int = 0
 
     @staticmethod
     def of(
@@ -112,6 +118,7 @@ def fastest(graph: Graph, timed: Sequence[Timed], clock: Clock) -> Plan:
     plan = _climbed(graph, timed, tried[best], runners[best], clock)
     clock.say("timing the model", 2, 3)
     plan = _with_attention(graph, plan, clock)
+    plan = _with_chains(graph, timed, plan, clock)
     if not plan.layers:
         both = raced.median(0)
         return Plan(DENSE, (), sparse_model(graph, ()), both, both, 1.0)
@@ -120,8 +127,9 @@ def fastest(graph: Graph, timed: Sequence[Timed], clock: Clock) -> Plan:
     clock.say("timing the model", 3, 3)
     if raced.ratio(1) > 1 - NEAR_TIE:
         return Plan(DENSE, (), sparse_model(graph, ()), raced.median(0), raced.median(0), 1.0)
-    times = raced.median(0), raced.median(1), 1 / raced.ratio(1)
-    return Plan(plan.name, plan.layers, plan.model, *times, plan.blocks)
+    return replace(
+        plan, dense_ms=raced.median(0), sparse_ms=raced.median(1), speedup=1 / raced.ratio(1)
+    )
 
 
 def _with_attention(graph: Graph, plan: Plan, clock: Clock) -> Plan:
@@ -140,6 +148,33 @@ def _with_attention(graph: Graph, plan: Plan, clock: Clock) -> Plan:
     raced = clock.race(runners, _ATTENTION, drop=False)
     best = min(range(len(tried)), key=raced.ratio)
     return tried[best] if raced.ratio_range(best)[1] < 1.0 else plan
+
+
+def _with_chains(graph: Graph, timed: Sequence[Timed], plan: Plan, clock: Clock) -> Plan:
+    """The plan with layers that run band by band, if that is surely faster.
+
+    Layers that lose alone may win in a chain, so it is tried with all that could be in one, too.
+    """
+    chosen = {layer.site.nodes[0] for layer in plan.layers}
+    more = [t for t in timed if t.site.nodes[0] in chosen or _may_chain(t)]
+    tried = [plan]
+    seen: set[tuple[int, tuple[str, ...]]] = set()
+    for start in (plan, Plan.of(graph, plan.name, more, plan.blocks)):
+        for least in (_LARGE, 0):
+            model, names = banded(start.model, least)
+            key = (len(start.layers), names)
+            if names and key not in seen:
+                seen.add(key)
+                tried.append(replace(start, name="chained", model=model, chains=len(names)))
+    if len(tried) == 1:
+        return plan
+    raced = clock.race([clock.runner(each.model) for each in tried], _CHAINS)
+    best = min(range(len(tried)), key=raced.ratio)
+    return tried[best] if raced.ratio_range(best)[1] < 1.0 else plan
+
+
+def _may_chain(timed: Timed) -> bool:
+    return timed.best is not None and takes_bands(spec(timed.site), timed.best)
 
 
 def plans(timed: Sequence[Timed]) -> dict[str, tuple[Timed, ...]]:
