@@ -97,7 +97,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench-runtime: $(STAMP) $(LIBRARY)
-	$(BIN)/python -m bench gemv patterns speed --threads 2
+	$(BIN)/python -m bench gemv patterns speed chains --threads 2
 
 bench: $(STAMP) $(LIBRARY)
 	$(BIN)/python -m bench

@@ -13,6 +13,7 @@ import torch
 
 from bench import (
     adversarial,
+    chains,
     cifar,
     compensation,
     coverage,
@@ -41,6 +42,7 @@ STUDIES: dict[str, Callable[..., None]] = {
     "gemv": gemv.run,
     "patterns": patterns.run,
     "speed": speed.run,
+    "chains": chains.run,
     "coverage": coverage.run,
     "compensation": compensation.run,
     "structural": structural.run,

@@ -99,6 +99,13 @@ def _mobilenet1(path: Path) -> None:
     _image(_OneOutput(MobileNetV1ForImageClassification(MobileNetV1Config(tf_padding=False))), path)
 
 
+def _small_mobilenet(path: Path) -> None:
+    from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
+
+    config = MobileNetV1Config(depth_multiplier=0.25, tf_padding=False, num_labels=10)
+    _image(_OneOutput(MobileNetV1ForImageClassification(config)), path, 64)
+
+
 def _vgg(path: Path) -> None:
     layers: list[nn.Module] = []
     channels = 3
@@ -126,3 +133,4 @@ NETWORKS = (
     Network("vgg16", _vgg, {0.9: None}),
 )
 QUICK = (Network("small-resnet", _small_resnet, {0.9: None}),)
+SMALL_MOBILENET = Network("small-mobilenet", _small_mobilenet, {})

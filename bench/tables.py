@@ -19,7 +19,7 @@ them look in `$SECATEUR_DATA`.
 
 def page(folder: Path = RESULTS) -> str:
     """Give the whole page; a study without results is left out."""
-    own = (_speed, _gemv, _patterns, _global_masks, _sweep, _gradual, _oneshot)
+    own = (_speed, _chains, _gemv, _patterns, _global_masks, _sweep, _gradual, _oneshot)
     made = (*own, *tables_cuts.SECTIONS, *tables_training.SECTIONS)
     parts = [part for make in made if (part := make(folder))]
     return "\n".join([HEAD, *parts])
@@ -57,6 +57,30 @@ def _speed(folder: Path) -> str:
         f"after them. Dense is ONNX Runtime {ort}, float32.\nThe speed-up is the median over pairs of "
         "turns; the files have the spreads. Most networks have random\nweights: these figures are about "
         "speed alone.\n"
+    )
+    return "\n".join([text, where(study), table(head, rows), goals(study)])
+
+
+def _chains(folder: Path) -> str:
+    study = read(folder, "chains")
+    if not study:
+        return ""
+    rows = []
+    for row in study["result"]["rows"]:
+        case, times, ups = row["case"], row["milliseconds"], row["speedups"]
+        rows.append(
+            [
+                *(case["network"], f"{case['sparsity']:.0%}", str(case["threads"])),
+                *(f"{times[name]['median']:.2f}" for name in ("dense", "alone", "chained")),
+                *(f"{ups['alone']:.2f}x", f"{ups['chained']:.2f}x", f"{row['ratio']:.2f}x"),
+                *(str(row["chains"]), f"{row['error']:.0e}"),
+            ]
+        )
+    head = ["network", "sparsity", "threads", "dense, ms", "sparse, ms", "in chains, ms"]
+    head += ["speed-up", "in chains", "ratio", "chains", "error"]
+    text = (
+        "## Chains: layers around depthwise convolutions, band by band in one operator\n\nThe fastest "
+        "plan with chains against the fastest without, batch 1, in turn with the dense model.\n"
     )
     return "\n".join([text, where(study), table(head, rows), goals(study)])
 

@@ -34,7 +34,7 @@ _EAGER = -0.25
 _DOUBTFUL = (0.5, 2.5)
 # Shares of the time for deciding about attention and about chains.
 _ATTENTION, _CHAINS = 0.1, 0.2
-# Chains hand on what no second cache holds, or all that can be are chains.
+# What no second cache holds, in bytes.
 _LARGE = 1 << 19
 DENSE = "dense"
 
@@ -118,7 +118,7 @@ def fastest(graph: Graph, timed: Sequence[Timed], clock: Clock) -> Plan:
     plan = _climbed(graph, timed, tried[best], runners[best], clock)
     clock.say("timing the model", 2, 3)
     plan = _with_attention(graph, plan, clock)
-    plan = _with_chains(graph, timed, plan, clock)
+    plan = _chained(graph, timed, plan, clock)
     if not plan.layers:
         both = raced.median(0)
         return Plan(DENSE, (), sparse_model(graph, ()), both, both, 1.0)
@@ -150,27 +150,30 @@ def _with_attention(graph: Graph, plan: Plan, clock: Clock) -> Plan:
     return tried[best] if raced.ratio_range(best)[1] < 1.0 else plan
 
 
-def _with_chains(graph: Graph, timed: Sequence[Timed], plan: Plan, clock: Clock) -> Plan:
-    """The plan with layers that run band by band, if that is surely faster.
-
-    Layers that lose alone may win in a chain, so it is tried with all that could be in one, too.
-    """
-    chosen = {layer.site.nodes[0] for layer in plan.layers}
-    more = [t for t in timed if t.site.nodes[0] in chosen or _may_chain(t)]
-    tried = [plan]
-    seen: set[tuple[int, tuple[str, ...]]] = set()
-    for start in (plan, Plan.of(graph, plan.name, more, plan.blocks)):
-        for least in (_LARGE, 0):
-            model, names = banded(start.model, least)
-            key = (len(start.layers), names)
-            if names and key not in seen:
-                seen.add(key)
-                tried.append(replace(start, name="chained", model=model, chains=len(names)))
+def _chained(graph: Graph, timed: Sequence[Timed], plan: Plan, clock: Clock) -> Plan:
+    """The plan with layers that run band by band, if that is surely faster."""
+    tried = [plan, *with_chains(graph, timed, plan)]
     if len(tried) == 1:
         return plan
     raced = clock.race([clock.runner(each.model) for each in tried], _CHAINS)
     best = min(range(len(tried)), key=raced.ratio)
     return tried[best] if raced.ratio_range(best)[1] < 1.0 else plan
+
+
+def with_chains(graph: Graph, timed: Sequence[Timed], plan: Plan) -> list[Plan]:
+    """A plan with its layers in chains: all, or those alone that hand on what no second cache holds.
+
+    Layers that lose alone may win in a chain, so both are tried with all that could be in one, too.
+    """
+    chosen = {layer.site.nodes[0] for layer in plan.layers}
+    more = [t for t in timed if t.site.nodes[0] in chosen or _may_chain(t)]
+    found: dict[tuple[int, tuple[str, ...]], Plan] = {}
+    for start in (plan, Plan.of(graph, plan.name, more, plan.blocks)):
+        for least in (_LARGE, 0):
+            model, names = banded(start.model, least)
+            other = replace(start, name="chained", model=model, chains=len(names))
+            found.setdefault((len(start.layers), names), other)
+    return [other for other in found.values() if other.chains]
 
 
 def _may_chain(timed: Timed) -> bool:
