@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from secateur.cli.places import require_new_file
 from secateur.core import atomic
-from secateur.core.atomic import new_file, new_folder, require_new
+from secateur.core.atomic import new_file, new_folder, require_new, sweep
 from secateur.core.errors import FileError, OutputExists
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
@@ -58,6 +63,68 @@ def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path) -> Non
     assert (tmp_path / "disk" / "real" / "result").read_text() == "third"
     assert sorted(tmp_path.iterdir()) == [tmp_path / "disk", link]
     assert list((tmp_path / "disk").iterdir()) == [tmp_path / "disk" / "real"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from secateur.core import atomic
+
+atomic._put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with atomic.new_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "result").write_text("half")
+"""
+
+
+def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    place = tmp_path / "out [1]"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(place)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    write(tmp_path / "other", "whole")  # which the rest is not of
+    (tmp_path / ".out [1].mine").touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    write(place, "whole")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"other", ".out [1].mine", place.name}
+
+
+@pytest.mark.parametrize("kind", [new_file, new_folder])
+def test_what_another_writer_holds_is_not_swept(tmp_path: Path, kind: Any) -> None:
+    place = tmp_path / "out"
+    with kind(place) as first:
+        sweep(tmp_path)
+        assert first.exists()
+        (first / "result" if first.is_dir() else first).write_text("whole")
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_place_that_is_swept_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = [], tempfile.mkdtemp
+
+    def swept(*arguments: Any) -> str:
+        made.append(real(*arguments))
+        if len(made) == 1:
+            sweep(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept)
+    write(tmp_path / "out", "whole")
+    assert len(made) == 2
+    assert (tmp_path / "out" / "result").read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 240, "a\0b"])
+@pytest.mark.parametrize("check", [partial(require_new, entries=None), require_new_file])
+def test_a_name_that_no_file_can_have_is_told_early(tmp_path: Path, name: str, check: Any) -> None:
+    with pytest.raises(FileError, match="a shorter name"):
+        check(tmp_path / name)
+    with pytest.raises(FileError), new_folder(tmp_path / name):
+        raise AssertionError
+    with pytest.raises(FileError), new_file(tmp_path / name):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
 
 
 LIMITED = """

@@ -89,7 +89,7 @@ def test_a_plain_loop_continues_exactly(tmp_path: Path) -> None:
 def test_the_file_keeps_only_the_last_two(tmp_path: Path) -> None:
     training = parts()
     (tmp_path / "mine.safetensors").write_text("something else")
-    (tmp_path / ".step-000000001.safetensors.x1").write_text("half")
+    (tmp_path / ".step-000000001.safetensors.0123abcd.unfinished").write_text("half")
     for step in range(1, 5):
         train(training, 1)
         save_checkpoint(tmp_path, training, step=step)

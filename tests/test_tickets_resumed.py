@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     found = search(tmp_path)
     run = Path(found.folder)
-    (run / ".level-02-0.79-after-abcdef.x3_9abcd").mkdir()
+    (run / ".level-02-0.79-after-abcdef.x3_9abcd.unfinished").mkdir()
     (run / ".gitignore").write_text("*")
     search(tmp_path)
     assert {p.name for p in run.glob(".*")} == {".gitignore"}

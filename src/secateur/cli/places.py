@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from secateur.core.atomic import require_new
-from secateur.core.errors import FileError, OutputExists, UsageError
+from secateur.core.atomic import require_new, require_room
+from secateur.core.errors import OutputExists, UsageError
 from secateur.formats.bundle import FACTS, MODEL, RECIPE, SURGERY
 
 
@@ -21,23 +21,16 @@ def require_new_file(path: Path, *, overwrite: bool = False) -> None:
         >>> require_new_file(Path("no-such-file.onnx"))
     """
     asked = f"writing to {str(path)!r}"
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise OutputExists(asked, "it is a folder", "a file is written", "name a file")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # noqa: PTH110 - as above
         raise OutputExists(
             asked,
             "it already exists",
             "a result is never overwritten by accident",
             "choose another name, remove it, or ask for overwriting (--overwrite)",
         )
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise FileError(
-            asked,
-            f"{nearest} cannot be written",
-            "the file is built there",
-            "choose a folder that you may write to",
-        )
+    require_room(path)
 
 
 def require_places(

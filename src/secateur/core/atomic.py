@@ -1,20 +1,27 @@
-"""Atomic writes: an interrupted run leaves the old file or folder, or the new one."""
+"""Atomic writes: an interrupted run leaves the old file or folder, or the new one.
+
+What is written lies beside its place meanwhile, under a name of its own, and is locked. A process that
+is killed leaves it behind without a lock, and the next one that writes there removes it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secateur.core.errors import FileError, OutputExists
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_UNFINISHED = ".unfinished"
 
 
 @contextmanager
@@ -41,22 +48,15 @@ def new_file(path: str | Path) -> Iterator[Path]:
             "the result is one file",
             "give the name of a file, perhaps in that folder",
         )
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _broken_off(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _beside(path, _new_file) as temporary:
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+            _sync(path.parent)
+        except OSError as error:
+            raise _broken_off(path, error) from error
 
 
 @contextmanager
@@ -73,23 +73,44 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = _followed(Path(path))
     _require_replaceable(path, overwrite, None)
     _require_parent(path)
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        yield temporary
-        entries = {entry.name for entry in temporary.iterdir()}
-        _require_replaceable(path, overwrite, entries)
-        for entry in (*temporary.iterdir(), temporary):
-            _sync(entry)
-        temporary.chmod(0o777 & ~_umask())
-        _put(temporary, path, overwrite)
-        _sync(path.parent)
-    except OSError as error:
-        raise _broken_off(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _beside(path, tempfile.mkdtemp) as temporary:
+        try:
+            yield temporary
+            entries = {entry.name for entry in temporary.iterdir()}
+            _require_replaceable(path, overwrite, entries)
+            for entry in (*temporary.iterdir(), temporary):
+                _sync(entry)
+            temporary.chmod(0o777 & ~_umask())
+            _put(temporary, path, overwrite)
+            _sync(path.parent)
+        except OSError as error:
+            raise _broken_off(path, error) from error
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what writers that were killed left in a folder: of one result, or of all.
+
+    What somebody still writes is locked, and stays. Where a file system has no locks, all stays.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> (folder / ".a.txt.0123abcd.unfinished").touch()
+        >>> sweep(folder, "a.txt")
+        >>> list(folder.iterdir())
+        []
+    """
+    which = ".+" if name is None else re.escape(name)
+    unfinished = re.compile(rf"\.{which}\.[a-z0-9_]{{8}}{re.escape(_UNFINISHED)}", re.DOTALL)
+    with suppress(OSError):  # a folder that cannot be listed
+        for left in [entry for entry in folder.iterdir() if unfinished.fullmatch(entry.name)]:
+            with suppress(OSError):  # locked, of another user, or somebody else was faster
+                handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(left)
+                finally:
+                    os.close(handle)
 
 
 def require_new(path: str | Path, entries: set[str] | None, *, overwrite: bool = False) -> None:
@@ -102,7 +123,25 @@ def require_new(path: str | Path, entries: set[str] | None, *, overwrite: bool =
     """
     path = _followed(Path(path))
     _require_replaceable(path, overwrite, entries)
+    require_room(path)
+
+
+def require_room(path: Path) -> None:
+    """Fail early where nothing can be written to ``path``: it is tried, beside the place.
+
+    Raises:
+        FileError: Nothing can be written there, or not under so long a name.
+
+    Example:
+        >>> require_room(Path("a" * 300))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.FileError: writing to ...: nothing can be written into . (File name too
+        long). ...
+    """
     _require_parent(path)
+    with _beside(path, tempfile.mkdtemp):
+        pass
 
 
 def require_writable(path: str | Path) -> None:
@@ -118,6 +157,46 @@ def require_writable(path: str | Path) -> None:
         secateur.core.errors.FileError: writing to ...: nothing can be written into ...
     """
     _require_parent(Path(path) / "file")
+
+
+@contextmanager
+def _beside(path: Path, make: Callable[[str, str, Path], str]) -> Iterator[Path]:
+    """A new file or folder beside ``path``, locked until it is moved to its place or removed."""
+    sweep(path.parent, path.name)
+    try:
+        temporary, handle = _locked(path, make)
+    except (OSError, ValueError) as error:  # a name cannot hold the character 0
+        raise _unwritable(path, error) from error
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        os.close(handle)
+
+
+def _locked(path: Path, make: Callable[[str, str, Path], str]) -> tuple[Path, int]:
+    while True:
+        temporary = Path(make(_UNFINISHED, f".{path.name}.", path.parent))
+        with suppress(FileNotFoundError):  # swept before it was locked
+            handle = os.open(temporary, os.O_RDONLY)
+            with suppress(OSError):  # no locks on this file system: nobody sweeps there
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if temporary.exists():
+                return temporary, handle
+            os.close(handle)
+
+
+def _new_file(suffix: str, prefix: str, folder: Path) -> str:
+    handle, name = tempfile.mkstemp(suffix, prefix, folder)
+    os.close(handle)
+    return name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _require_replaceable(path: Path, overwrite: bool, entries: set[str] | None) -> None:
@@ -148,7 +227,10 @@ def _exists(path: Path) -> OutputExists:
 
 def _followed(path: Path) -> Path:
     """Where a link leads: a folder cannot be renamed to the name of a link."""
-    return path.resolve() if path.is_symlink() else path
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def _put(temporary: Path, path: Path, overwrite: bool) -> None:
@@ -189,10 +271,10 @@ def _require_parent(path: Path) -> None:
         raise _unwritable(path, PermissionError("permission denied"))
 
 
-def _unwritable(path: Path, error: OSError) -> FileError:
+def _unwritable(path: Path, error: OSError | ValueError) -> FileError:
     return FileError(
         f"writing to {str(path)!r}",
-        f"nothing can be written into {path.parent} ({error.strerror or error})",
+        f"nothing can be written into {path.parent} ({getattr(error, 'strerror', None) or error})",
         "the result is built beside its place, under a longer name, and moved there whole",
         "choose a folder that you may write to, or a shorter name",
     )

@@ -11,8 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.core.atomic import new_file, new_folder
+from secateur.core.atomic import new_file, new_folder, sweep
 from secateur.core.errors import FileError, FormatError, UsageError
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
@@ -146,8 +144,7 @@ def open_run(
         ) from error
     content = json.loads(json.dumps({"identity": identity, "network": network}, default=str))
     with _alone(folder):
-        for left in filter(_is_leftover, folder.iterdir()):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        sweep(folder)
         path = folder / RUN
         if path.exists():
             _require_same(folder, _read_json(path), content)
@@ -232,13 +229,6 @@ def _require_empty(folder: Path) -> None:
             "it is the folder of something else",
             "name another folder",
         )
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether a name is one that atomic writing gives to what is not yet in its place."""
-    return (
-        re.fullmatch(r"\.(run\.json|dense|step-.+|level-.+)\.[a-z0-9_]{8}", path.name) is not None
-    )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

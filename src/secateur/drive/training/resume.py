@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur.core.atomic import sweep
 from secateur.core.errors import FormatError, SecateurError, UsageError
 from secateur.core.masks import Masks
 from secateur.core.slots import bare, device_of
@@ -375,9 +376,9 @@ def drop_later(folder: str | Path, step: int) -> None:
 
 def _tidy(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what killed runs left half written."""
+    sweep(folder)
     steps = sorted({m[1] for f in _files(folder) if (m := _NAME.fullmatch(f.name))})
     old = {f"step-{step}." for step in steps[:-keep]}
     for file in list(_files(folder)):
-        half = file.name.startswith(".step-") and ".safetensors." in file.name
-        if half or any(file.name.startswith(name) for name in old):
+        if any(file.name.startswith(name) for name in old):
             file.unlink(missing_ok=True)
