@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ def onlytest():
 
 def narrow():
     return {"train": [batch(inputs=7)], "test": [batch(inputs=7)]}
+
+def stopped(model, batches):
+    raise KeyboardInterrupt
+
+def broken(model, batches):
+    raise ValueError("no such file")
+
+def unmeasured():
+    return {"train": [batch()], "test": [batch()], "metric": broken}
+
+def impatient():
+    return {"train": [batch()], "test": [batch()], "metric": stopped}
 
 def labels():
     return {"train": [batch(label=9)], "test": [batch(label=9)]}
@@ -237,3 +250,35 @@ def test_a_defect_of_ours_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (("evaluate", "net.py:build"), ("prune", "net.py:build", "-o", "out")):
         error = refused(*words, "--data", "net.py:good", code=1)
         assert "our own mistake" in str(error)
+
+
+@pytest.mark.parametrize("command", ["prune", "shrink"])
+@pytest.mark.parametrize(("data", "code"), [("unmeasured", 3), ("impatient", 130)])
+def test_a_result_that_could_not_be_measured_is_written(
+    command: str, data: str, code: int, place: Path
+) -> None:
+    words = (command, "net.py:build", "-o", "out", "--data", f"net.py:{data}")
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == code, done.output
+    assert "The result was written to out" in done.stderr
+    measured = CliRunner().invoke(app, ["evaluate", "out", "--data", "net.py:good", "--json"])
+    assert json.loads(measured.stdout)["measurement"]["nonzeros"] < 16 * 64 + 64 * 64 + 64 * 4
+
+
+@pytest.mark.parametrize("command", ["prune", "shrink"])
+def test_a_missing_extra_is_told_before_the_work(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    words = (
+        command,
+        "net.py:build",
+        "-o",
+        "out",
+        "--data",
+        "net.py:unmeasured",
+        "--onnx",
+        "a.onnx",
+    )
+    assert "extra 'onnx'" in refused(*words, code=5)["why"]
+    assert [entry.name for entry in place.iterdir() if entry.name != "__pycache__"] == ["net.py"]

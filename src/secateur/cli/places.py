@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.core.atomic import require_new, require_room
 from secateur.core.errors import OutputExists, UsageError
+from secateur.drive.pruned import Pruned
 from secateur.formats.bundle import FACTS, MODEL, RECIPE, SURGERY
+from secateur.frontends.onnx import require_onnx
 
 
 def require_new_file(path: Path, *, overwrite: bool = False) -> None:
@@ -46,6 +51,7 @@ def require_places(
     Raises:
         OutputExists: One of them is there and ``overwrite`` is false.
         UsageError: An ONNX file needs data, and there is none.
+        MissingExtra: What writes ONNX files is not installed.
 
     Example:
         >>> require_places(Path("no-such-folder"), None, None)
@@ -57,5 +63,32 @@ def require_places(
                 f"--onnx {onnx}", "no data was given", "exporting runs an example", "add --data"
             )
         require_new_file(onnx, overwrite=overwrite)
+        require_onnx()
     if pretrained is not None:
         require_new(pretrained, None, overwrite=overwrite)
+
+
+@contextmanager
+def kept(pruned: Pruned, output: Path, *, overwrite: bool = False) -> Iterator[None]:
+    """Write the bundle after the block; also where the block fails, for it may have cost hours.
+
+    Example:
+        >>> import secateur, tempfile
+        >>> from torch import nn
+        >>> pruned = secateur.prune(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
+        >>> folder = Path(tempfile.mkdtemp()) / "small"
+        >>> with kept(pruned, folder):
+        ...     raise ValueError("measuring fails")
+        Traceback (most recent call last):
+            ...
+        ValueError: measuring fails
+        >>> sorted(file.name for file in folder.iterdir())
+        ['facts.json', 'model.safetensors', 'recipe.yaml']
+    """
+    try:
+        yield
+    except BaseException:
+        pruned.save(output, overwrite=overwrite)
+        sys.stderr.write(f"The result was written to {output}; what followed was not finished.\n")
+        raise
+    pruned.save(output, overwrite=overwrite)

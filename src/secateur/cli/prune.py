@@ -13,7 +13,7 @@ from rich.text import Text
 from secateur.cli import options
 from secateur.cli.batches import data_from
 from secateur.cli.flags import Flags, describe, recipe_from
-from secateur.cli.places import require_places
+from secateur.cli.places import kept, require_places
 from secateur.cli.screen import Screen, screen
 from secateur.core.batches import Batch, Data, first_of
 from secateur.core.errors import UsageError
@@ -146,15 +146,14 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
         batches = data_from(data, calibration)
         _announce(out, loaded, wanted, model)
         pruned = _run(out, loaded, wanted, batches, saved)
-        with out.watching(_measurable(batches)) as watched:
-            found = compare_networks(loaded.model, pruned, watched)
-        pruned.facts.measures["comparison"] = comparison_json(found)
-        # Checked before it is written: an ONNX file that fails leaves no bundle either.
         exported = None
-        if onnx is not None:
-            with out.working("exporting"):
-                exported = export_onnx(pruned.model, _example(batches), onnx)
-        pruned.save(output, overwrite=overwrite)
+        with kept(pruned, output, overwrite=overwrite):
+            with out.watching(_measurable(batches)) as watched:
+                found = compare_networks(loaded.model, pruned, watched)
+            pruned.facts.measures["comparison"] = comparison_json(found)
+            if onnx is not None:
+                with out.working("exporting"):
+                    exported = export_onnx(pruned.model, _example(batches), onnx)
         _report(out, pruned, found, exported, output=output)
 
 

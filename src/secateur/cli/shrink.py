@@ -12,7 +12,7 @@ from rich.text import Text
 from secateur.cli import options
 from secateur.cli.batches import data_from
 from secateur.cli.flags import part, require_alone, with_training
-from secateur.cli.places import require_places
+from secateur.cli.places import kept, require_places
 from secateur.cli.screen import Screen, screen
 from secateur.core.batches import first_of
 from secateur.core.masks import Masks
@@ -171,16 +171,16 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         measurable = batches is not None and (batches.test or batches.train) is not None
         _note_masks(pruned, loaded.masks)
         masks = (loaded.masks or None, None)
-        with out.watching(batches if measurable else None) as watched:
-            taken = None if measurable or example is None else as_batch(example)
-            found = compare_networks(loaded.model, pruned, watched, masks=masks, example=taken)
-        pruned.facts.measures["comparison"] = comparison_json(found)
         exported = None
-        if onnx is not None:
-            assert batches is not None
-            with out.working("exporting"):
-                exported = export_onnx(pruned.model, first_of(batches_of(batches)[1]), onnx)
-        pruned.save(output, overwrite=overwrite)
+        with kept(pruned, output, overwrite=overwrite):
+            with out.watching(batches if measurable else None) as watched:
+                taken = None if measurable or example is None else as_batch(example)
+                found = compare_networks(loaded.model, pruned, watched, masks=masks, example=taken)
+            pruned.facts.measures["comparison"] = comparison_json(found)
+            if onnx is not None:
+                assert batches is not None
+                with out.working("exporting"):
+                    exported = export_onnx(pruned.model, first_of(batches_of(batches)[1]), onnx)
         saved = None
         if pretrained is not None:
             assert pruned.surgery is not None

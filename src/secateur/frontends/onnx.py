@@ -100,7 +100,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
         >>> done.error < 1e-4, Path(out).stat().st_size == done.bytes
         (True, True)
     """
-    _packages()  # before the work
+    require_onnx()  # before the work
     require_network("exporting to ONNX", model)
     names, write = (str, PathLike), "export_onnx(model, example, 'net.onnx')"
     require_kind("export_onnx(path=...)", path, names, what="a file's name", write=write)
@@ -194,12 +194,21 @@ def _single(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALF else x
 
 
-def _packages() -> tuple[Any, Any]:
+def require_onnx() -> None:
+    """Refuse now what :func:`export_onnx` would refuse for want of a package.
+
+    Raises:
+        MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+    """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(name)
         except ImportError:
             raise MissingExtra(name, "onnx", "exporting to ONNX") from None
+
+
+def _packages() -> tuple[Any, Any]:
+    require_onnx()
     import onnx
     import onnxruntime
 
