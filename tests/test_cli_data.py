@@ -282,3 +282,13 @@ def test_a_missing_extra_is_told_before_the_work(
     )
     assert "extra 'onnx'" in refused(*words, code=5)["why"]
     assert [entry.name for entry in place.iterdir() if entry.name != "__pycache__"] == ["net.py"]
+
+
+@pytest.mark.parametrize("more", [("--target", "latency=2x"), ("--recipe", "r.yaml")])
+def test_masks_promise_no_latency_before_anything_is_read(
+    more: tuple[str, str], place: Path
+) -> None:
+    (place / "r.yaml").write_text("target: {latency: 2x}")
+    error = refused("prune", "no-such-file.py:build", "-o", "out", *more, code=2)
+    assert "remove nothing" in error["found"]
+    assert "0.5" not in error["asked"]

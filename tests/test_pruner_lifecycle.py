@@ -502,15 +502,14 @@ def test_a_schedule_made_before_learned_is_refused(name: str) -> None:
         (Target("bytes", 10), None),
         (Target("params", 5), None),
         (Target("macs", 3), BATCHES),
-        (Target("latency", 0.5), None),
     ],
-    ids=["bytes", "params", "macs", "latency"],
+    ids=["bytes", "params", "macs"],
 )
 def test_a_target_below_the_floor_is_refused_before_training(target: Target, data: Any) -> None:
     model = net()
     optimizer = sgd(model)
     before = everything(model, optimizer)
     late = recipe(schedule=Polynomial(10, 20, 5), target=target)
-    with pytest.raises(BudgetError, match=r"Ask for more than|Use shrink"):
+    with pytest.raises(BudgetError, match="Ask for more than"):
         Gradual(model, optimizer, late, data=data)
     assert_untouched(before, everything(model, optimizer))

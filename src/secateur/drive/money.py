@@ -84,20 +84,11 @@ def money(
         used: From :func:`uses`, for a target in multiply-adds.
 
     Raises:
-        BudgetError: What is not pruned costs more than the target (the floor is named), the dense
-            network costs less than it, or the target is in latency.
+        BudgetError: What is not pruned costs more than the target (the floor is named), or the
+            dense network costs less than it.
     """
     target = recipe.target
     assert target is not None
-    if target.unit == "latency":
-        raise BudgetError(
-            f"latency={target.value:g}",
-            "pruning with masks was asked",
-            "zeros are as slow as other numbers, but for a sparse runtime, and no time can be "
-            "promised before its kernels are chosen",
-            "use shrink, which removes whole channels; or prune to macs=50%, say, and measure with "
-            "bench",
-        )
     sizes = {w.name: w.value.numel() for w in weights}
     unmasked = 0.0
     if target.unit == "sparsity":

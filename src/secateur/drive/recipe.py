@@ -150,6 +150,15 @@ class Recipe:
                 "they are then those of the dense network, and nothing is left to make good",
                 "add sequential=True to the recipe",
             )
+        if self.target is not None and self.target.unit == "latency":
+            raise BudgetError(
+                "a target in latency, for masks",
+                "masks make zeros, and remove nothing",
+                "zeros are as slow as other numbers, but for a sparse runtime, and no time can be "
+                "promised before its kernels are chosen",
+                "use shrink, which removes whole channels; or prune to macs=50%, say, and measure with "
+                "bench",
+            )
         fixed = self.pattern.sparsity if isinstance(self.pattern, NM) else None
         if self.target is None and fixed is None:
             object.__setattr__(self, "target", Target("sparsity", 0.5))
