@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,13 @@ def test_kernels_that_are_not_there_are_no_damage(tmp_path: Path) -> None:
     )
     assert done.returncode
     assert "The environment asks for other kernels. Unset SECATEUR_ISA" in done.stderr
+    code = "from secateur.runtime.native import isa; isa()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert "that run (avx2, baseline). Kernels are compiled for a few sets" in re.sub(
+        r"here \(.*?\)", "(avx2, baseline)", done.stderr
+    )
 
 
 @pytest.mark.parametrize(("constant", "folded"), [(1.5 * 2**23, False), (3.0, True)])

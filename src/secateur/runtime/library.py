@@ -184,12 +184,13 @@ def available() -> bool:
     return True
 
 
-def check(code: int, asked: str, do: str = "") -> None:
+def check(code: int, asked: str, why: str = "", do: str = "") -> None:
     """Turn an error code of the library into the error that it stands for.
 
     Args:
         code: What a function of the library has just returned to this thread.
         asked: What was wanted, for the message.
+        why: Why that cannot be, for the message.
         do: What helps, for the message.
 
     Raises:
@@ -206,7 +207,7 @@ def check(code: int, asked: str, do: str = "") -> None:
     if code == _NO_MEMORY:
         raise MemoryError(f"{asked}: {found}")
     kinds: dict[int, type[SecateurError]] = {INVALID: UsageError, _DAMAGED: FormatError}
-    raise kinds.get(code, SecateurError)(asked, found, do=do)
+    raise kinds.get(code, SecateurError)(asked, found, why, do)
 
 
 INVALID, _DAMAGED, _NO_MEMORY = 1, 2, 3

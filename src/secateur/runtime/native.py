@@ -264,7 +264,10 @@ def isa() -> str:
     name = load().secateur_isa()
     if name is None:
         check(
-            INVALID, "the instruction set that SECATEUR_ISA names", "unset it, or name one of these"
+            INVALID,
+            "the instruction set that SECATEUR_ISA names",
+            "kernels are compiled for a few sets, and run where the processor knows theirs",
+            "unset it, or name one of these",
         )
     return str(name.decode())
 
