@@ -460,3 +460,13 @@ def test_settings_of_parts(build: Any, said: str) -> None:
     with pytest.raises(UsageError) as error:
         build()
     assert said in whole(error)
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+@pytest.mark.parametrize("given", [iter(BATCHES), (x for x in BATCHES), "test.csv"])
+def test_data_that_can_be_read_only_once_or_are_no_batches_are_refused(
+    name: str, given: Any
+) -> None:
+    # A metric would find nothing left, and call that the value of the network.
+    with pytest.raises(UsageError, match=r"only once|the text 'test\.csv'"):
+        Data(**{name: given})

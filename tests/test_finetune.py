@@ -91,7 +91,7 @@ def test_what_cannot_be_trained() -> None:
         finetune(net(), Data())
     with pytest.raises(NeedsData, match="no teacher"):
         finetune(net(), Data(train=BATCHES), FineTune(distill=0.5))
-    with pytest.raises(DataError, match="no batches"):
+    with pytest.raises(UsageError, match="only once"):
         finetune(net(), Data(train=iter(BATCHES)))
     bad = [(X * torch.inf, Y)]
     with pytest.raises(DataError, match=r"step 1.*nan"):

@@ -144,9 +144,18 @@ def _require_batches(asked: str, batches: object) -> None:
             "it yields single samples, and batches are wanted",
             f"write DataLoader({kind}(...), batch_size=32); where its items are batches, batch_size=None",
         )
+    if isinstance(batches, Iterator):
+        raise UsageError(
+            asked,
+            f"{kind_of(batches)} was given, which can be gone through only once",
+            "batches are read several times: to look at them, to train, to measure",
+            "give a list, a DataLoader, or a class whose __iter__ begins anew",
+        )
     found = ""
     parts: Any = batches.values() if isinstance(batches, Mapping) else batches
-    if isinstance(batches, Tensor):
+    if isinstance(batches, (str, bytes)):
+        found = f"the text {batches!r:.60}"
+    elif isinstance(batches, Tensor):
         found = f"a tensor of shape {tuple(batches.shape)}, whose rows would be taken for batches,"
     elif isinstance(batches, (tuple, Mapping)) and any(isinstance(part, Tensor) for part in parts):
         found = f"{kind_of(batches)} of tensors, which is a single batch,"
