@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from secateur.core.errors import UsageError
 
 # In an output of Transformers these serve as inputs of the next call: they may become narrower.
-_BY_PRODUCTS = frozenset({"past_key_values", "cache_params", "state", "encoder_last_hidden_state"})
+_CACHES = {"past_key_values", "cache_params", "state", "encoder_last_hidden_state"}
+_BY_PRODUCTS = frozenset(_CACHES | {f"{x}_hidden_states" for x in ("image", "audio", "video")})
 # Numbers and words are no tensors, though a size that was read in a trace has attributes.
 _CLOSED = (nn.Module, type, FunctionType, ModuleType, int, float, complex, str, bytes)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.structure.labels import first_along, relaxed, varying
+from secateur.structure.labels import first_along, own_shape, relaxed, varying
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.tracer import Call, Labels, Tracer
@@ -78,7 +78,9 @@ def indexed(tracer: Tracer, call: Call) -> None:
         tracer.put(call.out, [label.expand(call.out.shape) for label in found])
         return
     for axis in _indexed_axes(indices):
-        labels = tracer.fixed(labels, axis, _LOOKED_UP)
+        # Some code picks only to ask how many there are.
+        tracer.owe(call.out, [v for v in labels if axis in varying(v)], axis, _LOOKED_UP)
+        labels = [first_along(label, axis).expand(label.shape) for label in labels]
     plain = [None if i is None else _positions(i) for i in indices]
     moved = [relaxed(torch.ops.aten.index(label, plain)) for label in labels]
     tracer.put(call.out, [label for label in moved if label.shape == call.out.shape])
@@ -163,6 +165,42 @@ def put(tracer: Tracer, call: Call) -> None:
             theirs.append(label[(0,) * lead])
     merged = tracer.meet_labels(trailing, [(trailing, mine), (shape, tuple(theirs))], FIXED)
     tracer.put(call.out, [label.expand(call.out.shape) for label in merged])
+
+
+@rule("aten.masked_scatter", "aten.masked_scatter_")
+def scattered(tracer: Tracer, call: Call) -> None:
+    """``x[mask] = rows of source``, one after the other: features of an image among those of a text.
+
+    Along the last axes, where the mask does not change, each row is written whole, and the two meet.
+    """
+    x, mask, source = call.args[:3]
+    inner = _unmasked(x, mask, source)
+    if not inner:
+        tracer.refuse(call, "entries are written one by one where a mask says so")
+        return
+    trailing = tuple(x.shape[x.ndim - inner :])
+    operands: list[tuple[tuple[int, ...], Labels]] = []
+    for side in (x, source, mask):
+        own = min(inner, side.ndim)
+        labels = tracer.labels(side)
+        for axis in range(side.ndim - own):
+            labels = tuple(tracer.fixed(labels, axis, _LOOKED_UP))
+        shape = own_shape(side)[side.ndim - own :]
+        operands.append((shape, tuple(label[(0,) * (side.ndim - own)] for label in labels)))
+    merged = tracer.meet_labels(trailing, operands, FIXED)
+    tracer.put(call.out, [label.expand(call.out.shape) for label in merged])
+
+
+def _unmasked(x: Tensor, mask: Tensor, source: Tensor) -> int:
+    """How many of the last axes are the same in both tensors, and left alone by the mask."""
+    still = mask if mask.is_meta else relaxed(mask)
+    frame = (*(1,) * (x.ndim - mask.ndim), *own_shape(still))
+    count = 0
+    for mine, theirs, masked in zip(x.shape[::-1], source.shape[::-1], frame[::-1], strict=False):
+        if mine != theirs or masked != 1:
+            break
+        count += 1
+    return count
 
 
 @rule("aten.nonzero", "aten.item", "aten._local_scalar_dense", "aten.one_hot", "aten.bincount",
