@@ -135,3 +135,51 @@ def test_layers_inside_vmap_cannot_be_read_and_can_be_cut(target: str, data: Any
         secateur.shrink(Mapped(), recipe, torch.randn(4, 16), data=data)
     plain = secateur.ShrinkRecipe(target=secateur.Target.parse("params=60%"), recovery=())
     assert secateur.shrink(Mapped(), plain, torch.randn(4, 16)).facts.measures["proof"] < 1e-5
+
+
+class Quantized(nn.Module):
+    """A code book for the middle of the network, and how far the two are apart as a second output."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.before, self.code, self.after = nn.Linear(6, 8), nn.Embedding(7, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.before(x)
+        nearest = torch.cdist(x, self.code.weight[None]).argmin(-1)
+        return self.after(x), self.loss(x, self.code(nearest).detach())
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "smooth_l1_loss", "huber_loss"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_within_the_network_runs_over_kept_units(name: str, reduction: str) -> None:
+    loss = getattr(nn.functional, name)
+
+    def build() -> nn.Module:
+        return Quantized(lambda a, b: loss(a, b, reduction=reduction))
+
+    net = fresh(build)
+    structure = couple(net, TOKENS)
+    if reduction == "none":
+        assert not structure.widths, "every number of the width is an output"
+        return
+    (width,) = structure.widths
+    assert width.groups == 8
+    given = secateur.allocate.widths.GivenWidths({width.name: 0.5})
+    recipe = secateur.ShrinkRecipe(allocation=given, recovery=())
+    assert secateur.shrink(net, recipe, TOKENS).facts.measures["proof"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.masked_fill(torch.arange(5)[:, None] > 2, torch.tensor(0.5).double()),
+        lambda x: (x * (1 + 1j)).conj().real * 2,
+        lambda x: (x * (1 + 1j)).conj().imag * 2,
+    ],
+    ids=["masked_fill", "conj", "negative"],
+)
+def test_one_value_in_and_one_out_lets_units_through(function: Callable[..., Any]) -> None:
+    (width,) = require_exact(lambda: between(function), TOKENS).widths
+    assert width.groups == 12

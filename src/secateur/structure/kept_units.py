@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from secateur.structure.counted import rows_along
 from secateur.structure.labels import varying
 from secateur.structure.rules.norms import own_statistics
-from secateur.structure.rules.reductions import REDUCTIONS, reduced_axes
+from secateur.structure.rules.reductions import LOSSES, REDUCTIONS, reduced_axes
 from secateur.structure.tracer import Call, Tracer
 
 _WEIGHT_NORM = "aten._weight_norm_interface"
@@ -73,6 +73,8 @@ def run_on_kept(tracer: Tracer, call: Call, alive: Tensor) -> Any:
         x = call.args[0]
         kept = _kept(tracer, x, reduced_axes(call), alive)
         return call.func(_select(x, kept), *call.args[1:], **call.kwargs) if kept else None
+    if call.name in LOSSES:
+        return _compared(tracer, call, alive)
     if draws(call.func):
         return _drawn(tracer, call, alive)
     if call.name == _WEIGHT_NORM:
@@ -114,6 +116,19 @@ def _spread(part: Tensor, like: Tensor, kept: Mapping[int, Tensor], rest: float 
         shape = (*part.shape[:axis], like.shape[axis], *part.shape[axis + 1 :])
         part = part.new_full(shape, rest).index_copy(axis, places, part)
     return part
+
+
+def _compared(tracer: Tracer, call: Call, alive: Tensor) -> Any:
+    """A loss between two tensors, over the units that both keep."""
+    pair = torch.broadcast_tensors(*call.args[:2])
+    found = [
+        _kept(tracer, x, range(x.ndim), alive) for x in call.args[:2] if x.ndim == pair[0].ndim
+    ]
+    kept = {axis: places for part in found for axis, places in part.items()}
+    if not kept or call.argument(2, "reduction", 1) == 0:
+        return None
+    small = (_select(x, kept) for x in pair)
+    return call.func(*small, *call.args[2:], **call.kwargs)
 
 
 def _drawn(tracer: Tracer, call: Call, alive: Tensor) -> Any:

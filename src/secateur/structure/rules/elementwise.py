@@ -44,6 +44,7 @@ rule(
     "aten.full_like",
     "aten.rand_like",
     "aten.randn_like",
+    "aten.masked_fill",
     "aten.masked_fill_",
     "aten.native_dropout",
     "aten.bernoulli",
@@ -62,6 +63,10 @@ rule(
     "aten.fake_quantize_per_tensor_affine_cachemask",
     "aten.complex",
     "aten.polar",
+    "aten._conj",
+    "aten._neg_view",
+    "aten.resolve_conj",
+    "aten.resolve_neg",
 )(elementwise)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from secateur.structure.labels import first_along, varying
 from secateur.structure.rules import rule
+from secateur.structure.rules.elementwise import FIXED
 from secateur.structure.tracer import Call, Tracer
 
 REDUCTIONS = ("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std",
@@ -17,6 +19,7 @@ _EXACT = ("aten.sum", "aten.count_nonzero")
 _WITH_POSITIONS = tuple(
     f"aten.{name}" for name in ("max", "min", "median", "nanmedian", "kthvalue", "mode")
 )
+LOSSES = ("aten.mse_loss", "aten.smooth_l1_loss", "aten.huber_loss")
 _SPECTRUM = "a Fourier transform runs over them"
 _FUSED = "they are compared or normalised with one another"
 _NUMBERED = "the position of one of them is a value"
@@ -82,6 +85,20 @@ def _reduce(tracer: Tracer, call: Call, label: Tensor, axes: list[int]) -> Tenso
         if left is not None:
             left = tracer.ledger.whole(left, axis, f"{call.name} runs over them")
     return left
+
+
+@rule(*LOSSES)
+def compared(tracer: Tracer, call: Call) -> None:
+    """Two tensors meet element by element; without a reduction that is all."""
+    a, b = call.args[:2]
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    labels = tracer.meet(tuple(shape), [a, b], FIXED)
+    if call.out.ndim == len(shape):
+        tracer.put(call.out, labels)
+        return
+    if call.argument(2, "reduction", 1) == 1:
+        for label in labels:
+            tracer.reduces(f"{call.name} over a cut axis sees the kept units only", label)
 
 
 @rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax",
