@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from structure_layers import TOKENS, between, fresh, require_exact
 from torch import Tensor, nn
 
 import secateur
+from secateur.core.batches import evaluating
 from secateur.core.errors import UsageError
-from secateur.structure import couple
+from secateur.structure import apply_, couple, cuts_for
 from secateur.structure.rules import products
 from secateur.structure.running import require_python
 
@@ -183,3 +185,46 @@ def test_a_loss_within_the_network_runs_over_kept_units(name: str, reduction: st
 def test_one_value_in_and_one_out_lets_units_through(function: Callable[..., Any]) -> None:
     (width,) = require_exact(lambda: between(function), TOKENS).widths
     assert width.groups == 12
+
+
+class Remembering(nn.Module):
+    """What it computes from its weights it keeps while it evaluates, and forgets when it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.shift = nn.Parameter(torch.ones(8))
+        self.kept: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Any:
+        shift = 2 * self.shift if self.training or self.kept is None else self.kept
+        self.kept = None if self.training else shift.detach()
+        return self.last(self.first(x) + shift)
+
+
+def test_what_was_kept_for_evaluation_does_not_outlive_a_cut() -> None:
+    net = fresh(Remembering)
+    net(TOKENS)  # before the trace, as a user would who measures first
+    structure = couple(fresh(Remembering), TOKENS)
+    (width,) = structure.widths
+    small = copy.deepcopy(net)
+    apply_(small, cuts_for(net, structure, {width.name: torch.arange(8) < 5}))
+    assert not small.training
+    assert small(TOKENS).shape == (3, 5, 4)
+
+
+def test_what_was_kept_for_evaluation_does_not_outlive_training() -> None:
+    net = fresh(Remembering).train()
+    net.last.eval()
+    with evaluating(net):
+        before = net(TOKENS)
+    assert [m.training for m in (net, net.first, net.last)] == [True, True, False]
+    with torch.no_grad():
+        net.shift += 1
+    with evaluating(net):
+        assert not torch.equal(net(TOKENS), before)

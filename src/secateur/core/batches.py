@@ -348,6 +348,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Not only its flag: a module may keep what it computed from its weights until it trains again.
+        model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
 

@@ -152,6 +152,16 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
         for attribute, value in attributes.items():
             set_attribute_(module, attribute, value)
     settle_heads_(model, cuts.attributes)
+    _forget_(model)
+
+
+def _forget_(model: nn.Module) -> None:
+    """Let modules drop what they computed from the uncut weights for evaluation, as LeViT's biases."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    model.train(modes[model])
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def _other(dtype: torch.dtype) -> torch.dtype:
