@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "ranges.h"
 #include "scratch.h"
 
 namespace secateur {
@@ -108,9 +109,9 @@ void Chain::run(const float *x, const int64_t dims[3], const float *residual, fl
   if (dims[0] == 0) return;
   const Run run = {images, x, dims[0], residual, y};
   const int64_t height = images.back().height, bands = bands_for(images, parallel.threads);
-  parallel(static_cast<size_t>(dims[0] * bands), [&](size_t task) {
-    const int64_t image = static_cast<int64_t>(task) / bands;
-    const int64_t band = static_cast<int64_t>(task) % bands;
+  Ranges ranges(dims[0] * bands, parallel.threads);
+  parallel(static_cast<size_t>(dims[0] * bands), [&](size_t) {
+    const int64_t at = ranges.take(), image = at / bands, band = at % bands;
     run_band(run, image, {height * band / bands, height * (band + 1) / bands, 0});
   });
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -107,7 +106,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
             with suppress(OSError):  # locked, of another user, or somebody else was faster
                 handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _lock(handle, wait=False)
                     _remove(left)
                 finally:
                     os.close(handle)
@@ -180,10 +179,19 @@ def _locked(path: Path, make: Callable[[str, str, Path], str]) -> tuple[Path, in
         with suppress(FileNotFoundError):  # swept before it was locked
             handle = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):  # no locks on this file system: nobody sweeps there
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                _lock(handle, wait=True)
             if temporary.exists():
                 return temporary, handle
             os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> None:
+    """Take the lock of an open file or folder; an OSError if somebody has it, or there are none."""
+    try:
+        import fcntl
+    except ImportError as error:  # Windows
+        raise OSError("no locks here") from error
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _new_file(suffix: str, prefix: str, folder: Path) -> str:
