@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_runtime_cases import prune_, relative
 
+from secateur.core.errors import UsageError
 from secateur.formats.layouts import Bitmask, same_bits
 from secateur.runtime import library
 from secateur.runtime.torch_layers import accelerate
@@ -98,6 +99,20 @@ def test_what_is_written_into_a_weight_stays_in_what_was_read() -> None:
     old = ours.weight
     ours.load_state_dict(prune_(nn.Linear(9, 5)).state_dict())
     assert torch.equal(old, before)
+
+
+def test_another_content_cannot_be_put_into_a_weight() -> None:
+    # That is how PEFT merges an adapter, which takes no part from then on.
+    ours = accelerate(prune_(nn.Linear(9, 5)))
+    before = ours.weight.clone()
+    with torch.no_grad():
+        with pytest.raises(UsageError, match="no dense weight"):
+            ours.weight.data += torch.ones(5, 9)
+        read = ours.weight
+        assert torch.equal(read, before)
+        with pytest.raises(UsageError, match="restore"):
+            read.data = torch.ones(5, 9)
+    assert torch.equal(ours.weight, before)
 
 
 def test_the_feed_forward_of_t5_unpacks_nothing(unpacked: list[object]) -> None:

@@ -24,7 +24,7 @@ from secateur.core.masks import pack_bits
 from secateur.formats.layouts import LAYOUTS
 from secateur.runtime import torch_operators, torch_packed
 from secateur.runtime.stored import DTYPES
-from secateur.runtime.torch_weight import UnreadWeight
+from secateur.runtime.torch_weight import UnreadWeight, assigned
 
 Dense = nn.Linear | nn.Conv2d
 INFERENCE = "the kernels compute outputs, and no derivatives"
@@ -113,13 +113,7 @@ class SparseLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise UsageError(
-                "assigning the weight of an accelerated layer",
-                "it has no dense weight, only the values that are not zero",
-                "the kernels run from those",
-                "use load_state_dict, or restore() the module first; of what torch.func.functional_call "
-                "is given, leave the weights of such layers out",
-            )
+            raise assigned()
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:

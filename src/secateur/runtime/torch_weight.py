@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from secateur.core.errors import UsageError
+
 # What can be told of a tensor without its numbers.
 _ATTRIBUTES = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad"),
@@ -29,6 +31,23 @@ _KNOWN = frozenset(
         *(torch.numel, torch.is_floating_point, torch.is_complex),
     }
 )
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined] # torch declares it as a tensor
+
+
+def assigned() -> UsageError:
+    """What is said where the weight of an accelerated layer is replaced.
+
+    Example:
+        >>> assigned().do.partition(";")[0]
+        'use load_state_dict, or restore() the module first'
+    """
+    return UsageError(
+        "assigning the weight of an accelerated layer",
+        "it has no dense weight, only the values that are not zero",
+        "the kernels run from those",
+        "use load_state_dict, or restore() the module first; of what torch.func.functional_call "
+        "is given, leave the weights of such layers out",
+    )
 
 
 class UnreadWeight(Tensor):
@@ -90,6 +109,8 @@ class UnreadWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answer what is known; else do it with the unpacked tensor."""
+        if func == _SET_DATA:  # adapters are merged so; the layer would go on without them
+            raise assigned()
         if func in _KNOWN and not args[0].is_unpacked:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
