@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur.core.errors import UsageError
 from secateur.core.weight import Axes, Weight
 
 #: How many rows there are -> positions of those that are wanted.
@@ -82,9 +83,28 @@ class Slot:
         return self.axes is not None and not self.reason
 
     def tensor(self, model: nn.Module) -> nn.Parameter:
-        """The live parameter."""
-        parameter = model.get_parameter(self.name)
-        return parameter
+        """The live parameter.
+
+        Raises:
+            UsageError: The model has it no longer.
+
+        Example:
+            >>> Slot("0.weight", "Linear", (4, 4)).tensor(nn.Sequential(nn.ReLU()))
+            Traceback (most recent call last):
+                ...
+            secateur.core.errors.UsageError: the weight '0.weight': the model has no such parameter any \
+more. ...
+        """
+        try:
+            return model.get_parameter(self.name)
+        except AttributeError:
+            raise UsageError(
+                f"the weight {self.name!r}",
+                "the model has no such parameter any more",
+                "its module was replaced or taken away, or the weight is computed now (by a "
+                "parametrization, a weight norm or torch.nn.utils.prune)",
+                "change modules before pruning begins, or after it has ended",
+            ) from None
 
     def owners(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that multiply by it, by path; several if layers are tied.

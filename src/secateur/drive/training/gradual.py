@@ -222,8 +222,8 @@ class Gradual:
         return masks_of(self.model, self._names)
 
     def _own(self) -> Masks:
-        """The masks of the weights that are pruned now."""
-        names = {slot.name for slot in self._slots}
+        """The masks of the weights that are pruned now, which must still be weights of the model."""
+        names = {weight.name for weight in weights(self.model, self._slots)}
         masks = masks_of(self.model, names)
         require_all(masks, names, f"pruning at step {self.steps}")
         return masks

@@ -56,7 +56,8 @@ def attach_(model: nn.Module, masks: Masks) -> None:
         else:
             device = model.get_parameter(name).device
             module.register_buffer(attribute + SUFFIX, mask.to(device, copy=True))
-            module.__dict__.setdefault(_OURS, []).append(attribute)
+            listed = module.__dict__.setdefault(_OURS, [])
+            listed[:] = dict.fromkeys([*listed, attribute])
     masks.apply_(model)
 
 
@@ -102,8 +103,9 @@ def require_all(masks: Masks, names: Iterable[str], asked: str) -> None:
         raise UsageError(
             asked,
             f"the mask of {lost[0]!r} is no longer on the model",
-            "detach_ was called, or another pruner of the same weights was finalized",
-            "leave masks to the pruner until its own finalize(), and let one pruner hold a weight",
+            "detach_ was called, its module was replaced (merging adapters does so), torch.nn.utils.prune "
+            "put a mask of its own there, or another pruner of the same weights was finalized",
+            "leave masks and modules to the pruner until its own finalize(); let one pruner hold a weight",
         )
 
 
@@ -189,8 +191,9 @@ def detach_(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
     for name in masks:
         module, attribute = _place(model, name)
         delattr(module, attribute + SUFFIX)
-        _ours(module).remove(attribute)
-        if not _ours(module):
+        listed = module.__dict__[_OURS]
+        listed.remove(attribute)
+        if not listed:
             del module.__dict__[_OURS]
     return masks
 
@@ -222,9 +225,13 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _ours(module: nn.Module) -> list[str]:
-    """The parameters of a module whose masks are ours."""
-    found: list[str] = module.__dict__.get(_OURS, [])
-    return found
+    """The parameters of a module whose masks are ours.
+
+    A mask of numbers is that of torch.nn.utils.prune, which puts it in the place of ours.
+    """
+    listed: list[str] = module.__dict__.get(_OURS, [])
+    masks = {name: module._buffers.get(name + SUFFIX) for name in listed}
+    return [n for n, mask in masks.items() if mask is not None and mask.dtype == torch.bool]
 
 
 @dataclass(frozen=True)
