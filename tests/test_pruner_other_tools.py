@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._pytree import tree_map_only
 
 import secateur
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
 from secateur.drive.training.gradual import Gradual
 from secateur.drive.training.held import (
+    Held,
     attach_,
     detach_,
     masks_of,
     require_free,
+    reset_momentum_,
 )
+from secateur.formats.container import require_storable
+from secateur.runtime.torch_layers import consider
 from secateur.schedule import Polynomial
 from secateur.score import Magnitude, Movement
 
@@ -88,3 +93,121 @@ def test_a_mask_that_torch_put_in_the_place_of_ours_is_none_of_ours() -> None:
     assert masks_of(model) == mask
     assert detach_(model) == mask
     assert "_secateur_masks" not in vars(model)
+
+
+# -- optimizers that keep their state in few bits --------------------------------------------------
+
+
+class _Coded(Tensor):
+    """Numbers in 8 bits as torchao's: they can be read, multiplied, and written as a whole."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, whole: Tensor) -> _Coded:
+        made: _Coded = Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype)  # type: ignore[attr-defined]
+        made._write(whole)
+        return made
+
+    def _write(self, whole: Tensor) -> None:
+        self.scale = whole.abs().amax().clamp(min=1e-9) / 127
+        self.codes = (whole / self.scale).round().to(torch.int8)
+
+    def dequantize(self) -> Tensor:
+        return self.codes * self.scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> _Coded:
+        return _Coded(inner["codes"] * inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is aten.copy_.default:
+            args[0]._write(args[1])
+            return args[0]
+        if func is aten.detach.default:
+            return _Coded(args[0].dequantize())
+        if func in (aten.ones_like.default, aten.t.default, aten.addmm.default):
+            return func(*tree_map_only(cls, cls.dequantize, args), **(kwargs or {}))
+        raise NotImplementedError(f"{func} of {cls.__name__}")
+
+
+class _Few(torch.optim.Optimizer):
+    """Gradient descent with a momentum in 8 bits, and codes of a table as plain whole numbers."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            held = state.get("exp_avg")
+            before = torch.zeros_like(parameter) if held is None else held.dequantize()
+            state["exp_avg"] = _Coded(0.9 * before + parameter.grad)
+            state["codes"] = torch.full(parameter.shape, 7, dtype=torch.uint8)
+            parameter.sub_(0.1 * state["exp_avg"].dequantize())
+
+
+def test_momenta_in_few_bits_are_held_at_zero() -> None:
+    model = nn.Linear(6, 4)
+    mask = torch.rand(4, 6) < 0.5
+    attach_(model, Masks({"weight": mask}))
+    optimizer = _Few(model.parameters())
+    held = Held(model, optimizer)
+    for _ in range(3):
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        held.hold_()
+        momentum = optimizer.state[model.weight]["exp_avg"]
+        assert isinstance(momentum, _Coded)
+        assert torch.equal(momentum.dequantize() != 0, mask)
+        assert torch.equal(model.weight != 0, mask)
+    # In a table of codes, 0 may stand for any number.
+    assert (optimizer.state[model.weight]["codes"] == 7).all()
+    reset_momentum_(optimizer)
+    assert not optimizer.state[model.weight]["exp_avg"].dequantize().any()
+
+
+# -- quantized weights -----------------------------------------------------------------------------
+
+
+def quantized(*layers: int) -> nn.Sequential:
+    model = net()
+    for layer in layers:
+        weight = model[layer].weight.detach()
+        model[layer].weight = nn.Parameter(_Coded(weight), requires_grad=False)
+    return model.eval()
+
+
+def test_quantized_weights_stay_and_say_why() -> None:
+    model = quantized(2)
+    pruned = secateur.prune_(model, secateur.recipes.magnitude(0.5))
+    assert set(pruned.masks) == {"0.weight"}
+    reasons = {note.where: note.text for note in pruned.facts.notes}
+    assert reasons["2.weight"].startswith("it is a _Coded, quantized")
+    model(torch.ones(1, 6))
+    with pytest.raises(UsageError, match="prune before that"):
+        secateur.prune_(quantized(0, 2, 4), secateur.recipes.magnitude(0.5))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    recipe = secateur.Recipe(target=secateur.Target("sparsity", 0.5), schedule=Polynomial(0, 2, 1))
+    pruner = Gradual(model, optimizer, recipe)
+    train(model, optimizer, pruner, 3)
+    assert set(pruner.finalize().masks) == {"0.weight"}
+
+
+def test_layers_with_quantized_weights_are_not_swapped() -> None:
+    considered = {layer.name: layer for layer in consider(quantized(2), minimum_sparsity=0)}
+    assert not considered["0"].reason
+    assert "_Coded" in considered["2"].reason
+
+
+def test_tensors_that_keep_their_numbers_elsewhere_are_not_stored() -> None:
+    with pytest.raises(UsageError, match=r"'2\.weight': it is a _Coded"):
+        require_storable(quantized(2).state_dict())

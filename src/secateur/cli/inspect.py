@@ -17,6 +17,7 @@ from secateur.cli.flags import Flags, recipe_from
 from secateur.cli.screen import Screen, screen
 from secateur.core.batches import first_of, inputs_of
 from secateur.core.errors import UsageError
+from secateur.core.plain import numbers_of
 from secateur.core.slots import Slot
 from secateur.drive.methods import ALIASES
 from secateur.drive.parts import CATALOGUES
@@ -212,7 +213,7 @@ def _parameters(out: Screen, model: nn.Module, slots: tuple[Slot, ...]) -> dict[
     wide = out.text.width >= _WIDE
     for slot in slots:
         tensor = slot.tensor(model)
-        zeros = 1 - int(tensor.count_nonzero()) / max(1, tensor.numel())
+        zeros = 1 - int(numbers_of(tensor).count_nonzero()) / max(1, tensor.numel())
         role = _role(slot)
         rows.append(
             {

@@ -11,6 +11,7 @@ from torch import nn
 
 from secateur.core.errors import NonFinite, UsageError
 from secateur.core.facts import Facts
+from secateur.core.plain import is_wrapper
 from secateur.core.selectors import matches, require_hits
 from secateur.core.slots import Slot
 from secateur.drive.network import network_of
@@ -120,7 +121,8 @@ def require_something(plan: Plan, recipe: Recipe) -> None:
 def require_finite(model: nn.Module) -> None:
     """Raise if any parameter holds NaN or infinity; the first is named."""
     for name, parameter in model.named_parameters():
-        if parameter.dtype.is_floating_point and not bool(torch.isfinite(parameter).all()):
+        plain = parameter.dtype.is_floating_point and not is_wrapper(parameter)
+        if plain and not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise NonFinite(
                 f"pruning {name!r}",

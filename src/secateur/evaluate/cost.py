@@ -11,6 +11,7 @@ from torch import nn
 from secateur.core.batches import Batch
 from secateur.core.facts import Facts
 from secateur.core.masks import Masks
+from secateur.core.plain import numbers_of
 from secateur.core.slots import Slot, bare
 from secateur.drive.money import uses
 from secateur.drive.training.held import SUFFIX, masks_of
@@ -73,7 +74,7 @@ def cost_of(model: nn.Module, masks: Masks | None = None, example: Batch | None 
         dense, kept, uncounted = _macs(model, example)
     return Cost(
         parameters=sum(p.numel() for p in parameters),
-        nonzeros=sum(int(p.count_nonzero()) for p in parameters),
+        nonzeros=sum(int(numbers_of(p).count_nonzero()) for p in parameters),
         pruned_sparsity=masks.sparsity if masks else None,
         macs_dense=dense,
         macs=kept,
@@ -110,7 +111,7 @@ def _macs(model: nn.Module, example: Batch) -> tuple[float, float, tuple[str, ..
         if slot.name in used:
             value = slot.tensor(model)
             dense += used[slot.name] * value.numel()
-            kept += used[slot.name] * int(value.count_nonzero())
+            kept += used[slot.name] * int(numbers_of(value).count_nonzero())
     hidden = (slot.name for slot in slots if slot.name not in used and _multiplies(slot))
     return dense, kept, tuple(hidden)
 

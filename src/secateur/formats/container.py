@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.core.atomic import new_file
 from secateur.core.errors import FormatError, UsageError, kind_of
 from secateur.core.masks import Masks
+from secateur.core.plain import is_wrapper
 from secateur.formats.layouts import LAYOUTS, SPARSE_DTYPES, smallest
 from secateur.formats.sharing import find_aliases
 from secateur.formats.table import Entry, Table, parse_table, read_json, require_version
@@ -277,6 +278,9 @@ def _require_storable(name: str, tensor: object) -> None:
         raise UsageError(asked, found, why, "leave it out of the state_dict")
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         found = f"it is {tensor.layout} on {tensor.device}, quantized: {tensor.is_quantized}"
+        raise UsageError(asked, found, "only plain tensors with data can be stored", _CONVERT)
+    if is_wrapper(tensor):
+        found = f"it is {kind_of(tensor)}, which keeps its numbers in other tensors"
         raise UsageError(asked, found, "only plain tensors with data can be stored", _CONVERT)
     if tensor.dtype not in DTYPES.values():
         why = f"the format has {', '.join(DTYPES)}"

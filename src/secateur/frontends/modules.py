@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from secateur.core.errors import kind_of
+from secateur.core.plain import is_wrapper
 from secateur.core.slots import InputRows, Slot
 from secateur.core.weight import CONV1D, CONV2D, CONV3D, LINEAR, Axes
 from secateur.frontends import rows
@@ -81,7 +83,11 @@ def _slot(model: nn.Module, name: str, parameter: nn.Parameter, aliases: tuple[s
     if 0 in shape:
         return Slot(name, kind, shape, aliases=aliases, reason="it is empty")
     if not parameter.dtype.is_floating_point:
-        return Slot(name, kind, shape, aliases=aliases, reason=f"its type is {parameter.dtype}")
+        reason = f"its type is {parameter.dtype}"
+        return Slot(name, kind, shape, aliases=aliases, reason=reason)
+    if is_wrapper(parameter):
+        reason = f"it is {kind_of(parameter)}, quantized or coded otherwise; prune before that"
+        return Slot(name, kind, shape, aliases=aliases, reason=reason)
     if isinstance(module, nn.Embedding) or any(issubclass(o, nn.Embedding) for o in owners):
         tied = " tied to " + ", ".join(aliases) if aliases else ""
         return Slot(

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from secateur.core.arguments import require_network
-from secateur.core.errors import UsageError
+from secateur.core.errors import UsageError, kind_of
+from secateur.core.plain import is_wrapper, numbers_of
 from secateur.runtime.library import load
 from secateur.runtime.session import is_whole
 from secateur.runtime.sparse_layer import INFERENCE, Dense, SparseLayer
@@ -176,7 +177,7 @@ def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Consi
     found = []
     for name, layer in _layers(module):
         weight = layer.weight
-        zeros = 1.0 - int(torch.count_nonzero(weight.detach())) / max(1, weight.numel())
+        zeros = 1.0 - int(torch.count_nonzero(numbers_of(weight.detach()))) / max(1, weight.numel())
         reason = _obstacle(layer)
         if uses.get(id(weight), 0) > 1:
             reason = "another layer uses the same weight"
@@ -204,6 +205,8 @@ def _obstacle(layer: Dense) -> str:
         return f"its weight is {weight.layout} on {weight.device}, not dense in main memory"
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed at every call; torch.nn.utils.prune.remove ends that"
+    if is_wrapper(weight):
+        return f"its weight is {kind_of(weight)}, which has kernels of its own"
     if "forward" in vars(layer):
         return "its forward was replaced, which would be lost"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import UsageError
 from secateur.core.masks import Masks
+from secateur.core.plain import numbers_of
 from secateur.drive.training import ranks
 
 SUFFIX = "_mask"
@@ -327,7 +328,7 @@ class Held:
         for parameter, hole, unused in self._holes:
             parameter.masked_fill_(hole, 0)
             for value in _shaped_like(parameter, state.get(parameter, {}).values()):
-                value.masked_fill_(unused, 0)
+                _clear_(value, unused)
 
 
 #: Who holds which mask, so that several pruners can work on one model. Both are held weakly: nothing
@@ -355,7 +356,18 @@ def unheld(model: nn.Module) -> list[str]:
 
 
 def _shaped_like(parameter: nn.Parameter, values: Iterable[object]) -> list[Tensor]:
-    return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]
+    # Whole numbers are codes of a table, in which 0 may stand for the largest value.
+    tensors = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+    return [v for v in tensors if v.shape == parameter.shape]
+
+
+def _clear_(value: Tensor, hole: Tensor) -> None:
+    try:
+        value.masked_fill_(hole, 0)
+    except (
+        NotImplementedError
+    ):  # state in 8 bits or less, as torchao's, can only be written as a whole
+        value.copy_(numbers_of(value).masked_fill(hole, 0))
 
 
 @torch.no_grad()
@@ -374,4 +386,4 @@ def reset_momentum_(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for name in ("momentum_buffer", "exp_avg"):
             if isinstance(state.get(name), Tensor):
-                state[name].zero_()
+                _clear_(state[name], torch.ones_like(state[name], dtype=torch.bool))
