@@ -211,3 +211,63 @@ def test_layers_with_quantized_weights_are_not_swapped() -> None:
 def test_tensors_that_keep_their_numbers_elsewhere_are_not_stored() -> None:
     with pytest.raises(UsageError, match=r"'2\.weight': it is a _Coded"):
         require_storable(quantized(2).state_dict())
+
+
+class _Packed(nn.Module):
+    """A linear layer whose weight lies in a buffer, two numbers of 4 bits in a byte, as GPTQ's do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        codes = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8)
+        self.register_buffer("qweight", codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = torch.stack([self.qweight & 15, self.qweight >> 4], -1).flatten(1)
+        return nn.functional.linear(x, halves.to(x.dtype) - 8)
+
+
+def _dynamic(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {"0"}, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch is about to move its quantization elsewhere
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(_Packed(8, 6), nn.ReLU(), *net()),
+        lambda: _dynamic(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), *net())),
+    ],
+)
+def test_layers_without_a_weight_of_their_own_are_named(make: Callable[[], nn.Module]) -> None:
+    pruned = secateur.prune(make(), secateur.recipes.magnitude(0.5))
+    reasons = {note.where: note.text for note in pruned.facts.notes}
+    assert "packed" in reasons["0"]
+    assert set(pruned.masks) == {"2.weight", "4.weight"}
+    with pytest.raises(UsageError, match=r"1 x its weight is quantized or packed.*prune before"):
+        secateur.prune(make()[0], secateur.recipes.magnitude(0.5))
+
+
+def test_layers_without_a_matrix_are_not_taken_for_packed_ones() -> None:
+    pooled = nn.AvgPool2d(2)
+    pooled.in_channels = pooled.out_channels = 8
+    found = secateur.prune(nn.Sequential(pooled, *net()), secateur.recipes.magnitude(0.5))
+    assert "0" not in {note.where for note in found.facts.notes}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's old weight norm
+@pytest.mark.parametrize(
+    ("compute", "part"),
+    [
+        (nn.utils.weight_norm, "weight_v"),
+        (nn.utils.spectral_norm, "weight_orig"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.25), "weight_orig"),
+    ],
+)
+def test_weights_that_are_computed_say_how_to_make_them_plain(
+    compute: Callable[[nn.Module], object], part: str
+) -> None:
+    model = net()
+    compute(model[2])
+    reasons = {slot.name: slot.reason for slot in secateur.plan(model).slots}
+    assert "computed from it" in reasons[f"2.{part}"]

@@ -17,13 +17,22 @@ from secateur.core.slots import Slot
 from secateur.drive.network import network_of
 from secateur.drive.recipe import Recipe, require_recipe
 from secateur.frontends import discover
+from secateur.frontends.packed import packed_layers
+
+_PACKED = "its weight is quantized or packed, and no parameter; prune before that"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which parameters take part, and every other one with its reason."""
+    """Which parameters take part, and every other one with its reason.
+
+    Args:
+        slots: The parameters.
+        packed: Layers whose weight is no parameter.
+    """
 
     slots: tuple[Slot, ...]
+    packed: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> list[Slot]:
@@ -45,10 +54,11 @@ def plan(model: nn.Module, recipe: Recipe | None = None) -> Plan:
     require_recipe(recipe)
     recipe = recipe or Recipe()
     scope = recipe.scope
-    slots = discover(network_of(model))
+    network = network_of(model)
+    slots = discover(network)
     pairs = [(s.name, s.kind) for s in slots] + [(a, s.kind) for s in slots for a in s.aliases]
     require_hits((*scope.include, *scope.ignore), pairs, "the selector")
-    return Plan(tuple(_scoped(slot, recipe) for slot in slots))
+    return Plan(tuple(_scoped(slot, recipe) for slot in slots), packed_layers(network))
 
 
 def _scoped(slot: Slot, recipe: Recipe) -> Slot:
@@ -89,14 +99,13 @@ def without_frozen(found: Plan, model: nn.Module, recipe: Recipe) -> Plan:
     if not any(getattr(n, "source", "") == "gradients" and n.samples is None for n in needs):
         return found
     reason = f"it is frozen, and {type(recipe.criterion).__name__} reads the gradients of training"
-    return Plan(
-        tuple(
-            replace(slot, reason=reason)
-            if slot.prunable and not slot.tensor(model).requires_grad
-            else slot
-            for slot in found.slots
-        )
+    slots = (
+        replace(slot, reason=reason)
+        if slot.prunable and not slot.tensor(model).requires_grad
+        else slot
+        for slot in found.slots
     )
+    return replace(found, slots=tuple(slots))
 
 
 def require_something(plan: Plan, recipe: Recipe) -> None:
@@ -106,6 +115,8 @@ def require_something(plan: Plan, recipe: Recipe) -> None:
     reasons: dict[str, int] = {}
     for slot in plan.slots:
         reasons[slot.reason] = reasons.get(slot.reason, 0) + 1
+    if plan.packed:
+        reasons[_PACKED] = len(plan.packed)
     listed = (
         "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
         or "it has no parameters"
@@ -141,3 +152,5 @@ def note_left_out(facts: Facts, plan: Plan) -> None:
             facts.note(
                 "tied", slot.name, f"the same tensor as {', '.join(slot.aliases)}: scored once"
             )
+    for path in plan.packed:
+        facts.note("left-out", path, _PACKED)

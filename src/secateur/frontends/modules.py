@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateur.core.errors import kind_of
@@ -209,6 +209,11 @@ def _unknown_reason(module: nn.Module, kind: str, attribute: str) -> str:
         return "a recurrent projection: its inputs cannot be seen from outside"
     if isinstance(module, parametrize.ParametrizationList):
         return "a part of a parametrized weight; remove_parametrizations makes that a plain one"
+    if isinstance(vars(module).get(attribute.rpartition("_")[0]), Tensor):
+        return (
+            "a weight is computed from it at every call; torch.nn.utils' prune.remove, remove_weight_norm "
+            "or remove_spectral_norm makes that a plain one"
+        )
     return f"no rule for parameters of {kind}"
 
 
