@@ -342,3 +342,37 @@ def test_a_sequence_as_input_is_refused(tmp_path: Path) -> None:
     for sample in (Sample(), Sample(values={"s": [numbers(2, 16)]})):  # type: ignore[dict-item]
         with pytest.raises(UsageError, match="'s'"):
             compiled(tmp_path, made, sample=sample)
+
+
+@pytest.mark.parametrize(
+    ("lead", "ahead", "replaced"),
+    [
+        ((2,), (1,), True),
+        ((3, 2), (1,), True),
+        ((3, 2), (1, 1), True),
+        (
+            (),
+            (1,),
+            False,
+        ),  # with more axes than the input, or several matrices, the output has others
+        ((2,), (1, 1), False),
+        ((3, 2), (2,), False),
+    ],
+)
+def test_a_weight_with_further_axes_of_one_entry_is_a_matrix(
+    tmp_path: Path, lead: tuple[int, ...], ahead: tuple[int, ...], replaced: bool
+) -> None:
+    rows = (*lead, 5, 16)
+    held = {"w": weight(*ahead, 16, 8)}
+    nodes = [node("MatMul", ["x", "w"], ["a"]), node("Relu", ["a"], ["y"])]
+    made = model(nodes, held, [("x", ["N", *rows[1:]])])
+    feed = {"x": numbers(*rows)}
+    expected = np.maximum(feed["x"] @ held["w"], 0)
+    done, dense, sparse = compiled(tmp_path, made)
+    assert [layer.fused for layer in done.layers] == [("MatMul", "Relu")] * replaced
+    for found in both(dense, sparse, feed):
+        assert found[0].shape == expected.shape
+        assert np.abs(found[0] - expected).max() < 1e-5
+    restored = dense_model(onnx.load(str(sparse)))
+    again = ort.InferenceSession(restored.SerializeToString()).run(None, feed)[0]
+    assert again.shape == expected.shape

@@ -195,9 +195,13 @@ def _gemm(graph: Graph, index: int, node: Any) -> Start | None:
 
 def _matmul(graph: Graph, index: int, node: Any) -> Start | None:
     weight, x = _weight(graph, node, 1), graph.shape(node.input[0])
-    if weight is None or weight.ndim != 2 or (x is not None and len(x) < 2):
+    if weight is None or weight.ndim < 2 or (x is not None and len(x) < 2):
         return None
-    return _linear(index, node, 1 if x is None else len(x), weight.T)
+    matrix = weight.shape[-2:]
+    # Further axes of one entry change nothing, unless there are more of them than of the input.
+    if weight.ndim > 2 and (x is None or len(x) < weight.ndim or weight.size != math.prod(matrix)):
+        return None
+    return _linear(index, node, 1 if x is None else len(x), weight.reshape(matrix).T)
 
 
 def _linear(index: int, node: Any, rank: int, weight: np.ndarray) -> Start:
