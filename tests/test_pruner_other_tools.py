@@ -95,6 +95,22 @@ def test_a_mask_that_torch_put_in_the_place_of_ours_is_none_of_ours() -> None:
     assert "_secateur_masks" not in vars(model)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_gradients_of_an_optimizer_that_was_replaced_are_told_to_be_old(replaced: bool) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recipe = secateur.Recipe(
+        Movement(), target=secateur.Target("sparsity", 0.5), schedule=Polynomial(0, LAST, 1)
+    )
+    pruner = Gradual(model, optimizer, recipe)
+    train(model, optimizer, pruner, 2)
+    if replaced:
+        optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, pruner, 2)
+    told = [note for note in pruner.finalize().facts.notes if "same gradients" in note.text]
+    assert len(told) == replaced
+
+
 # -- optimizers that keep their state in few bits --------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from secateur.drive.plan import (
 from secateur.drive.pruned import Pruned
 from secateur.drive.recipe import Recipe, require_recipe
 from secateur.drive.recipe_file import to_plain
-from secateur.drive.training import ranks
+from secateur.drive.training import ranks, told
 from secateur.drive.training.deciding import Deciding, require_no_repairs
 from secateur.drive.training.held import (
     Held,
@@ -55,7 +55,6 @@ from secateur.drive.training.timing import (
     require_time,
     training_length,
 )
-from secateur.drive.training.told import last_sparsity, tell_change, tell_target, tell_unseen
 from secateur.drive.training.topkast import Superset
 from secateur.frontends.remembered import surgery_of
 from secateur.schedule import share_at
@@ -271,19 +270,19 @@ class Gradual:
     @torch.no_grad()
     def _exchange(self, step: int, fraction: float) -> int:
         done = turn(self._deciding, self._found(), self._own(), step, fraction)
-        tell_unseen(self.facts, done.unseen)
+        told.tell_unseen(self.facts, done.unseen)
         if done.moved:
             counts = {"dropped": done.moved, "grown": done.moved, "again": done.again}
             self._adopt(done.masks, step, **counts, fraction=fraction)
         return done.moved
 
-    def _adopt(self, masks: Masks, step: int, **told: float) -> None:
+    def _adopt(self, masks: Masks, step: int, **counted: float) -> None:
         before = self._own()
         masks = ranks.settled(masks, before, f"{self.recipe.fingerprint()} {self.steps}")
         attach_(self.model, masks)
         self._held.refresh(self._regrowth.wide)
         self._held.hold_()
-        tell_change(self.facts, step, before, masks, **told)
+        told.tell_change(self.facts, step, before, masks, **counted)
 
     @torch.no_grad()
     def _update(self, time: float) -> None:
@@ -294,9 +293,11 @@ class Gradual:
             found, time, prior, steps=self.steps, at_random=self._starts_at_random
         )
         masks = Masks({**own, **decided.masks})
-        tell_unseen(self.facts, (name for name in own if name not in decided.masks))
+        told.tell_unseen(self.facts, (name for name in own if name not in decided.masks))
         for name, text in decided.idle.items():
             self.facts.note("unseen", name, text)
+        if self._deciding.streamed and not self._starts_at_random:
+            told.tell_stale(self.facts, self._last_update)
         if not free:  # a low target, or the first steps to a high one, would revive some
             masks &= self._before
         self._regrowth.widen_(found, decided.groups, decided.levels, self.recipe, masks)
@@ -321,7 +322,7 @@ class Gradual:
         self._take_hooks_off()
         found, target = self._own().sparsity, self.recipe.target
         assert target is not None
-        tell_target(self.facts, target, self._share, found, self._missed)
+        told.tell_target(self.facts, target, self._share, found, self._missed)
         masks = detach_(self.model, self._names)
         self._finalized = True
         self.facts.layers = [LayerFacts.of(name, mask) for name, mask in masks.items()]
@@ -336,7 +337,7 @@ class Gradual:
                 step, self._last_update, every(part.frequency, part.unit, self._per_epoch)
             )
         found = self._own().sparsity
-        require_last(step, found, last_sparsity(self.facts, found))
+        require_last(step, found, told.last_sparsity(self.facts, found))
 
     def abandon_(self) -> None:
         """End without a result: the masks that it brought, and its hooks on the optimizer, go off.

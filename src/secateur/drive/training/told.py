@@ -24,6 +24,30 @@ def tell_unseen(facts: Facts, names: Iterable[str]) -> None:
         facts.note("unseen", name, text)
 
 
+def tell_stale(facts: Facts, updated: int) -> None:
+    """Say that masks change by the gradients that the last change was made by.
+
+    Args:
+        facts: With the history.
+        updated: The last step in which the optimizer took gradients.
+
+    Example:
+        >>> facts = Facts(history=[{"step": 6}])
+        >>> tell_stale(facts, updated=7)
+        >>> facts.notes
+        []
+        >>> tell_stale(facts, updated=6)
+        >>> facts.notes[0].topic
+        'optimizer'
+    """
+    if facts.history and updated <= facts.history[-1]["step"]:
+        text = (
+            "masks changed twice by the same gradients: between them the optimizer that the pruner was given "
+            "took no step; another one may have taken its place, or a scaler left its step out"
+        )
+        facts.note("optimizer", "", text)
+
+
 def last_sparsity(facts: Facts, found: float) -> float:
     """After the last change of the masks; ``found`` if there was none."""
     return float(facts.history[-1]["sparsity"]) if facts.history else found
