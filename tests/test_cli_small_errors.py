@@ -126,3 +126,25 @@ def test_flags_that_would_change_nothing(
     assert error["asked"] == asked.replace("NET", places["NET"])
     assert "leave" in error["do"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "{}"),
+        ("evaluate", "net.py:build", "--data", "{}.py:load"),
+        ("evaluate", "net.py:build", "--weights", "{}.safetensors"),
+        ("compile", "{}.onnx", "-o", "out.onnx"),
+        ("bench", "{}.onnx"),
+    ],
+)
+def test_names_that_no_file_can_have(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text("from torch import nn\ndef build():\n    return nn.ReLU()\n")
+    done = CliRunner().invoke(app, [*(word.format("a" * 300) for word in words), "--json"])
+    error = json.loads(done.stdout)["error"]
+    assert done.exit_code == FileError.exit_code
+    assert "characters" in error["found"] or "too long" in error["found"], error
+    assert error["do"]

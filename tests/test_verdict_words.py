@@ -67,3 +67,13 @@ def test_few_samples_are_told_when_no_answer_changed() -> None:
     ].text  # fmt: skip
     assert "unseen" not in judged(error=0.0, samples=10_000)["accuracy"].text
     assert "smaller losses cannot be seen" in judged(error=0.02)["accuracy"].text
+
+
+@pytest.mark.parametrize("difference", [float("nan"), float("-inf")])
+def test_what_is_no_number_is_no_gain(difference: float) -> None:
+    a, b = measured(), dataclasses.replace(measured(), metric="count")
+    gain = verdict(dataclasses.replace(a, metric="count"), b, difference, None, None)[1]
+    assert not gain.real
+    assert gain.text == (
+        "Count of one of the networks is not finite, so there is no difference to judge."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.core.batches import Batch, Data, length_of
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import FileError, SecateurError, UsageError
 from secateur.frontends import Loaded
 from secateur.report import document, error_document
 
@@ -201,7 +202,7 @@ def screen(command: str, *, json: bool, threads: int | None = None) -> Iterator[
     except BrokenPipeError:
         raise
     except Exception as error:
-        raise typer.Exit(_failed(found, error)) from None
+        raise typer.Exit(_failed(found, _too_long(error, command) or error)) from None
 
 
 def _left(error: SystemExit, command: str) -> UsageError:
@@ -213,6 +214,19 @@ def _left(error: SystemExit, command: str) -> UsageError:
         f"that would end the command half-way; the call is in {last.filename}, line {last.lineno}",
         "return there, or raise an error; what only a script does belongs under "
         "if __name__ == '__main__'",
+    )
+
+
+def _too_long(error: Exception, command: str) -> FileError | None:
+    """What to say of a name that no file can have; None of other errors."""
+    if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+        return None
+    name = str(error.filename)
+    return FileError(
+        f"secateur {command}",
+        f"a path of {len(name):,} characters: {name[:40]}...",
+        "the system refuses it: names have at most 255 bytes on most file systems",
+        "check the path",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,9 @@ def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
     else:
         change = f"{difference:+.4g}"
     name = a.metric.capitalize()
+    if not math.isfinite(difference):
+        text = f"{name} of one of the networks is not finite, so there is no difference to judge."
+        return Gain("accuracy", False, text)
     where = " (on training data)" if a.split == "train" else ""
     if error is None:
         kept = difference >= 0

@@ -370,6 +370,6 @@ def finite(x: Tensor, name: str, what: str) -> Tensor:
             f"statistics of {name!r}",
             f"{bad} of {x.numel()} entries of {what} are NaN or infinite",
             "a statistic over them would be meaningless",
-            "check the calibration data and the layers before this one",
+            "check the data and the layers before this one",
         )
     return x

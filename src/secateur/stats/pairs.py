@@ -155,7 +155,7 @@ class _Calls(Passes):
                 f"the dense network's inputs of {path!r}",
                 "some are NaN or infinite",
                 "nothing can be fitted to what it makes of them",
-                "check the calibration data and the layers before this one",
+                "check the data and the layers before this one",
             )
         # Copies, for what follows may change them in place.
         self._calls[path].append((module, *tree_map_only(Tensor, torch.clone, (inputs, output))))
