@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from secateur.cli.main import app
+from secateur.core.batches import as_data
+from secateur.core.errors import UsageError
 
 FILES = """
 import torch
@@ -293,3 +295,16 @@ def test_masks_promise_no_latency_before_anything_is_read(
     error = refused("prune", "no-such-file.py:build", "-o", "out", *more, code=2)
     assert "remove nothing" in error["found"]
     assert "0.5" not in error["asked"]
+
+
+@pytest.mark.parametrize("given", ["train", None])
+def test_data_sets_of_hugging_face_are_no_batches(given: str | None) -> None:
+    """They are no data sets of torch, and yield mappings, which could be batches."""
+
+    class Rows(list[dict[str, list[int]]]):
+        __module__ = "datasets.arrow_dataset"
+
+    rows = Rows([{"input_ids": [1, 2], "label": [0]}])
+    data = rows if given is None else {given: rows}
+    with pytest.raises(UsageError, match=r'DataLoader\(dataset.with_format\("torch"\)'):
+        as_data(data)

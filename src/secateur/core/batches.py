@@ -136,13 +136,15 @@ _FIELDS = tuple(f.name for f in fields(Data))
 
 
 def _require_batches(asked: str, batches: object) -> None:
-    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-        kind = type(batches).__name__
+    kind = type(batches)
+    hugging_face = kind.__module__.partition(".")[0] == "datasets"
+    if hugging_face or (isinstance(batches, Dataset) and not isinstance(batches, IterableDataset)):
+        made = 'dataset.with_format("torch")' if hugging_face else f"{kind.__name__}(...)"
         raise UsageError(
             asked,
             f"{kind_of(batches)}, a data set, was given",
             "it yields single samples, and batches are wanted",
-            f"write DataLoader({kind}(...), batch_size=32); where its items are batches, batch_size=None",
+            f"write DataLoader({made}, batch_size=32); where its items are batches, batch_size=None",
         )
     if isinstance(batches, Iterator):
         raise UsageError(
