@@ -2,7 +2,8 @@
 
 Every way of replacing layers that ``secateur compile`` starts from, with chains and without, runs in one
 race, on the same inputs. The fastest of both kinds then race once more with the dense model, which is what
-is told: the best of many is partly luck. Networks and sparsity are those of the study ``speed``.
+is told: the best of many is partly luck. Chains need not pay; ``compile`` keeps what is faster. Networks
+and sparsity are those of the study ``speed``.
 
     python -m bench chains
 """
@@ -21,7 +22,6 @@ from bench import cifar, networks, record
 # one counts in which the dense model was fastest.
 LAYERS, ALL, LAST = 50.0, 20.0, 4.0
 RACES = 3
-NEVER_BELOW = 0.97
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,8 @@ def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) ->
                 print(f"skipped {case.network}: {missing}")
                 continue
             print(f"chains {case}: {rows[-1]['ratio']:.2f}x", flush=True)
-    goals = []
-    if rows:
-        slowest = min(row["ratio"] for row in rows)
-        words = "times faster with chains than without, the least"
-        goals.append(record.goal(words, slowest, "at least", NEVER_BELOW))
     result = {"isa": isa(), "rows": rows}
-    record.write("chains", result, goals=goals, seeds=[seed], watch=watch, folder=folder)
+    record.write("chains", result, seeds=[seed], watch=watch, folder=folder)
 
 
 def _measured(folder: Path, case: Case, share: float) -> dict[str, Any]:
