@@ -71,7 +71,7 @@ def _measured(folder: Path, case: Case, share: float) -> dict[str, Any]:
     from secateur.runtime.compiler.masked import prune_onnx
     from secateur.runtime.compiler.sample import Sample, concrete_shapes
     from secateur.runtime.compiler.verify import compiled_error
-    from secateur.runtime.compiler.whole import Clock, Plan, plans, with_chains
+    from secateur.runtime.compiler.whole import DENSE, Clock, Plan, plans, with_chains
 
     network = next(
         n for n in (*networks.NETWORKS, networks.SMALL_MOBILENET) if n.name == case.network
@@ -85,6 +85,7 @@ def _measured(folder: Path, case: Case, share: float) -> dict[str, Any]:
     seconds = share * LAYERS
     timed = measure(graph, found, shapes, threads=case.threads, seconds=seconds, half=False)
     alone = [Plan.of(graph, name, layers) for name, layers in plans(timed).items()]
+    alone = alone or [Plan(DENSE, (), graph.model)]
     chained = [other for plan in alone for other in with_chains(graph, timed, plan)]
     clock = Clock(feeds, case.threads, share)
     plain, banded = _fastest(clock, alone, chained)
