@@ -1,8 +1,7 @@
 // Layers that run one after the other, band by band: what one hands to the next stays in the second cache.
 //
-// A depthwise convolution widens its input before and narrows it after, so the largest activations of such
-// a network live between these layers only, and writing them out and reading them back takes longer than
-// computing them. A band of rows of the last output needs a band of rows of every layer before, some more
+// Around a depthwise convolution a network is widest: its largest activations live between these layers
+// only, and to write them out and read them back may take longer than to compute them. A band of rows of the last output needs a band of rows of every layer before, some more
 // where a kernel has several rows; these are computed again by the band next to it.
 #pragma once
 

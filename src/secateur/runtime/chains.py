@@ -1,7 +1,7 @@
 """The operator ``SparseChain``: sparse convolutions that run one after the other, band by band.
 
-A depthwise convolution widens its input before and narrows it after. What lies between these layers is
-the largest of the network, and to write it out and read it back takes longer than to compute it. A
+Around a depthwise convolution a network is widest: one layer widens before it, one narrows after it. To
+write out what lies between and read it back may take longer than to compute it. A
 chain computes some rows of its output at a time, so that what is between stays in the second cache.
 
 A node has the inputs X, residual (may be left out; added by the last layer), and values, index and

@@ -58,7 +58,8 @@ def attach_(model: nn.Module, masks: Masks) -> None:
             device = model.get_parameter(name).device
             module.register_buffer(attribute + SUFFIX, mask.to(device, copy=True))
             listed = module.__dict__.setdefault(_OURS, [])
-            listed[:] = dict.fromkeys([*listed, attribute])
+            if attribute not in listed:
+                listed.append(attribute)
     masks.apply_(model)
 
 
@@ -364,9 +365,8 @@ def _shaped_like(parameter: nn.Parameter, values: Iterable[object]) -> list[Tens
 def _clear_(value: Tensor, hole: Tensor) -> None:
     try:
         value.masked_fill_(hole, 0)
-    except (
-        NotImplementedError
-    ):  # state in 8 bits or less, as torchao's, can only be written as a whole
+    except NotImplementedError:
+        # State in 8 bits or less, as torchao's, can only be written as a whole.
         value.copy_(numbers_of(value).masked_fill(hole, 0))
 
 

@@ -34,7 +34,7 @@ _EAGER = -0.25
 _DOUBTFUL = (0.5, 2.5)
 # Shares of the time for deciding about attention and about chains.
 _ATTENTION, _CHAINS = 0.1, 0.2
-# What no second cache holds, in bytes.
+# More than the smaller second caches hold, in bytes.
 _LARGE = 1 << 19
 DENSE = "dense"
 
@@ -161,7 +161,7 @@ def _chained(graph: Graph, timed: Sequence[Timed], plan: Plan, clock: Clock) -> 
 
 
 def with_chains(graph: Graph, timed: Sequence[Timed], plan: Plan) -> list[Plan]:
-    """A plan with its layers in chains: all, or those alone that hand on what no second cache holds.
+    """A plan with its layers in chains: all, or those alone that hand on much.
 
     Layers that lose alone may win in a chain, so both are tried with all that could be in one, too.
     """
