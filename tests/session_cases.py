@@ -233,3 +233,14 @@ def require_same(task: Problem, found: np.ndarray) -> None:
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     assert (abs(found - expected) <= bound).all(), float((abs(found - expected) / bound).max())
+
+
+def set_attribute(graph: object, key: str, value: object) -> None:
+    """Change an attribute of the first node; None takes it away."""
+    node = graph.node[0]  # type: ignore[attr-defined]
+    kept = [attribute for attribute in node.attribute if attribute.name != key]
+    assert len(kept) == len(node.attribute) - 1
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if value is not None:
+        node.attribute.append(helper.make_attribute(key, value))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_cases import model, native, run, sparse, write
-from session_cases import helper, numpy_helper, onnx
+from session_cases import helper, numpy_helper, onnx, set_attribute
 from session_cases import model as sized
 
 from secateur.core.errors import FormatError
@@ -272,13 +272,7 @@ def test_a_chain_can_be_made_dense_again() -> None:
 )
 def test_a_damaged_chain_is_refused(key: str, value: Any, says: str) -> None:
     chain, _ = banded(network(BLOCK))
-    (node,) = chain.graph.node
-    kept = [a for a in node.attribute if a.name != key]
-    assert len(kept) == len(node.attribute) - 1
-    del node.attribute[:]
-    node.attribute.extend(kept)
-    if value is not None:
-        node.attribute.append(helper.make_attribute(key, value))
+    set_attribute(chain.graph, key, value)
     with pytest.raises(FormatError, match=says):
         opened(chain)
 

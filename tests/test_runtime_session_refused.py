@@ -16,6 +16,7 @@ from session_cases import (
     onnxruntime,
     problem,
     require_same,
+    set_attribute,
     sparse_model,
 )
 
@@ -68,16 +69,6 @@ def altered(task: Problem, change: object) -> bytes:
     proto = onnx.load_from_string(sparse_model(task))
     change(proto.graph)  # type: ignore[operator]
     return bytes(proto.SerializeToString())
-
-
-def set_attribute(graph: object, key: str, value: object) -> None:
-    node = graph.node[0]  # type: ignore[attr-defined]
-    kept = [attribute for attribute in node.attribute if attribute.name != key]
-    assert len(kept) == len(node.attribute) - 1
-    del node.attribute[:]
-    node.attribute.extend(kept)
-    if value is not None:
-        node.attribute.append(helper.make_attribute(key, value))
 
 
 # attribute, value (None: taken away), what the message says
