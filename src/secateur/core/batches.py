@@ -345,8 +345,15 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every module's own mode restored afterwards."""
+    with own_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def own_modes(model: nn.Module) -> Iterator[None]:
+    """Every module's own mode, whatever is done to it inside, restored afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:

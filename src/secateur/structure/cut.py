@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.attention import settle_heads_
+from secateur.core.batches import own_modes
 from secateur.core.errors import UsageError
 from secateur.structure.coupling import Structure
 from secateur.structure.layers import layer_sizes
@@ -157,11 +158,8 @@ def apply_(model: nn.Module, cuts: Cuts, optimizer: torch.optim.Optimizer | None
 
 def _forget_(model: nn.Module) -> None:
     """Let modules drop what they computed from the uncut weights for evaluation, as LeViT's biases."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    model.train(modes[model])
-    for module, mode in modes.items():
-        module.training = mode
+    with own_modes(model):
+        model.train()
 
 
 def _other(dtype: torch.dtype) -> torch.dtype:
