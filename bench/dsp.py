@@ -228,7 +228,7 @@ def _steps(learned: Learned, images: Watched) -> Callable[[], object]:
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with training.autocast():
         found = model(batch[0])
     return functional.cross_entropy(found.float(), batch[1])
 

@@ -138,7 +138,7 @@ def _runner(
     run.model.train()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with training.autocast():
             found = run.model(batch[0])
         run.optimizer.zero_grad()
         functional.cross_entropy(found.float(), batch[1]).backward()
