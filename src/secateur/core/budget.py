@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -191,6 +192,7 @@ class Target:
 
 
 UNITS = ("sparsity", "params", "macs", "bytes", "latency")
+_N_OF_M = re.compile(r"\d+:\d+")
 
 
 def _amount(unit: str, value: str | float | int) -> float:
@@ -221,9 +223,12 @@ def number(value: str | float | int) -> float:
             return round(float(text[:-1]) / 100, 12)
         return 1 / float(text[:-1]) if text.endswith("x") else float(text)
     except (ValueError, ZeroDivisionError):
+        pattern = _N_OF_M.fullmatch(text)
         raise UsageError(
             f"the number {value!r}",
-            "it cannot be read",
+            "that is a pattern (kept:of)" if pattern else "it cannot be read",
             "numbers look like 0.9, 90% or 20000",
-            "rewrite it",
+            f"give it as the pattern: {text} has a sparsity of its own"
+            if pattern
+            else "rewrite it",
         ) from None

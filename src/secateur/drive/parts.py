@@ -196,6 +196,11 @@ def typed(what: str, hint: Any, value: Any) -> Any:
             return None if value is None else part(kind, value)
     if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is None:
         return None
+    kinds = {hint, *typing.get_args(hint)}
+    if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:  # pydantic: 0 or 1
+        raise UsageError(
+            what, f"{value} was given", "it is a number", "write one, without yes or true"
+        )
     try:
         return pydantic.TypeAdapter(hint).validate_python(_as_written(hint, value))
     except pydantic.ValidationError as error:

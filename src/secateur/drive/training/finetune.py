@@ -60,7 +60,8 @@ class FineTune:
         weight_decay: On all parameters with two or more axes.
         distill: α, 0 to 1.
         temperature: T.
-        bfloat16: Run forward and backward under bfloat16 autocast.
+        bfloat16: Run forward and backward under bfloat16 autocast. For GPUs, and for processors with
+            AVX-512; others emulate it, and convolutions then take several times as long.
         on_nan: A loss that is NaN or infinite: ``"raise"``, or ``"rollback"`` to before the last
             mask update and go on with half the learning rate, three times at most.
 
