@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.core.budget import Budget, Cost, Item, Probe
 from secateur.core.errors import BudgetError, NonFinite
+from secateur.core.facts import Note
 from secateur.core.masks import Masks
 from secateur.core.select import keep_top
 from secateur.core.slots import Slot
@@ -71,8 +72,33 @@ def group_scores(scores: Tensor, weight: Weight, recipe: Recipe, prior: Tensor |
     return means
 
 
-def idle_experts(weight: Weight, recipe: Recipe, stats: Stats) -> str:
-    """What to tell of experts whose inputs the criterion reads and that got none; empty for nothing."""
+def remarks(weight: Weight, recipe: Recipe, stats: Stats, ranks: Tensor) -> list[Note]:
+    """What to tell of scores that say little: experts without tokens, or all groups with one score."""
+    found = {"unseen": _idle_experts(weight, recipe, stats), "even-scores": even_scores(ranks)}
+    return [Note(topic, weight.name, text) for topic, text in found.items() if text]
+
+
+def even_scores(ranks: Tensor) -> str:
+    """What to tell of scores that are all the same; empty if they differ, or nothing is to be chosen.
+
+    Example:
+        >>> even_scores(torch.tensor([0.0, 0.0, -math.inf]))[:31]
+        'all its scores are 0: the crite'
+        >>> even_scores(torch.tensor([0.0, 0.1, -math.inf]))
+        ''
+    """
+    low, high = (float(each) for each in ranks.aminmax())
+    if low < high and low == -math.inf:  # some were pruned before
+        low = float(ranks.masked_fill(ranks == low, high).min())
+    if ranks.numel() < 2 or low < high or high == -math.inf:
+        return ""
+    return (
+        f"all its scores are {high:g}: the criterion cannot rank it, as before training or where the "
+        "loss does not reach it, and its order decides what goes; leave it out, or take another criterion"
+    )
+
+
+def _idle_experts(weight: Weight, recipe: Recipe, stats: Stats) -> str:
     if not weight.axes.stacked:
         return ""
     needs = [n for n in recipe.criterion.needs if getattr(n, "source", "") == "inputs"]

@@ -17,7 +17,7 @@ from secateur.core.masks import Masks
 from secateur.core.slots import Slot, weights
 from secateur.core.weight import Weight
 from secateur.drive.calibration import Calibration
-from secateur.drive.decide import allocate, group_scores, idle_experts, items, probe_for, score
+from secateur.drive.decide import allocate, group_scores, items, probe_for, remarks, score
 from secateur.drive.gather import gather
 from secateur.drive.layerwise import MaskChoice, repair_
 from secateur.drive.money import money, uses
@@ -134,11 +134,11 @@ class Rounds:
     def _ranks(
         self, weight: Weight, stats: Stats, prior: Masks, *, moving: bool = True
     ) -> torch.Tensor:
-        idle = idle_experts(weight, self.recipe, stats)
-        if idle:
-            self.facts.note("unseen", weight.name, idle)
         scores = score(weight, self.recipe, stats, moving=moving)
-        return group_scores(scores, weight, self.recipe, prior.get(weight.name))
+        ranks = group_scores(scores, weight, self.recipe, prior.get(weight.name))
+        for note in remarks(weight, self.recipe, stats, ranks):
+            self.facts.note(note.topic, note.where, note.text)
+        return ranks
 
     def _levels(
         self, slots: list[Slot], groups: Mapping[str, torch.Tensor], moment: float, last: bool

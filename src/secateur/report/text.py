@@ -32,6 +32,7 @@ _TOPICS = {
     "hint": "Hints",
     "left-out": "Left dense",
     "unseen": "Inputs that the data did not show",
+    "even-scores": "Layers that the criterion cannot rank",
     "skipped": "Steps that were skipped",
     "nearly-empty": "Nearly empty layers",
     "output-error": "Layers that suffered most",

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Data
 from secateur.core.errors import NonFinite
+from secateur.core.facts import Facts
 from secateur.core.groups import groups_of
 from secateur.core.widths import Width
+from secateur.drive.decide import even_scores
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.frontends import discover
 from secateur.stats.groups import collect_groups, wants_data
@@ -23,6 +25,7 @@ def group_scores(
     data: Data | None,
     *,
     around: Sequence[Width] = (),
+    facts: Facts | None = None,
 ) -> dict[str, Tensor]:
     """A score for every group of every width, ``(groups,)``, larger = keep.
 
@@ -32,6 +35,7 @@ def group_scores(
         recipe: With the criterion.
         data: For criteria that measure.
         around: All widths of the network, for criteria that look at neighbours.
+        facts: To note in which widths cannot be ranked.
 
     Raises:
         NonFinite: A score is NaN or infinite; the width is named.
@@ -61,5 +65,7 @@ def group_scores(
                 "they cannot be ranked",
                 "check the data, or choose a more robust criterion",
             )
+        if facts is not None and (even := even_scores(scores)):
+            facts.note("even-scores", group.name, even)
         found[group.name] = scores
     return found

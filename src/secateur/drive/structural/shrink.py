@@ -243,17 +243,17 @@ class _Run:
             self.facts.note("vacuous", "", text)
 
     def _choice(self, recipe: ShrinkRecipe, example: Any, last: Target | None) -> dict[str, Tensor]:
-        widths, around = self._chosen(), self.structure.widths
-        scores = group_scores(self.model, widths, recipe, self.data, around=around)
+        widths, around, told = self._chosen(), self.structure.widths, self.facts
+        scores = group_scores(self.model, widths, recipe, self.data, around=around, facts=told)
         try:
             return self._budget(recipe, last).keep(widths, scores, example)
         except (BudgetError, SelectorError) as error:
             # An allocation may name a width that turned out to be stuck, or need it for the target.
-            told = [f"{n.where}: {n.text}" for n in self.facts.notes if n.where in self.stuck]
-            if not told:
+            notes = [f"{n.where}: {n.text}" for n in told.notes if n.where in self.stuck]
+            if not notes:
                 raise
             found = error.found if isinstance(error, BudgetError) else ""
-            found = "; ".join(filter(None, [found, *told[:3]]))
+            found = "; ".join(filter(None, [found, *notes[:3]]))
             why = "a width that cannot be cut as chosen is pinned, and takes no part any more"
             do = "ask for more than that" if isinstance(error, BudgetError) else "leave it out"
             do += ", or leave uniform out" if self.recipe.uniform else ""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch, Data, evaluating, lack, size_of, to_device
 from secateur.core.errors import NeedsData, UsageError
+from secateur.core.facts import Note
 from secateur.core.losses import default_loss
 from secateur.core.masks import Masks
 from secateur.core.slots import Slot, device_of, weights
@@ -19,9 +20,9 @@ from secateur.core.weight import Weight
 from secateur.drive.decide import (
     allocate,
     group_scores,
-    idle_experts,
     items,
     probe_for,
+    remarks,
     score,
     select,
     smoothed_parts,
@@ -45,7 +46,7 @@ class Decision:
         share: How much of the target they reach.
         groups: Name of a weight -> scores of its groups.
         levels: Name of a weight -> its sparsity.
-        idle: Name of a weight -> what is to be told of experts that got no token.
+        notes: Of scores that say little.
         missed: What is to be told if these are the last masks; empty if the target is met.
     """
 
@@ -53,7 +54,7 @@ class Decision:
     share: float
     groups: Mapping[str, Tensor]
     levels: Mapping[str, float]
-    idle: Mapping[str, str]
+    notes: Sequence[Note]
     missed: str = ""
 
 
@@ -150,9 +151,9 @@ class Deciding:
         assert recipe.target is not None
         missed = purse.missed(recipe.target, budget.spent(choice, levels))
         masks = {w.name: select(w, recipe, groups[w.name], levels[w.name]) for w in found}
-        idle = {w.name: text for w in found if (text := idle_experts(w, recipe, stats))}
+        told = [note for w in found for note in remarks(w, recipe, stats, groups[w.name])]
         self.stats.begin_anew(s for s in self.streamed if not getattr(s, "whole", False))
-        return Decision(Masks(masks), share, groups, levels, idle, missed)
+        return Decision(Masks(masks), share, groups, levels, told, missed)
 
     def scorable(self, found: Sequence[Weight], stats: Stats) -> list[Weight]:
         """Those whose inputs were seen, if the criterion reads inputs; an expert may have had none."""

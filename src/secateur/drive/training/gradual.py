@@ -294,8 +294,8 @@ class Gradual:
         )
         masks = Masks({**own, **decided.masks})
         told.tell_unseen(self.facts, (name for name in own if name not in decided.masks))
-        for name, text in decided.idle.items():
-            self.facts.note("unseen", name, text)
+        for note in decided.notes:
+            self.facts.note(note.topic, note.where, note.text)
         if self._deciding.streamed and not self._starts_at_random:
             told.tell_stale(self.facts, self._last_update)
         if not free:  # a low target, or the first steps to a high one, would revive some
