@@ -12,7 +12,7 @@ from secateur.cli.sparse_options import Batch, File, Shape, Threads, sample_of
 from secateur.core.facts import environment
 from secateur.report.runtime import bench_json, bench_layers, bench_table, notes_lines
 from secateur.runtime.bench import bench as run_bench
-from secateur.runtime.machine import cores, machine
+from secateur.runtime.machine import cores, float32_rate
 
 _OWN = "dense"
 
@@ -47,7 +47,7 @@ def bench(
                 threads=threads,
                 sample=sample_of(batch, shape),
                 # More threads than processors do not make the machine faster.
-                peak=machine(min(threads or cores(), cores())).float32_gflops,
+                peak=lambda: float32_rate(min(threads or cores(), cores()))[0],
                 progress=progress,
             )
         out.text.print(bench_layers(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def bench(
     against: str | Path | None = None,
     threads: int | None = None,
     sample: Sample = _ONE,
-    peak: float | None = None,
+    peak: float | Callable[[], float] | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Time a model densely and with our operators, in turn.
@@ -122,8 +122,8 @@ def bench(
         against: The dense file of a compiled one; None makes it again from the compiled one.
         threads: Of ONNX Runtime, 1 to 256.
         sample: Sizes of inputs whose axes are open.
-        peak: GFLOP/s that this machine reaches, for the shares in the layers. If a layer is faster,
-            that counts.
+        peak: GFLOP/s that this machine reaches, or a function that measures it, for the shares in the
+            layers. If a layer is faster, that counts.
         progress: Called with a stage, what is done, and how much there is.
 
     Raises:
@@ -155,8 +155,9 @@ def bench(
     sample.require_one_batch(dense)
     raced, error = _raced(dense.model, compiled.model, feeds, threads, against)
     about = metadata(compiled.model) or {}
+    best = peak() if callable(peak) else peak
     try:
-        layers, peak = _layers(about.get("layers", ()), peak)
+        layers, best = _layers(about.get("layers", ()), best)
     except (AttributeError, KeyError, TypeError, ValueError):  # somebody changed it
         about, layers = {}, ()
     ratio = 1 / raced.ratio(1)
@@ -172,7 +173,7 @@ def bench(
         sparse_bytes,
         threads,
         isa(),
-        peak,
+        best,
         {name: tuple(x.shape) for name, x in feeds.items()},
         layers,
         _notes(about, compiled, threads, error),
