@@ -233,8 +233,8 @@ def test_many_lengths_share_what_was_laid_out_for_a_few_tiles() -> None:
 
 def test_a_run_that_is_refused_leaves_the_layer_whole() -> None:
     # Its taps are so many, and so far apart, that a list cannot say where they are.
-    spec = Spec("conv", 1, 1, kernel=(255, 255), dilation=(1024, 1024), pads=(1024 * 127,) * 4)
-    layer = Layer.from_dense(torch.ones(1, 1, 255, 255), spec, Variant("list", 1, 1))
+    spec = Spec("conv", 1, 1, kernel=(129, 129), dilation=(1024, 1024), pads=(1024 * 64,) * 4)
+    layer = Layer.from_dense(torch.ones(1, 1, 129, 129), spec, Variant("list", 1, 1))
     before = layer.nbytes
     for _ in range(2):
         with pytest.raises(UsageError, match="larger than 65536 floats"):
