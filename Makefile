@@ -88,7 +88,7 @@ demo: $(STAMP) $(LIBRARY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/fashion_mnist/demo.sh
 
 test: $(STAMP) $(LIBRARY)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check

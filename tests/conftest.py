@@ -35,6 +35,12 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time networks in few passes: what tests compare is not how fast they are."""
+    monkeypatch.setattr("secateur.evaluate.latency._MOST", 11)
+
+
 @pytest.fixture(scope="session")
 def data_path() -> Path:
     """The folder of shared data sets and models; tests that need it are skipped without it."""

@@ -1,9 +1,8 @@
 """Structural pruning on the command line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -28,39 +27,35 @@ def data():
 """
 
 
-def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "secateur", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_command_line(tmp_path: Path) -> None:
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "net.py").write_text(_NET)
-    done = _run(tmp_path, "shrink", "net.py:build", "-o", "out", "--data", "net.py:data",
-                "--target", "params=50%", "--criterion", "geometric_median", "--json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _run(*words: str, code: int = 0) -> Any:
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout)
+
+
+def test_command_line(here: Path) -> None:
+    told = _run("shrink", "net.py:build", "-o", "out", "--data", "net.py:data",
+                "--target", "params=50%", "--criterion", "geometric_median")  # fmt: skip
     assert told["proof"] < 1e-5
     assert told["target"]["reached"] <= told["target"]["limit"]
     assert told["recipe"]["criterion"] == "geometric_median"
-    again = _run(tmp_path, "evaluate", "out", "--data", "net.py:data", "--json")
-    assert again.returncode == 0, again.stderr
-    refused = _run(tmp_path, "shrink", "net.py:build", "-o", "more", "--input", "1x1x8x8",
-                   "--target", "params=10", "--json")  # fmt: skip
-    assert refused.returncode == 2
-    assert "remain" in json.loads(refused.stdout)["error"]["found"]
-    assert not (tmp_path / "more").exists()
+    _run("evaluate", "out", "--data", "net.py:data")
+    refused = _run("shrink", "net.py:build", "-o", "more", "--input", "1x1x8x8",
+                   "--target", "params=10", code=2)  # fmt: skip
+    assert "remain" in refused["error"]["found"]
+    assert not (here / "more").exists()
 
 
-def test_inspect_structure(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(_NET)
-    done = _run(tmp_path, "inspect", "net.py:build", "--structure", "--input", "1x1x8x8", "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+@pytest.mark.usefixtures("here")
+def test_inspect_structure() -> None:
+    told = _run("inspect", "net.py:build", "--structure", "--input", "1x1x8x8")
     assert [w["name"] for w in told["widths"]] == ["0", "3"]
     assert all(row["width"] or row["pinned"] for row in told["parameters"])
     assert 0.5 < told["removable"] < 1
@@ -73,11 +68,8 @@ def test_inspect_structure(tmp_path: Path) -> None:
         ("--distill", "0.5"), ("--uniform",), ("--ignore", "0"), ("--target", "macs=40%"),
     ],
 )  # fmt: skip
-def test_a_recipe_file_says_everything(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    (tmp_path / "net.py").write_text(_NET)
-    (tmp_path / "r.yaml").write_text("rounds: 2\nseed: 5\nrecovery: [{finetune: {epochs: 1}}]")
-    words = ["shrink", f"{tmp_path}/net.py:build", "-o", f"{tmp_path}/out", "--json"]
-    words += ["--data", f"{tmp_path}/net.py:data", "--recipe", f"{tmp_path}/r.yaml", *flags]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 2
-    assert json.loads(done.stdout)["error"]["found"] == f"{flags[0]} was given too"
+def test_a_recipe_file_says_everything(here: Path, flags: tuple[str, ...]) -> None:
+    (here / "r.yaml").write_text("rounds: 2\nseed: 5\nrecovery: [{finetune: {epochs: 1}}]")
+    words = ["shrink", "net.py:build", "-o", "out", "--data", "net.py:data", "--recipe", "r.yaml"]
+    found = _run(*words, *flags, code=2)["error"]["found"]
+    assert found == f"{flags[0]} was given too"

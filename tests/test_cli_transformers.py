@@ -84,6 +84,8 @@ def test_a_model_of_another_kind_has_no_configuration(place: Path) -> None:
 
 def test_half_precision_becomes_a_file_in_float32(place: Path) -> None:
     pytest.importorskip("onnxscript")
+    config = transformers.AutoConfig.from_pretrained("model", num_hidden_layers=1)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained("model")
     words = ("export", "model", "--data", "data.py:load", "-o", "model.onnx")
     done = secateur_(*words)
     assert "weights are bfloat16" in " ".join(done.output.split())

@@ -24,7 +24,7 @@ Keep = dict[str, Tensor]
 
 ALL = MODELS | NETWORKS
 #: Choices of groups for each; Transformers models take longer.
-CHOICES = {name: 10 if name in NETWORKS else 4 for name in ALL}
+CHOICES = {name: 6 if name in NETWORKS else 3 for name in ALL}  # bench/coverage takes 20 of each
 #: Random values are small where they are multiplied with others.
 SMALL = 0.3
 
