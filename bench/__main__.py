@@ -75,11 +75,7 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if given.arm in recovered.ARMS:
         how = recovered.plan_of(
-            given.depth,
-            given.rate,
-            images=given.images,
-            held_out=given.held_out,
-            original=given.original,
+            given.depth, given.rate, images=given.images, held_out=given.held_out
         )
         recovered.run_arm(given.arm, how, seed=given.seed)
         return 0
@@ -156,9 +152,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, help="to fine-tune on in 'recovered'")
     parser.add_argument(
         "--held-out", action="store_true", help="'recovered' with a network trained here"
-    )
-    parser.add_argument(
-        "--original", action="store_true", help="'recovered' taught by the network as it came"
     )
     return parser
 

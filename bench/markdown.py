@@ -19,9 +19,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 def variants(folder: Path, name: str) -> list[dict[str, Any]]:
     """Give a study and those of other depths, protocols, rates and so on, but no single arms or seeds."""
-    own = re.compile(
-        rf"{name}(-resnet\d+(-\d+epochs)?(-held-out)?(-rate[\d.]+)?(-\d+images)?(-original)?)?"
-    )
+    own = re.compile(rf"{name}(-resnet\d+(-\d+epochs)?(-held-out)?(-rate[\d.]+)?(-\d+images)?)?")
     names = sorted(path.stem for path in folder.glob(f"{name}*.json") if own.fullmatch(path.stem))
     return [read(folder, each) for each in names]
 

@@ -11,7 +11,6 @@ fine-tuned dense one; and distilled without labels, on blends of two images (``m
     python -m bench --arm recovered --depth 56
     python -m bench --arm recovered --depth 56 --rate 0.1
     python -m bench --arm recovered --depth 56 --rate 0.1 --images 50000
-    python -m bench --arm recovered --depth 56 --rate 0.1 --images 50000 --original
     python -m bench --arm recovered --depth 56 --held-out
     python -m bench recovered
 
@@ -19,11 +18,8 @@ The networks after the last epoch are the ones reported. A first run had 10,000 
 want of time, and lost 1.3 +- 0.7 points with ResNet-56; nothing but the number of images was changed
 after it. ``matched`` was added, as it is, after the other two had missed the goal; and the rate of 0.1,
 of both networks and with nothing else changed, after that. Labels alone, which were worst in both
-protocols, are left out with ResNet-56 held out. Then came the rate of 0.1 with all 50,000 images: the
-dense network remembers the 10,000 from before, and the cut one has no other way to see them. Last came
-``original``, with these images: distilled with labels, which is best held out, but from the dense
-network as it was before its fine-tuning, as ``FineTune(distill=...)`` does it. It is compared with the
-fine-tuned dense network of the run before, whose predictions are in that run's file.
+protocols, are left out with ResNet-56 held out. Last came the rate of 0.1 with all 50,000 images: the
+dense network remembers the 10,000 from before, and the cut one has no other way to see them.
 """
 
 from __future__ import annotations
@@ -46,13 +42,12 @@ from secateur.learn import Task
 from secateur.learn.objectives import Term
 
 ARMS = ("recovered",)
-KINDS = ("pruned", "distilled", "matched", "original")
+KINDS = ("pruned", "distilled", "matched")
 WORSE = 0.7  # points at most
 GOALS = {
     "pruned": "points below dense after fine-tuning",
     "distilled": "points below dense after fine-tuning, distilled",
     "matched": "points below dense after fine-tuning, distilled on blended images",
-    "original": "points below dense after fine-tuning, distilled from the dense network as it came",
 }
 RECIPE = training.Recipe(epochs=15, rate=0.02, warmup=0.5)
 
@@ -72,8 +67,6 @@ class Plan:
         distillation: Share of the last network's loss that is towards the dense one.
         temperature: Of that share.
         kinds: Of the pruned network's runs, which.
-        reference: Study whose fine-tuned dense network they are compared with; by default one is
-            fine-tuned here.
     """
 
     depth: int = 56
@@ -84,8 +77,7 @@ class Plan:
     rounds: int = 5
     distillation: float = 0.9
     temperature: float = 4.0
-    kinds: tuple[str, ...] = KINDS[:3]
-    reference: str = ""
+    kinds: tuple[str, ...] = KINDS
 
     @property
     def study(self) -> str:
@@ -93,7 +85,6 @@ class Plan:
         other = "" if self.recipe.rate == RECIPE.rate else f"-rate{self.recipe.rate:g}"
         other += f"-{self.train_images}images" if self.train_images > cifar.TRAIN else ""
         protocol = "-held-out" if self.held_out and self.depth != 20 else ""
-        other += "-original" if self.reference else ""
         return f"recovered-resnet{self.depth}{protocol}{other}"
 
 
@@ -111,12 +102,11 @@ def plan_of(
     *,
     images: int | None = None,
     held_out: bool = False,
-    original: bool = False,
 ) -> Plan:
     """The plan of a depth; with another rate only the best run so far, ``matched``.
 
-    With ``original`` only that, against the dense network of the same plan without it. ResNet-20 is
-    there with held out images alone.
+    With more images that, and then ``distilled``, which was best held out. ResNet-20 is there with held
+    out images alone.
 
     Raises:
         ValueError: More images than are not held out.
@@ -125,8 +115,6 @@ def plan_of(
         >>> plan_of(20).study, plan_of(56, 0.1).study, plan_of(56, held_out=True).study
         ('recovered-resnet20', 'recovered-resnet56-rate0.1', 'recovered-resnet56-held-out')
         >>> plan_of(56, 0.1, images=50_000).study
-        'recovered-resnet56-rate0.1-50000images'
-        >>> plan_of(56, 0.1, images=50_000, original=True).reference
         'recovered-resnet56-rate0.1-50000images'
     """
     depth = depth or Plan().depth
@@ -141,9 +129,10 @@ def plan_of(
             f"Training on {images:,} images: the {cifar.HELD_OUT:,} after the first {cifar.TRAIN:,} "
             "are those that are tested on. Take fewer, or the protocol of the trained network."
         )
-    if original:
-        return replace(changed, kinds=("original",), reference=changed.study)
-    return plan if changed == plan else replace(changed, kinds=("matched",))
+    if changed == plan:
+        return plan
+    more = changed.train_images > plan.train_images
+    return replace(changed, kinds=("matched", "distilled") if more else ("matched",))
 
 
 def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) -> None:
@@ -191,23 +180,18 @@ def run_arm(
     before = {kind: _judged(m, test) for kind, m in (("dense", dense), ("pruned", pruned.model))}
     tuned = _Tuned(plan, seed, place)
     images = cifar.augmented(train, batch=plan.recipe.batch)
-    networks, teacher = {}, dense
-    if plan.reference:
-        study = record.read(plan.reference, folder=place.results)
-        networks["dense"] = study["result"]["networks"]["dense"]
-    else:
-        run = tuned("dense", _copy(dense, plan.depth), images)
-        networks["dense"], teacher = _told(run, test), run.model
-    taught = functools.partial(training.distilled, teacher, temperature=plan.temperature)
-    with_labels = (images, taught(plan.distillation))
+    reference = tuned("dense", _copy(dense, plan.depth), images)
+    taught = functools.partial(training.distilled, reference.model, temperature=plan.temperature)
+    blended = replace(images, blended=True)
     ways: dict[str, tuple[Any, ...]] = {
         "pruned": (images,),
-        "distilled": with_labels,
-        "original": with_labels,
-        "matched": (replace(images, blended=True), taught(1.0)),
+        "distilled": (images, taught(plan.distillation)),
+        "matched": (blended, taught(1.0)),
     }
+    runs = {"dense": reference}
     for kind in plan.kinds:
-        networks[kind] = _told(tuned(kind, copy.deepcopy(pruned.model), *ways[kind]), test)
+        runs[kind] = tuned(kind, copy.deepcopy(pruned.model), *ways[kind])
+    networks = {k: {**_judged(r.model, test), "history": r.history} for k, r in runs.items()}
     differences = {
         "before": _difference(before, "pruned", test),
         **{kind: _difference(networks, kind, test) for kind in plan.kinds},
@@ -287,10 +271,6 @@ def _judged(model: nn.Module, test: cifar.Split) -> dict[str, Any]:
         "test": {**asdict(score), "standard_error": round(score.standard_error, 3)},
         "predictions": "".join(map(str, found.argmax(1).tolist())),
     }
-
-
-def _told(run: training.Run, test: cifar.Split) -> dict[str, Any]:
-    return {**_judged(run.model, test), "history": run.history}
 
 
 def _difference(found: dict[str, Any], kind: str, test: cifar.Split) -> dict[str, Any]:
