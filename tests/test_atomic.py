@@ -50,6 +50,19 @@ def test_two_writers_at_once_do_not_replace_each_other(
     assert (place / "result").read_text() == "third"
 
 
+def test_overwriting_is_not_advised_where_it_would_be_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    for path, found in ((tmp_path, "it holds mine.txt"), (tmp_path / "mine.txt", "it is a file")):
+        for overwrite in (False, True):
+            with pytest.raises(OutputExists, match=found) as caught:
+                require_new(path, {"facts.json"}, overwrite=overwrite)
+            assert "--overwrite" not in str(caught.value)
+    (tmp_path / "mine.txt").rename(tmp_path / "facts.json")
+    with pytest.raises(OutputExists, match="--overwrite"):
+        require_new(tmp_path, {"facts.json"})
+    require_new(tmp_path, {"facts.json"}, overwrite=True)
+
+
 def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "out"

@@ -210,18 +210,19 @@ def _remove(path: Path) -> None:
 def _require_replaceable(path: Path, overwrite: bool, entries: set[str] | None) -> None:
     if not path.exists():
         return
-    if not overwrite:
-        raise _exists(path)
-    others = [] if path.is_dir() else [path.name]
+    others, found = [], "it is a file"
     if path.is_dir() and entries is not None:
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in entries)
-    if others:
+        found = f"it holds {', '.join(others[:4])}" + (", ..." if len(others) > 4 else "")
+    if others or not path.is_dir():  # it is no result: to ask for overwriting would not help
         raise OutputExists(
-            f"overwriting {str(path)!r}",
-            f"it holds {', '.join(others[:4])}" + (", ..." if len(others) > 4 else ""),
+            f"{'overwriting' if overwrite else 'writing to'} {str(path)!r}",
+            found,
             "only a folder of an earlier result is ever replaced",
             "choose another folder",
         )
+    if not overwrite:
+        raise _exists(path)
 
 
 def _exists(path: Path) -> OutputExists:
