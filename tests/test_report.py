@@ -162,6 +162,7 @@ def test_document_is_json_with_stable_keys() -> None:
     assert set(found["comparison"]["a"]) == {
         *("accuracy", "metric", "loss", "samples", "split", "latency", "parameters", "nonzeros"),
         *("sparsity", "pruned_sparsity", "macs_dense", "macs", "bytes", "uncounted", "perplexity"),
+        "one_class",
     }
     assert found["comparison"]["speed"]["verdict"] == "same"
 

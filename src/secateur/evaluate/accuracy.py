@@ -38,6 +38,7 @@ class Answers:
         loss: Mean loss, or ``None`` if there is none.
         samples: Samples in the batch.
         language: Whether the units are tokens, each predicted from those before it.
+        classes: The least and the largest class that is right; ``None`` without any.
     """
 
     logits: Tensor | None
@@ -46,6 +47,7 @@ class Answers:
     loss: float | None
     samples: int
     language: bool = False
+    classes: tuple[int, int] | None = None
 
     @property
     def counted(self) -> int:
@@ -108,7 +110,9 @@ def _answer(model: nn.Module, batch: Batch, loss: Loss | None) -> Answers:
     rows, labels, which = rows[counted], labels[counted], which[counted.cpu()]
     if found is None and len(rows):
         found = float(task_loss(rows, labels))
-    return Answers(rows, which, choices(rows) == labels, found, samples, language)
+    classes = (int(labels.min()), int(labels.max())) if len(labels) else None
+    right = choices(rows) == labels
+    return Answers(rows, which, right, found, samples, language, classes)
 
 
 def choices(rows: Tensor) -> Tensor:

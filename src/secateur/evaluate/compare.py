@@ -114,6 +114,7 @@ def compare(
                 split,
                 latency=taken,
                 perplexity=tally.perplexity,
+                one_class=tally.one_class,
             )
         )
     values = found[0].accuracy, found[1].accuracy

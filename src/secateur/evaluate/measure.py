@@ -29,6 +29,8 @@ from secateur.evaluate.accuracy import Answers, answer
 from secateur.evaluate.cost import Cost, cost_of
 from secateur.evaluate.latency import Latency, latency_of
 
+#: Answers from which on it is odd that the right ones are all of one class.
+_SEVERAL = 20
 _LARGE = 700.0  # e to the power of more is infinite in double precision
 
 
@@ -47,6 +49,8 @@ class Measurement:
         split: Where they came from: ``"test"``, ``"train"``, or ``""`` without data.
         latency: Of one batch, or ``None`` if it was not asked for.
         perplexity: Of a causal language model: e to the mean loss of a token; else ``None``.
+        one_class: Whether the right answers, 20 or more, are all of one class: sorted data, as a
+            rule, and a network that always answers it is right.
     """
 
     cost: Cost
@@ -57,6 +61,7 @@ class Measurement:
     split: str = ""
     latency: Latency | None = None
     perplexity: float | None = None
+    one_class: bool = False
 
 
 def measure(
@@ -109,6 +114,7 @@ def measure(
         split=split,
         latency=latency_of(network, example) if latency and example is not None else None,
         perplexity=tally.perplexity,
+        one_class=tally.one_class,
     )
 
 
@@ -124,6 +130,7 @@ class Tally:
     tokens: int = 0
     example: Batch | None = None
     judged: bool = field(default=False)
+    classes: set[int] = field(default_factory=set)
 
     def add(self, answers: Answers, batch: Batch) -> None:
         """Count one batch."""
@@ -134,6 +141,7 @@ class Tally:
             self.judged = True
             self.right += int(answers.right.sum())
             self.units += len(answers.right)
+            self.classes.update(answers.classes or ())
         # The mean over nothing is NaN: a batch without any label that counts says nothing.
         if answers.loss is not None and answers.counted:
             self.losses += answers.loss * answers.counted
@@ -144,6 +152,11 @@ class Tally:
     def accuracy(self) -> float | None:
         """Share of right answers."""
         return self.right / self.units if self.units else None
+
+    @property
+    def one_class(self) -> bool:
+        """Whether there are many right answers, and all of one class."""
+        return self.units >= _SEVERAL and len(self.classes) == 1
 
     @property
     def loss(self) -> float | None:

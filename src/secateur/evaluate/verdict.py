@@ -75,6 +75,7 @@ def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
         text = f"{name} of one of the networks is not finite, so there is no difference to judge."
         return Gain("accuracy", False, text)
     where = " (on training data)" if a.split == "train" else ""
+    where += " (of one class only: are the data sorted?)" if a.one_class else ""
     if error is None:
         kept = difference >= 0
         tail = "" if kept else " How much of this is chance is not known for this metric."

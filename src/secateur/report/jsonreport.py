@@ -26,7 +26,7 @@ Keys of each command:
   ``secateur.report.doctor``.
 
 ``measurement`` has ``accuracy``, ``metric``, ``loss``, ``perplexity`` (of causal language models),
-``samples``, ``split``, ``parameters``, ``nonzeros``, ``sparsity``, ``pruned_sparsity``,
+``samples``, ``one_class``, ``split``, ``parameters``, ``nonzeros``, ``sparsity``, ``pruned_sparsity``,
 ``macs_dense``, ``macs``, ``bytes``, ``uncounted`` and ``latency`` (``median``, ``p10``, ``p90``,
 ``batch``, ``threads``, ``repetitions``).
 

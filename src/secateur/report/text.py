@@ -168,6 +168,8 @@ def _rows(found: Measurement) -> list[tuple[str, str]]:
         rows.append(("perplexity", f"{found.perplexity:.4g}"))
     if found.samples:
         rows.append(("samples", f"{found.samples:,}"))
+    if found.one_class:
+        rows.append(("classes", "one only"))
     rows += [
         ("parameters", count(cost.parameters)),
         ("non-zeros", count(cost.nonzeros)),
