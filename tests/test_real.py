@@ -17,7 +17,7 @@ from secateur.pattern import NM
 from secateur.recover import FisherUpdate
 from secateur.score import Magnitude, Obd, WoodFisher
 
-WINDOW, CALIBRATION, HELD_OUT = 256, 16, 8
+WINDOW, CALIBRATION, HELD_OUT = 256, 32, 16
 
 
 @dataclass(frozen=True)
