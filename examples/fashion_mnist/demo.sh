@@ -3,7 +3,7 @@
 # `make demo` calls it. `sh demo.sh 0.1` trains for a tenth of an epoch only, to try the commands.
 set -eu
 cd "$(dirname "$0")"
-epochs=${1:-7}
+epochs=${1:-5}
 out=${2:-out}
 
 run() {
