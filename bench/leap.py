@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur
-from bench import cifar, record
+from bench import cifar, record, training
 from secateur import FineTune, Recipe, Scope, Target
 from secateur.drive.training.learn_masks import learn_masks
 from secateur.learn import Distill, Leap, Objectives, Task
@@ -40,8 +40,12 @@ SCOPE = Scope(include=("bert.encoder.layer.*",))
 # Rows are pruned at once only: rows that magnitude chose and that were trained cost too much time.
 KINDS = {"element": ("leap", "one-shot", "trained"), "row": ("leap", "one-shot")}
 Sample = dict[str, Tensor]
-TEACHER = FineTune(epochs=1, lr=5e-5, optimizer="adamw", weight_decay=0.01, bfloat16=True)
-PRUNING = FineTune(epochs=2, lr=1e-4, optimizer="adamw", weight_decay=0.01, bfloat16=True)
+TEACHER = FineTune(
+    epochs=1, lr=5e-5, optimizer="adamw", weight_decay=0.01, bfloat16=training.bfloat16()
+)
+PRUNING = FineTune(
+    epochs=2, lr=1e-4, optimizer="adamw", weight_decay=0.01, bfloat16=training.bfloat16()
+)
 
 
 @dataclass(frozen=True, slots=True)

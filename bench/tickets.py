@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur
-from bench import cifar, record
+from bench import cifar, record, training
 from secateur.allocate import Ranked
 from secateur.core.masks import Masks
 from secateur.experiments import (
@@ -44,7 +44,7 @@ ARMS = tuple(f"tickets-{method}" for method in METHODS)
 SEEDS = (0, 1)
 # The levels at which methods are compared.
 JUDGED = (0.79, 0.89)
-TRAINING = Training(epochs=5, lr=0.1, decay="cosine", warmup=0.1, bfloat16=True)
+TRAINING = Training(epochs=5, lr=0.1, decay="cosine", warmup=0.1, bfloat16=training.bfloat16())
 
 
 @dataclass(frozen=True, slots=True)
