@@ -82,8 +82,8 @@ def even_scores(ranks: Tensor) -> str:
     """What to tell of scores that are all the same; empty if they differ, or nothing is to be chosen.
 
     Example:
-        >>> even_scores(torch.tensor([0.0, 0.0, -math.inf]))[:31]
-        'all its scores are 0: the crite'
+        >>> even_scores(torch.tensor([0.0, 0.0, -math.inf]))[:29]
+        'all its scores are the same: '
         >>> even_scores(torch.tensor([0.0, 0.1, -math.inf]))
         ''
     """
@@ -93,7 +93,7 @@ def even_scores(ranks: Tensor) -> str:
     if ranks.numel() < 2 or low < high or high == -math.inf:
         return ""
     return (
-        f"all its scores are {high:g}: the criterion cannot rank it, as before training or where the "
+        "all its scores are the same: the criterion cannot rank it, as before training or where the "
         "loss does not reach it, and its order decides what goes; leave it out, or take another criterion"
     )
 

@@ -194,10 +194,12 @@ def typed(what: str, hint: Any, value: Any) -> Any:
                     raise UsageError(what, f"{value!r} was given", "it is a list", "write [a, b]")
                 return tuple(part(kind, v) for v in value)
             return None if value is None else part(kind, value)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is None:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if union else (hint,)
+    if union and value is None:
         return None
-    kinds = {hint, *typing.get_args(hint)}
-    if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:  # pydantic: 0 or 1
+    if isinstance(value, bool) and bool not in kinds and {int, float}.intersection(kinds):
+        # pydantic takes it for 0 or 1
         raise UsageError(
             what, f"{value} was given", "it is a number", "write one, without yes or true"
         )
