@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from secateur.runtime.machine import torch_threads
 from secateur.runtime.native import Layer, Spec, Variant, candidates
 from secateur.runtime.race import open_session, race, runner
 from secateur.runtime.threads import Workers, workers_beside_torch
@@ -114,9 +115,8 @@ def break_evens(
     Raises:
         MissingNative: secateur was installed without its native part.
     """
-    before, pool = torch.get_num_threads(), workers_beside_torch(threads)
-    torch.set_num_threads(threads)
-    try:
+    pool = workers_beside_torch(threads)
+    with torch_threads(threads):
         for case in cases:
             against, dense = dense_runner(case, threads)
             one = case.positions == 1
@@ -126,8 +126,6 @@ def break_evens(
                 points = tuple(_point(case, pattern, s, dense, pool, seconds) for s in grid)
                 found, at_most = crossing([(p.sparsity, p.ratio) for p in points])
                 yield BreakEven(case.name, case.dtype, pattern, against, points, found, at_most)
-    finally:
-        torch.set_num_threads(before)
 
 
 def crossing(

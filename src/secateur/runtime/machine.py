@@ -103,7 +103,7 @@ def machine(threads: int) -> Machine:
     _require(threads)
     kernels, isa, problem = _kernels()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    with _torch_threads(threads):
+    with torch_threads(threads), torch.inference_mode():
         read, half = _read_rate(), _matmul_rate(torch.bfloat16)
     float32, by = float32_rate(threads)
     return Machine(
@@ -131,9 +131,29 @@ def float32_rate(threads: int) -> tuple[float, str]:
         UsageError: ``threads`` is below 1, or above the processors that this process may use.
     """
     _require(threads)
-    with _torch_threads(threads):
+    with torch_threads(threads), torch.inference_mode():
         plain = _matmul_rate(torch.float32)
     return max((plain, "PyTorch"), (_onnxruntime_rate(threads), "ONNX Runtime"))
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let PyTorch use so many threads, and afterwards as many as before.
+
+    Example:
+        >>> before = torch.get_num_threads()
+        >>> with torch_threads(1):
+        ...     torch.get_num_threads()
+        1
+        >>> torch.get_num_threads() == before
+        True
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cores() -> int:
@@ -197,17 +217,6 @@ def _require(threads: int) -> None:
             "threads that wait for each other would be measured, and not what the machine can do",
             f"give {f'1 to {most}' if most > 1 else 1}",
         )
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _kernels() -> tuple[tuple[str, ...], str | None, str]:
