@@ -73,6 +73,7 @@ def run(*, quick: bool = False, seed: int = 0, folder: Path = record.RESULTS) ->
     average = averaged(parts["odd"]["percent"], parts["even"]["percent"])
     rows["rigl, averaged"] = {"percent": average, "frequency": FREQUENCY}
     result = {"plan": asdict(plan), "sparsity": SPARSITY, "rows": rows}
+    result["bfloat16"] = training.bfloat16()
     record.write("overhead", result, goals=goals(rows), seeds=[seed], watch=watch, folder=folder)
     for name, row in rows.items():
         print(f"overhead, {name}: {row['percent']:+.2f} %", flush=True)

@@ -32,8 +32,10 @@ def _overhead(folder: Path) -> str:
         low, high = row["interval"]
         cells += [f"{low:+.2f} to {high:+.2f}", f"{row['plain_ms']:.1f}"]
         rows.append([*cells, f"{row['pruned_ms']:.1f}", str(row["pairs"])])
+    # Before there was a choice, all was in bfloat16.
+    half = "bfloat16 autocast" if study["result"].get("bfloat16", True) else "float32"
     text = (
-        f"ResNet-{plan['depth']} in bfloat16 autocast, {plan['batch']} images a step, "
+        f"ResNet-{plan['depth']} in {half}, {plan['batch']} images a step, "
         f"{study['result']['sparsity']:.0%} sparsity. Every pair is one step without and one with a "
         "pruner, in alternating order; the percent is the median over pairs, in processor time, with "
         "its 95 % interval."

@@ -133,7 +133,7 @@ def train_epoch(
             "rate_at_end": run.recipe.rate_at(done + 1),
             "seconds": round(seconds, 1),
             "images_a_second": round(count / seconds, 1),
-            "precision": "bfloat16" if bfloat16() else "float32",
+            "bfloat16": bfloat16(),
         }
     )
 
