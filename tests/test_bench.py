@@ -497,13 +497,6 @@ def test_the_page_of_tables_is_up_to_date() -> None:
     assert page == tables.page(), "run: python -m bench.tables > bench/README.md"
 
 
-def test_the_figures_of_the_readme_are_the_measured_ones() -> None:
-    from bench import headline
-
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
-    assert headline.text() in readme, "put what this prints there: python -m bench.headline"
-
-
 def test_the_page_of_tables_follows_the_results(tmp_path: Path) -> None:
     from bench import tables
 

@@ -11,7 +11,10 @@ from secateur.allocate import Ranked
 from secateur.schedule import Exponential, Polynomial
 from secateur.score import BatchNormScale, Criterion, Magnitude, Snip, Taylor
 
-BATCHES = [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(2)]
+SEED = torch.Generator().manual_seed(0)
+BATCHES = [
+    (torch.randn(8, 6, generator=SEED), torch.randint(0, 3, (8,), generator=SEED)) for _ in range(2)
+]
 HALF = secateur.Target.parse("50%")
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from secateur import compare, measure
+from secateur.report import measurement_table
 
-X = torch.randn(40, 4)
+X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+
+
+def shown(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
 
 
 def batches(labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -28,7 +40,9 @@ def batches(labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
 )
 def test_one_class_is_told(labels: torch.Tensor, told: bool) -> None:
     net, other = nn.Linear(4, 3), nn.Linear(4, 3)
-    assert measure(net, batches(labels), latency=False).one_class is told
+    one = measure(net, batches(labels), latency=False)
+    assert one.one_class is told
+    assert ("one only" in shown(measurement_table(one))) is told
     found = compare(net, other, batches(labels), latency=False)
     assert (found.a.one_class, found.b.one_class) == (told, told)
     assert ("of one class only" in found.gain("accuracy").text) is told
