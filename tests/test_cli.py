@@ -17,12 +17,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from secateur.cli.flags import Flags, part, recipe_from
 from secateur.cli.main import app
-from secateur.core.errors import UsageError
-from secateur.drive.recipe import Recipe
 from secateur.formats import read_bundle
-from secateur.schedule import OneShot
 
 NETWORK = """
 import torch
@@ -338,31 +334,6 @@ def test_a_failed_export_leaves_the_bundle(place: Path) -> None:
     )  # fmt: skip
     assert sorted(p.name for p in place.iterdir() if p.suffix != ".py" and p.is_file()) == []
     assert "accuracy" in document("evaluate", "out", "--data", "data.py:load")["measurement"]
-
-
-# --- flags -------------------------------------------------------------------------------------
-
-
-def test_parts_as_flags() -> None:
-    assert part("pattern", "blocks:rows=2,cols=8") == {"blocks": {"rows": 2, "cols": 8}}
-    assert part("allocation", "given:levels={a: 0.5, b: 0.1}") == {
-        "given": {"levels": {"a": 0.5, "b": 0.1}}
-    }
-    with pytest.raises(UsageError, match="cannot be read"):
-        part("criterion", "magnitude:p={")
-
-
-def test_epochs_follow_methods_that_prune_at_once() -> None:
-    at_once = recipe_from(Flags(method="sparsegpt", sparsity="0.5", epochs=3))
-    assert at_once.schedule == OneShot()
-    assert [type(step).__name__ for step in at_once.recovery] == ["ColumnSweep", "FineTune"]
-    gradual = recipe_from(Flags(method="gmp", sparsity="0.5", epochs=3, lr=0.5))
-    assert (gradual.schedule.unit, gradual.schedule.end) == ("epochs", 1.5)
-    assert gradual.finetune is not None
-    assert (gradual.finetune.epochs, gradual.finetune.lr) == (3, 0.5)
-    own = recipe_from(Flags(schedule="linear:end=2,unit=epochs,frequency=1", epochs=4))
-    assert own.schedule.end == 2
-    assert recipe_from(Flags()) == Recipe()
 
 
 # --- the real program --------------------------------------------------------------------------
