@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from typer.main import get_command
 
 import secateur
@@ -108,6 +110,18 @@ def scripts(page: Path) -> list[list[tuple[str, str]]]:
 
 
 SCRIPTS = scripts(ROOT / "README.md")
+
+
+def test_the_few_images_of_the_readme_are_of_all_classes(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tenth, as it was once, is of one class: the test images go through all ten in turn."""
+    folder = elsewhere / "examples" / "fashion_mnist"
+    monkeypatch.syspath_prepend(folder)
+    few = runpy.run_path(str(folder / "few.py"))["few"]
+    del sys.modules["data"]  # the next copy has one of its own
+    counts = torch.cat([labels for _, labels in few()["test"]]).bincount()
+    assert counts.tolist() == [100] * 10
 
 
 @pytest.fixture
