@@ -17,7 +17,7 @@ from bench.zoo.tokens import Attention
 from bench.zoo.vision import MODELS, Example
 from secateur.core.batches import evaluating
 from secateur.structure import Cuts, Structure, apply_, couple, cuts_for, mask_, prove
-from secateur.structure.masked import call, predictions
+from secateur.structure.masked import call, masked_outputs, predictions, prove_against
 
 Keep = dict[str, Tensor]
 
@@ -149,6 +149,7 @@ def test_swapped_positions_are_noticed(name: str) -> None:
     for width in structure.widths:
         keep = {width.name: torch.arange(width.groups) < max(2, width.groups - 1)}
         right = cuts_for(model, structure, keep)
+        wanted = masked_outputs(model, structure, keep, example)
         for parameter, axes in right.kept.items():
             for axis, positions in axes.items():
                 if len(positions) < 2 or "running" in parameter:
@@ -157,7 +158,7 @@ def test_swapped_positions_are_noticed(name: str) -> None:
                 kept = {**right.kept, parameter: {**axes, axis: swapped}}
                 small = copy.deepcopy(model)
                 apply_(small, replace(right, kept=kept))
-                error = prove(model, small, structure, keep, example).error
+                error = prove_against(wanted, small, example).error
                 harmless = _shifts_scores(parameter)
                 assert harmless or error > 1e-9, (width.name, parameter, axis)
 
@@ -174,12 +175,13 @@ def test_a_missing_slice_is_noticed(name: str) -> None:
     for width in structure.widths:
         keep = {width.name: torch.arange(width.groups) < max(2, width.groups - 1)}
         right = cuts_for(model, structure, keep)
+        wanted = masked_outputs(model, structure, keep, example)
         for parameter in right.kept:
             kept = {key: axes for key, axes in right.kept.items() if key != parameter}
             small = copy.deepcopy(model)
             apply_(small, replace(right, kept=kept))
             try:
-                error = prove(model, small, structure, keep, example).error
+                error = prove_against(wanted, small, example).error
             except RuntimeError:  # shapes do not fit
                 continue
             assert error > 1e-9, (width.name, parameter)

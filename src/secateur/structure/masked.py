@@ -155,12 +155,22 @@ def prove(
         >>> prove(net, small, structure, keep, torch.randn(5, 4)).error < 1e-5
         True
     """
+    return prove_against(masked_outputs(model, structure, keep, example), cut, example)
+
+
+def masked_outputs(
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example: Any
+) -> list[Tensor]:
+    """What :func:`prove` compares with: it is the same for every network cut by ``keep``."""
     with own_random(model):
-        wanted = predictions(run_masked(model, structure, keep, example))
-        # The fused operator gives zeros for padding, where the masked network has numbers.
-        with evaluating(cut), unfused_attention(), torch.no_grad(), SameDraws():
-            found = predictions(call(cut, example))
-    return compare(found, wanted)
+        return predictions(run_masked(model, structure, keep, example))
+
+
+def prove_against(wanted: list[Tensor], cut: nn.Module, example: Any) -> Proof:
+    """:func:`prove`, with what the masked network computes at hand."""
+    # The fused operator gives zeros for padding, where the masked network has numbers.
+    with own_random(cut), evaluating(cut), unfused_attention(), torch.no_grad(), SameDraws():
+        return compare(predictions(call(cut, example)), wanted)
 
 
 def call(model: nn.Module, example: Any) -> Any:
