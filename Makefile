@@ -37,6 +37,9 @@ COMPILER := $(shell command -v $(CXX) c++ clang++ 2>/dev/null | head -n 1)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
+# Many containers set it; then each of the many processes of the tests and of the demo compiles the
+# whole package anew, which takes longer than importing it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install native check-native demo test check bench bench-runtime docs format lock clean distclean
