@@ -346,7 +346,7 @@ def test_curves_that_cannot_be_measured_are_refused() -> None:
     net = network()
     wrong: Any
     for wrong in ("fgsm", Fgsm, {"f": "fgsm"}, [Fgsm(0.1), None]):
-        with pytest.raises(UsageError, match="It is an attack"):
+        with pytest.raises(UsageError, match="It should be an attack"):
             robustness(net, [batch()], wrong, sizes=[0.1])
     wrong = {"a": "net.py"}
     with pytest.raises(UsageError, match=r"torch\.nn\.Module"):

@@ -114,7 +114,7 @@ def shrinking(**given: Any) -> Any:
         (lambda: learn_masks(mlp(), BATCHES, Leap(), 3), "FineTune(epochs=2)"),  # type: ignore[arg-type]
         (lambda: ticket(folder=None), "None was given"),
         (lambda: ticket(plan=TicketPlan), "the class TicketPlan"),
-        (lambda: ticket(recipe=0.9), "It is a Recipe"),
+        (lambda: ticket(recipe=0.9), "It should be a Recipe"),
         (lambda: ticket(model=None), "A network is a torch.nn.Module"),
         (lambda: ticket(model=lambda: 3), "an int. A network is"),
         (lambda: connectivity(mlp(), mlp(), mlp(), BATCHES, points="a"), "points=11"),  # type: ignore[arg-type]
@@ -126,11 +126,11 @@ def shrinking(**given: Any) -> Any:
         (lambda: finetune(mlp, BATCHES), "the function mlp"),  # type: ignore[arg-type]
         (lambda: export_onnx(mlp(), "net.onnx", torch.zeros(1, 16)), "'net.onnx')"),  # type: ignore[arg-type]
         (lambda: finetune(mlp(), BATCHES, checkpoint=3), "the name of a folder"),  # type: ignore[arg-type]
-        (lambda: Gradual(mlp(), sgd(mlp()), None), "It is a Recipe"),  # type: ignore[arg-type]
+        (lambda: Gradual(mlp(), sgd(mlp()), None), "It should be a Recipe"),  # type: ignore[arg-type]
         (lambda: Gradual(None, sgd(mlp()), Recipe()), "A network is"),  # type: ignore[arg-type]
-        (lambda: shrinking(recipe=Recipe()), "It is a ShrinkRecipe"),
-        (lambda: shrinking(pace=None), "It is a Pace"),
-        (lambda: shrinking(optimizer=None), "It is the optimizer"),
+        (lambda: shrinking(recipe=Recipe()), "It should be a ShrinkRecipe"),
+        (lambda: shrinking(pace=None), "It should be a Pace"),
+        (lambda: shrinking(optimizer=None), "It should be the optimizer"),
         (lambda: Regrow(fraction="all"), "fraction is a finite number, not 'all'"),  # type: ignore[arg-type]
         (lambda: TopKast(extra=float("nan")), "extra is a finite number, not nan"),
         (lambda: Leap("0.9"), "sparsity is a finite number, not '0.9'"),  # type: ignore[arg-type]

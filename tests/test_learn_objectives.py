@@ -152,7 +152,7 @@ def test_losses_of_ones_own_are_terms() -> None:
 
     assert Objectives((Own(),))(net, (x, y)).item() == net(x).square().mean().item()
     for wrong in (Task, 0.5, "task"):
-        with pytest.raises(UsageError, match="It is a term or a loss"):
+        with pytest.raises(UsageError, match="It should be a term or a loss"):
             Objectives((wrong,))  # type: ignore[arg-type]
 
 

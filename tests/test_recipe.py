@@ -251,10 +251,10 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         ("version: true", "True was given. A version is a number"),
         ("seed: 99999999999999999999", "99999999999999999999 was given. A seed is .* 64 bits"),
         ("seed: -9223372036854775809", "64 bits"),
-        ("seed: yes", "True was given. It is a number"),
+        ("seed: yes", "True was given. It should be a number"),
         (
             "recovery: {finetune: {epochs: yes}}",
-            "argument 'epochs': True was given. It is a number",
+            "argument 'epochs': True was given. It should be a number",
         ),
         ("target: 2:4", "'2:4': that is a pattern .* Give it as the pattern: 2:4"),
     ],

@@ -21,9 +21,9 @@ from secateur.drive.structural.heads import prune_heads
     [
         ({0: 1}, r"the heads of layer 0: 1, an int, was given.*Write heads=\{0: \[1\]\}"),
         ({0: "1"}, r"the heads of layer 0: '1', a str, was given"),
-        ({0: ["1"]}, r"a head of layer 0: '1', a str, was given.*It is an integer"),
+        ({0: ["1"]}, r"a head of layer 0: '1', a str, was given.*It should be an integer"),
         ({0: [True]}, r"a head of layer 0: True, a bool, was given"),
-        ({"0": [1]}, r"a layer: '0', a str, was given. It is an integer"),
+        ({"0": [1]}, r"a layer: '0', a str, was given. It should be an integer"),
         ([0], r"heads: \[0\], a list, was given"),
     ],
 )

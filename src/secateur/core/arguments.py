@@ -118,7 +118,7 @@ def require_kind(
         >>> require_kind("seed", "a", int, what="an integer", write="seed=0")
         Traceback (most recent call last):
             ...
-        secateur.core.errors.UsageError: seed: 'a', a str, was given. It is an integer. Write seed=0.
+        secateur.core.errors.UsageError: seed: 'a', a str, was given. It should be an integer. Write seed=0.
     """
     expected = kind if isinstance(kind, tuple) else (kind,)
     truth = isinstance(value, bool) and bool not in expected
@@ -142,13 +142,13 @@ def require_count(asked: str, value: object, *, what: str, write: str) -> None:
         >>> require_count("ColumnSweep(block=...)", 0, what="how many columns", write="block=128")
         Traceback (most recent call last):
             ...
-        secateur.core.errors.UsageError: ColumnSweep(block=...): 0 was given. It is how many columns, 1 or \
-more. Write block=128.
+        secateur.core.errors.UsageError: ColumnSweep(block=...): 0 was given. It should be how many columns, \
+1 or more. Write block=128.
     """
     what = f"{what}, 1 or more"
     require_kind(asked, value, Integral, what=what, write=write)
     if isinstance(value, Integral) and int(value) < 1:
-        raise UsageError(asked, f"{value} was given", f"it is {what}", f"write {write}")
+        raise UsageError(asked, f"{value} was given", f"it should be {what}", f"write {write}")
 
 
 def require_network(asked: str, value: object) -> None:
@@ -222,7 +222,8 @@ def require_part(asked: str, value: object, has: Sequence[str], *, what: str, wr
         >>> require_part("pattern", "2:4", ("fold", "unfold"), what="a pattern", write="NM(2, 4)")
         Traceback (most recent call last):
             ...
-        secateur.core.errors.UsageError: pattern: '2:4', a str, was given. It is a pattern. Write NM(2, 4).
+        secateur.core.errors.UsageError: pattern: '2:4', a str, was given. It should be a pattern. \
+Write NM(2, 4).
     """
     if isinstance(value, type) or not all(hasattr(value, name) for name in has):
         _refuse(asked, value, what, write)
@@ -234,4 +235,4 @@ def _refuse(asked: str, value: object, what: str, write: str) -> None:
         kind = f"the class {value.__name__}, and not an object of it,"
     elif type(value).__name__ == "function":
         kind = f"the function {getattr(value, '__name__', '')}, and not its result,"
-    raise UsageError(asked, f"{kind} was given", f"it is {what}", f"write {write}")
+    raise UsageError(asked, f"{kind} was given", f"it should be {what}", f"write {write}")

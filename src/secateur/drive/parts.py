@@ -201,7 +201,7 @@ def typed(what: str, hint: Any, value: Any) -> Any:
     if isinstance(value, bool) and bool not in kinds and {int, float}.intersection(kinds):
         # pydantic takes it for 0 or 1
         raise UsageError(
-            what, f"{value} was given", "it is a number", "write one, without yes or true"
+            what, f"{value} was given", "it should be a number", "write one, without yes or true"
         )
     try:
         return pydantic.TypeAdapter(hint).validate_python(_as_written(hint, value))

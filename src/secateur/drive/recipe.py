@@ -230,7 +230,7 @@ def require_recipe(given: object, *, default: bool = True) -> None:
         Traceback (most recent call last):
             ...
         secateur.core.errors.UsageError: the recipe: the function magnitude, and not its result, was \
-given. It is a Recipe. Write e.g. Recipe(target=Target('sparsity', 0.9)) or recipes.magnitude(0.9).
+given. It should be a Recipe. Write e.g. Recipe(target=Target('sparsity', 0.9)) or recipes.magnitude(0.9).
     """
     write = "e.g. Recipe(target=Target('sparsity', 0.9)) or recipes.magnitude(0.9)"
     kinds = (Recipe, type(None)) if default else Recipe

@@ -83,7 +83,7 @@ def accelerate(
         raise UsageError(
             f"threads={threads!r}",
             "1 to 256 are possible",
-            "it is a number of threads",
+            "it should be a number of threads",
             "leave it out for as many as torch uses",
         )
     if choose not in ("measured", "first"):

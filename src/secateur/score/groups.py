@@ -189,7 +189,9 @@ def one_of(where: str, name: str, value: object, known: tuple[str, ...]) -> None
     """
     if value not in known:
         listed = ", ".join(known)
-        raise UsageError(f"{where}({name}={value!r})", "unknown", f"it is {listed}", "choose one")
+        raise UsageError(
+            f"{where}({name}={value!r})", "unknown", f"it should be one of {listed}", "choose one"
+        )
 
 
 def no_part(who: str, groups: Groups, what: str, of: str = "group") -> UsageError:
