@@ -41,12 +41,11 @@ class MaskChoice:
         prior: Tensor | None = None,
     ) -> None:
         self._weight, self._recipe = weight, recipe
-        self._groups, self._sparsity, self._prior = groups, sparsity, prior
+        self._groups, self._sparsity = groups, sparsity
+        self._prior = None if prior is None else _matrix(weight, prior)
         self._mask: Tensor | None = None
         self.values = (
-            weight.matrix()
-            if prior is None
-            else weight.matrix().masked_fill(~_matrix(weight, prior), 0)
+            weight.matrix() if self._prior is None else weight.matrix().masked_fill(~self._prior, 0)
         )
         self._taps = weight.cube().shape[2]
 
@@ -104,27 +103,47 @@ class MaskChoice:
     def _fixed(self) -> Tensor:
         if self._mask is None:
             chosen = select(self._weight, self._recipe, self._groups, self._sparsity)
-            self._mask = _matrix(self._weight, chosen)
+            mask = _matrix(self._weight, chosen)
+            # Fewer groups may be alive than stay, and a living one may have gaps.
+            self._mask = mask if self._prior is None else mask & self._prior
         return self._mask
 
     def _choose(self, scores: Tensor, columns: slice) -> Tensor:
         pattern = self._recipe.pattern
+        alive = torch.ones_like(scores, dtype=torch.bool)
         if self._prior is not None:
-            scores = scores.masked_fill(~_matrix(self._weight, self._prior)[:, columns], -torch.inf)
+            alive = self._prior[:, columns]
+            scores = scores.masked_fill(~alive, 0)
         shape = (scores.shape[0], scores.shape[1] // self._taps, self._taps)
-        groups = pattern.fold(scores.reshape(shape), _CUBE).mean(2)
+        living = pattern.fold(alive.reshape(shape), _CUBE).any(2)
+        groups = pattern.fold(scores.reshape(shape), _CUBE).mean(2).masked_fill(~living, -torch.inf)
         keep = pattern.quota(self._groups.shape[1], self._sparsity)
-        if groups.shape[1] != self._groups.shape[1]:
-            # Share of the quota that falls to these columns, rounded so that the shares add up.
-            width = self._weight.fan_in
-            keep = _rounded(keep * columns.stop, width) - _rounded(keep * columns.start, width)
-        kept = keep_top(groups, keep)
+        here = groups.shape[1] == self._groups.shape[1]
+        kept = keep_top(groups, keep if here else self._share(keep, columns))
         members = scores.numel() // kept.numel()
         spread = kept[..., None].expand(*kept.shape, members)
-        return pattern.unfold(spread, shape, _CUBE).reshape(scores.shape)
+        return pattern.unfold(spread, shape, _CUBE).reshape(scores.shape) & alive
+
+    def _share(self, keep: int, columns: slice) -> int | Tensor:
+        """How much of the quota of a pool falls to these columns, rounded so that the shares add up.
+
+        As many as there are columns; after an earlier pruning as many as it left, a count for each pool.
+        """
+        ends = (columns.start, columns.stop, self._weight.fan_in)
+        before, after, whole = map(self._left, ends)
+        whole = whole + (whole == 0)  # of a pool with nothing left the share is 0
+        return _rounded(keep * after, whole) - _rounded(keep * before, whole)
+
+    def _left(self, columns: int) -> int | Tensor:
+        """What there is to keep in the first columns: groups of each pool, or just the columns."""
+        if self._prior is None:
+            return columns
+        shape = (len(self._prior), columns // self._taps, self._taps)
+        alive = self._recipe.pattern.fold(self._prior[:, :columns].reshape(shape), _CUBE)
+        return alive.any(2).sum(1)
 
 
-def _rounded(numerator: int, denominator: int) -> int:
+def _rounded(numerator: int | Tensor, denominator: int | Tensor) -> int | Tensor:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
