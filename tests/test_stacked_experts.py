@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import secateur
-from secateur import Data, Gradual, Recipe, Target, prune
+from secateur import Data, Gradual, Recipe, Scope, Target, prune
+from secateur.allocate import ErdosRenyi
 from secateur.core.errors import FoldError, UsageError
 from secateur.core.weight import Axes
 from secateur.evaluate import cost_of
@@ -110,6 +111,19 @@ def test_the_same_as_with_a_layer_for_each_expert(
                 wanted.model.get_parameter(key),
             )
             torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_densities_by_shape_are_those_of_a_layer_for_each_expert(
+    pair: tuple[nn.Module, nn.Module], kernel: bool
+) -> None:
+    everything = Scope(include=("*",))
+    recipe = Recipe(allocation=ErdosRenyi(kernel), target=Target("sparsity", 0.7), scope=everything)
+    found, wanted = (prune(net, recipe) for net in pair)
+    for one, other in (("gate_up_proj", "ups"), ("down_proj", "downs")):
+        layers = [wanted.masks[f"0.{other}.{expert}.weight"] for expert in range(EXPERTS)]
+        density = float(torch.stack(layers).double().mean())
+        assert float(found.masks[f"0.{one}"].double().mean()) == pytest.approx(density, abs=0.01)
 
 
 def test_multiply_adds_are_those_of_the_tokens_that_experts_get(

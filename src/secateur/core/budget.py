@@ -25,7 +25,7 @@ class Item:
     Args:
         name: Parameter name.
         kind: Class name of its module, for selectors.
-        fans: ``(out, in, *kernel)``.
+        fans: ``(out, in, *kernel)``, of stacked experts those of one.
         scores: Group scores, ``(pools, groups)``; empty (``numel() == 0``) when not needed.
         pools: Number of pools of the pattern.
         groups: Groups per pool.

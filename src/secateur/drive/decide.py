@@ -122,16 +122,14 @@ def items(
         shape = recipe.pattern.fold(
             torch.empty(weight.value.shape, device="meta"), weight.axes
         ).shape
-        names = weight.axes.names
-        kernel = tuple(
-            n for n, a in zip(weight.value.shape, names, strict=True) if a not in ("out", "in")
-        )
+        named = zip(weight.value.shape, weight.axes.names, strict=True)
+        kernel = tuple(n for n, axis in named if axis not in ("expert", "out", "in"))
         out, inn, _ = weight.cube().shape
         found.append(
             Item(
                 name=weight.name,
                 kind=slot.kind,
-                fans=(out, inn, *kernel),
+                fans=(weight.axes.together(out), inn, *kernel),
                 scores=groups.get(weight.name, torch.empty(0)),
                 pools=shape[0],
                 groups=shape[1],
