@@ -217,6 +217,25 @@ def test_structure_follows_the_axes_of_the_model() -> None:
     assert emergent_structure(given)["0.weight"].channels.share == pytest.approx(1 / 6)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_each_convolution_group_has_inputs_of_its_own(kind: Any) -> None:
+    layer = kind(8, 12, 3, groups=4, bias=False)
+    every = torch.ones(1, 8, 5, 5, requires_grad=True)
+    layer.weight.data.fill_(1.0)
+    mask = torch.ones_like(layer.weight, dtype=torch.bool)
+    mask[(slice(0, 3), 0) if kind is nn.Conv2d else 0] = False  # all that reads the first channel
+    layer.weight.data[~mask] = 0
+    layer(every).sum().backward()
+    assert every.grad is not None
+    assert (every.grad[0].amax((1, 2)) > 0).tolist() == [False] + [True] * 7
+    found = emergent_structure(Masks({"weight": mask}), layer)["weight"]
+    assert (found.channels.groups, found.channels.share) == (8, 1 / 8)
+    assert (found.filters.groups, found.filters.share) == (12, 0)
+    members = mask.numel() // 8
+    kept = int(mask.sum())
+    assert found.channels.expected == pytest.approx(empty_probability(members, kept, mask.numel()))
+
+
 # ---- straight lines
 
 

@@ -250,7 +250,7 @@ class Structure:
 
     Args:
         filters: Whole outputs.
-        channels: Whole inputs.
+        channels: Whole inputs; each convolution group, and each expert, has its own.
         kernels: Single pairs of an output and an input; ``None`` where each is one weight, as in linear
             layers and 1 x 1 convolutions.
     """
@@ -264,14 +264,15 @@ def emergent_structure(masks: Masks, model: nn.Module | None = None) -> dict[str
     r"""Shares of filters, input channels and kernels that are entirely zero, against chance.
 
     **formula** :math:`P = \binom{N-m}{K} / \binom{N}{K}` for a group of m of N weights, K kept
-    **Shapes** ``(out, in, taps)``
+    **Shapes** ``(groups, out / groups, in / groups, taps)``
     **Units** none, 0 to 1
     **Needs** nothing
     **Source** arXiv 2001.05050; the expectation is that of a uniformly random mask (hypergeometric)
 
     Args:
         masks: Of weights ``(out, in, ...)``, as PyTorch has them.
-        model: The network, for weights whose axes lie otherwise (transposed convolutions, GPT-2).
+        model: The network, for weights whose axes lie otherwise (transposed convolutions, GPT-2) or
+            that have groups.
 
     Returns:
         One entry a weight. Masks of one axis are left out.
@@ -290,16 +291,17 @@ def emergent_structure(masks: Masks, model: nn.Module | None = None) -> dict[str
     for name, mask in masks.items():
         if mask.ndim < 2:
             continue
-        cube = axes.get(name, _plain_axes(mask)).cube(mask.cpu())
+        own = axes.get(name, _plain_axes(mask))
+        cube = own.cube(mask.cpu()).unflatten(0, (own.groups, -1))
         kept, size = int(cube.sum()), cube.numel()
         parts = []
-        for inside in ((1, 2), (0, 2), (2,)):
+        for inside in ((2, 3), (1, 3), (3,)):
             alive = cube.any(inside[0]) if len(inside) == 1 else cube.amax(inside)
             members = size // alive.numel()
             share = 1 - float(alive.double().mean())
             parts.append(Emptiness(alive.numel(), share, empty_probability(members, kept, size)))
         filters, channels, kernels = parts
-        found[name] = Structure(filters, channels, kernels if cube.shape[2] > 1 else None)
+        found[name] = Structure(filters, channels, kernels if cube.shape[3] > 1 else None)
     return found
 
 
