@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Data, micro_batches
 from secateur.core.errors import DataError, NeedsData, NonFinite
-from secateur.core.losses import default_loss
+from secateur.core.losses import default_loss, logits_of
 from secateur.core.slots import Slot
 from secateur.core.weight import LINEAR, Weight
 from secateur.frontends import discover
@@ -252,6 +253,39 @@ def test_gradient_flow_is_hessian_times_gradient() -> None:
     _, products = torch.autograd.functional.hvp(loss, values, gradients)
     for name, product in zip(names, products, strict=True):
         torch.testing.assert_close(found[name], product, rtol=1e-4, atol=1e-9)
+
+
+class Classifier(nn.Module):
+    """A network whose logits come in a form of their own."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.inner, self.form = net(), form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("form", "read"),
+    [
+        (lambda x: {"logits": x}, lambda out: out["logits"]),
+        (lambda x: (x, 2 * x), lambda out: out[0]),
+        (lambda x: SimpleNamespace(logits=x), logits_of),
+    ],
+    ids=["mapping", "tuple", "object"],
+)
+def test_gradient_flow_with_a_loss_that_reads_the_output(form: Any, read: Any) -> None:
+    model = Classifier(form)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(read(model(batch[0])), batch[1]) / len(model.inner)
+
+    found = GradientFlow().measure(model, watched(model), [(X, Y)], loss)
+    wanted = GradientFlow().measure(model.inner, watched(model.inner), [(X, Y)], default_loss)
+    for name, product in wanted.items():
+        scale = len(model.inner) ** 2
+        torch.testing.assert_close(found[f"inner.{name}"] * scale, product, rtol=1e-3, atol=1e-9)
 
 
 def test_probes_leave_the_model_alone() -> None:

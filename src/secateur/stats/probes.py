@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from secateur.core.batches import Batch, Loss, forward, narrow, size_of
+from secateur.core.batches import Batch, Loss, forward, mapped, narrow, size_of
 from secateur.core.errors import UsageError
 from secateur.core.losses import differentiable, logits_of, own_loss, read_tensors
 from secateur.core.slots import Slot
@@ -49,20 +50,20 @@ class GradientFlow:
         # The gradient whose norm is looked at is that of all weights, as in the source.
         whole = [p for p in model.parameters() if p.ndim > 1]
         index = {id(p): i for i, p in enumerate(whole)}
-        cooled = _Cooled(model, self.temperature)
         sizes = [size_of(batch) for batch in batches]
         shares = [size / sum(sizes) for size in sizes]
         # Fused attention has no second derivative; its plain form does.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), requiring_grad(whole):
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with torch.enable_grad(), plain, requiring_grad(whole), _cooled(model, self.temperature):
             mean = [torch.zeros_like(p) for p in whole]
             for batch, share in zip(batches, shares, strict=True):
-                value = differentiable(loss(cooled, batch))
+                value = differentiable(loss(model, batch))
                 found = torch.autograd.grad(value, whole, allow_unused=True)
                 mean = [m if g is None else m + share * g for m, g in zip(mean, found, strict=True)]
             product = [torch.zeros_like(p) for p in whole]
             for batch, share in zip(batches, shares, strict=True):
                 found = torch.autograd.grad(
-                    loss(cooled, batch), whole, create_graph=True, allow_unused=True
+                    loss(model, batch), whole, create_graph=True, allow_unused=True
                 )
                 pairs = [(g, m) for g, m in zip(found, mean, strict=True) if g is not None]
                 flow = sum((g * m.detach()).sum() for g, m in pairs)
@@ -81,18 +82,26 @@ def _in_float32(batch: Batch) -> Batch:
     return cast(Batch, tree_map_only(Tensor, wide, batch))
 
 
-class _Cooled(nn.Module):
-    """A model whose logits are divided by a temperature."""
+@contextmanager
+def _cooled(model: nn.Module, temperature: float) -> Iterator[None]:
+    """The logits of ``model`` divided by a temperature, in whatever they come, unless it has its own loss.
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.model, self.temperature = model, temperature
+    A hook and no wrapper: a loss of the user's own finds everything else of the model.
+    """
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
-        output = self.model(*args, **kwargs)
+    def cool(_: nn.Module, __: object, output: Any) -> Any:
         if own_loss(output) is not None:
             return output
-        return logits_of(output) / self.temperature
+        logits = logits_of(output)
+        cold = mapped(output, lambda x: x / temperature if x is logits else x)
+        # What an object of another kind holds cannot be replaced.
+        return logits / temperature if logits_of(cold) is logits else cold
+
+    handle = model.register_forward_hook(cool)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
