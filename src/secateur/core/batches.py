@@ -363,14 +363,24 @@ def own_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def real_tokens(batch: Batch, x: Tensor) -> Tensor | None:
-    """Which of ``(N, T, features)`` belong to tokens that are no padding; None for all.
+def real_tokens(model: nn.Module, batch: Batch, x: Tensor) -> Tensor | None:
+    """Which of ``(N, T, features)``, or of ``(N * T, features)``, belong to tokens that are no padding.
+
+    None for all. That is also the answer for models with encoder and decoder: the mask of the one says
+    nothing of what the other reads, which may be as long.
 
     Example:
         >>> batch = {"input_ids": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> real_tokens(batch, torch.zeros(1, 3, 8))
-        tensor([[1, 1, 0]])
-        >>> real_tokens(batch, torch.zeros(1, 8))
+        >>> real_tokens(nn.Identity(), batch, torch.zeros(1, 3, 8))
+        tensor([[ True,  True, False]])
+        >>> real_tokens(nn.Identity(), batch, torch.zeros(3, 8))
+        tensor([ True,  True, False])
+        >>> real_tokens(nn.Identity(), batch, torch.zeros(1, 8))
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.shape == x.shape[:-1] else None
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not isinstance(mask, Tensor) or two:
+        return None
+    if mask.ndim == x.ndim == 2 and len(x) == mask.numel():
+        mask = mask.flatten()
+    return mask.bool().to(x.device) if mask.shape == x.shape[:-1] else None

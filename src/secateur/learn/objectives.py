@@ -301,7 +301,7 @@ def _numbers(output: Tensor, target: Tensor | None) -> bool:
 def _answers(teacher: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
     """Which answers count: those on tokens that are no padding; None for all."""
     if not getattr(getattr(teacher, "config", None), "is_encoder_decoder", False):
-        return real_tokens(batch, logits)
+        return real_tokens(teacher, batch, logits)
     target = targets_of(batch)  # the mask of an encoder says nothing of what its decoder answers
     fits = target is not None and target.shape == logits.shape[:-1]
     return target != IGNORED if target is not None and fits else None

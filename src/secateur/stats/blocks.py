@@ -57,9 +57,9 @@ class BlockCosine:
                     forward(model, to_device(batch, device_of(model)))
                     for i, path in enumerate(self.paths[:starts]):
                         cosines = self._cosines(seen, path, self.paths[i + self.span - 1])
-                        real = real_tokens(batch, seen[path][0])
+                        real = real_tokens(model, batch, seen[path][0])
                         if real is not None:
-                            cosines = cosines[real.bool().to(cosines.device)]
+                            cosines = cosines[real]
                         sums[i] += float(cosines.double().sum())
                         counts[i] += cosines.numel()
         finally:

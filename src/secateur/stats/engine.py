@@ -233,8 +233,6 @@ class _Watch(Passes):
         self._reached: set[str] = set()
         self._unlike: set[str] = set()
         self._batch: Batch = None
-        # The mask of an encoder says nothing of what its decoder reads.
-        self._one_mask = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
     def begin(self, batch: Batch) -> None:
         self._reached.clear()
@@ -314,11 +312,11 @@ class _Watch(Passes):
             self._stats.update(need, weight, seen, 0)
 
     def _without_padding(self, x: Any, rows: Tensor) -> Tensor:
-        """The rows of real tokens, where ``x`` is ``(samples, tokens, features)`` and each is a row."""
-        mask = real_tokens(self._batch, x) if self._one_mask and isinstance(x, Tensor) else None
+        """The rows of real tokens, where the batch says which are, and each is a row."""
+        mask = real_tokens(self.model, self._batch, x) if isinstance(x, Tensor) else None
         if mask is None or rows.shape[:2] != (1, mask.numel()) or bool(mask.all()):
             return rows
-        return rows[:, mask.flatten().bool().to(rows.device)]
+        return rows[:, mask.flatten()]
 
 
 def _outputs(weight: Weight, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batches import Batch, Loss, evaluating, forward, to_device
+from secateur.core.batches import Batch, Loss, evaluating, forward, real_tokens, to_device
 from secateur.core.errors import UsageError
 from secateur.core.groups import Groups, Part
 from secateur.core.slots import device_of
@@ -21,7 +21,8 @@ class RoutedOutput:
     r"""Mean over the tokens routed to an expert of its gate times the norm of its output.
 
     **formula** :math:`S_j = \frac{1}{|X_j|} \sum_{x\in X_j} g_j(x)\, \lVert f_j(x) \rVert_2`
-    **Shapes** ``(groups,)``, an expert each; 0 for an expert that no token reached
+    **Shapes** ``(groups,)``, an expert each; 0 for an expert that no token reached. Tokens that the
+    batch's ``attention_mask`` calls padding reach none
     **Units** those of the layer's output
     **Needs** a forward pass; for a list of modules also a backward pass through its block
     **Source** REAP, arXiv 2510.13999
@@ -87,8 +88,15 @@ def expert_outputs(model: nn.Module, path: str, batches: Sequence[Batch]) -> Ten
         sums[expert] = sums.get(expert, norms.new_zeros(())) + (gates.double() * norms).sum()
         counts[expert] = counts.get(expert, 0) + len(gates)
 
-    with evaluating(model), _without_gradients(model), watch(model, path, add) as count:
+    given: list[Batch] = []
+
+    def real(x: Tensor) -> Tensor | slice:
+        tokens = real_tokens(model, given[-1], x)
+        return slice(None) if tokens is None else tokens
+
+    with evaluating(model), _without_gradients(model), watch(model, path, add, real) as count:
         for batch in batches:
+            given.append(batch)
             forward(model, to_device(batch, device_of(model)))
     scores = torch.zeros(count(), dtype=torch.float64, device=device_of(model))
     for expert, total in sums.items():
@@ -97,7 +105,7 @@ def expert_outputs(model: nn.Module, path: str, batches: Sequence[Batch]) -> Ten
 
 
 @contextmanager
-def _stacked(model: nn.Module, path: str, add: Any) -> Iterator[Any]:
+def _stacked(model: nn.Module, path: str, add: Any, real: Any) -> Iterator[Any]:
     experts = model.get_submodule(path)
     total = len(next(p for p in experts.parameters(recurse=False) if p.ndim >= 3))
     busy = False
@@ -106,7 +114,8 @@ def _stacked(model: nn.Module, path: str, add: Any) -> Iterator[Any]:
         nonlocal busy
         if busy:
             return
-        states, index, gates = _routing(path, (*args, *kwargs.values()))
+        routing = _routing(path, (*args, *kwargs.values()))
+        states, index, gates = (x[real(routing[0])] for x in routing)
         busy = True
         try:
             # The same module, asked for one expert alone with gate 1, gives its bare output.
@@ -146,7 +155,7 @@ def _routing(path: str, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]
 
 
 @contextmanager
-def _listed(model: nn.Module, path: str, add: Any) -> Iterator[Any]:
+def _listed(model: nn.Module, path: str, add: Any, real: Any) -> Iterator[Any]:
     experts = model.get_submodule(path)
     assert isinstance(experts, nn.ModuleList)
     block = model.get_submodule(path.rpartition(".")[0])
@@ -163,7 +172,11 @@ def _listed(model: nn.Module, path: str, add: Any) -> Iterator[Any]:
     def after_block(module: nn.Module, args: Any, output: Any) -> Any:
         mixed = output if isinstance(output, Tensor) else output[0]
         leaves = [leaf for _, leaf in made]
-        found = torch.autograd.grad(mixed.sum(), leaves, allow_unused=True) if leaves else ()
+        found = (
+            torch.autograd.grad(mixed[real(mixed)].sum(), leaves, allow_unused=True)
+            if leaves
+            else ()
+        )
         for (expert, leaf), gradient in zip(made, found, strict=True):
             if gradient is not None:
                 _add_listed(path, expert, leaf.detach(), gradient, add)
