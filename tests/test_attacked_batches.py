@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attacks import ATTACKS
+from test_attacks import ATTACKS, batch, network
 from torch import Tensor, nn
 
 from secateur.core.errors import DataError
@@ -91,3 +91,17 @@ def test_deepfool_needs_one_class_a_sample() -> None:
     pixels = (torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
     with pytest.raises(DataError, match=r"puts out \(2, 5, 4, 4\) for 2 samples"):
         DeepFoolCutoff()(nn.Conv2d(3, 5, 1), pixels)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_inputs_beyond_the_bounds_are_refused(name: str) -> None:
+    """Clipping would move them by itself, by many times the size of the attack."""
+    net, (x, y) = network(), batch()
+    with pytest.raises(DataError) as error:
+        ATTACKS[name](net, (4 * x - 2, y))
+    said = str(error.value)
+    assert f"from {float(4 * x.min() - 2):.4g} to {float(4 * x.max() - 2):.4g}" in said
+    assert "low=0.0 and high=1.0" in said
+    nearly = x.clone()
+    nearly[0, 0, 0, 0] = 1.004  # bounds are often rounded
+    assert float(ATTACKS[name](net, (nearly, y))[0].max()) <= 1

@@ -107,8 +107,8 @@ def test_what_the_network_cannot_take_is_told_of_a_stream_too(recipe: Recipe) ->
 
 
 def test_robustness_is_measured_on_a_stream() -> None:
-    stream = robustness(mlp(), DataLoader(Rows(), 16), Fgsm(0), sizes=[0.1])
-    known = robustness(mlp(), DataLoader(SAMPLES, 16), Fgsm(0), sizes=[0.1])  # type: ignore[arg-type]
+    stream = robustness(mlp(), DataLoader(Rows(), 16), Fgsm(0, low=-9, high=9), sizes=[0.1])
+    known = robustness(mlp(), DataLoader(SAMPLES, 16), Fgsm(0, low=-9, high=9), sizes=[0.1])  # type: ignore[arg-type]
     assert stream == known
 
 

@@ -19,9 +19,7 @@ from secateur.core.errors import DataError, UsageError
 from secateur.core.losses import TARGETS, default_loss, logits_of, read_tensors
 from secateur.core.randomness import own_random
 from secateur.core.slots import device_of
-
-#: A bound of the inputs: one number, or one a channel (axis 1) for normalised images.
-Bound = float | tuple[float, ...]
+from secateur.learn.bounds import Bound, clip, require_bounds, within
 
 
 class Attack(Protocol):
@@ -63,13 +61,13 @@ class Fgsm:
 
     def __post_init__(self) -> None:
         _require_size(self, "eps")
-        _require_bounds(self, self.low, self.high)
+        require_bounds(self, self.low, self.high)
 
     def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
-        x = inputs_of_floats(batch)
+        x = within(inputs_of_floats(batch), self.low, self.high)
         with undisturbed(model):
             slope = _slope(model, batch, x, loss)
-        return with_inputs(batch, _clip(x + self.eps * slope.sign(), self.low, self.high))
+        return with_inputs(batch, clip(x + self.eps * slope.sign(), self.low, self.high))
 
     def sized(self, size: float) -> Fgsm:
         return replace(self, eps=size)
@@ -123,10 +121,10 @@ class Pgd:
                 "it is the part of eps from which the start is drawn",
                 "write start=0.0 to start at the input itself",
             )
-        _require_bounds(self, self.low, self.high)
+        require_bounds(self, self.low, self.high)
 
     def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
-        x = inputs_of_floats(batch)
+        x = within(inputs_of_floats(batch), self.low, self.high)
         size = self.step if self.step is not None else 2.5 * self.eps / self.steps
         here = x.clone()
         if self.start:
@@ -134,12 +132,12 @@ class Pgd:
             digest = hashlib.sha256(str(float(x.float().sum())).encode()).digest()
             own = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:4], "big"))
             noise = torch.rand(x.shape, generator=own, device=x.device, dtype=x.dtype)
-            here = _clip(x + self.start * self.eps * (2 * noise - 1), self.low, self.high)
+            here = clip(x + self.start * self.eps * (2 * noise - 1), self.low, self.high)
         with undisturbed(model):
             for _ in range(self.steps):
                 here = here + size * _slope(model, batch, here, loss).sign()
                 here = torch.minimum(torch.maximum(here, x - self.eps), x + self.eps)
-                here = _clip(here, self.low, self.high)
+                here = clip(here, self.low, self.high)
         return with_inputs(batch, here)
 
     def sized(self, size: float) -> Pgd:
@@ -205,7 +203,7 @@ class DeepFoolCutoff:
             )
         for name in ("overshoot", "rho"):
             _require_size(self, name)
-        _require_bounds(self, self.low, self.high)
+        require_bounds(self, self.low, self.high)
         if isinstance(self.delta, str) and self.delta != "mean":
             raise UsageError(
                 f"DeepFoolCutoff(delta={self.delta!r})",
@@ -217,15 +215,15 @@ class DeepFoolCutoff:
             _require_size(self, "delta")
 
     def __call__(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Batch:
-        x = inputs_of_floats(batch)
+        x = within(inputs_of_floats(batch), self.low, self.high)
         with undisturbed(model):
             across = x + (1 + self.overshoot) * self._across(model, batch, x)
-        eta = _clip(across, self.low, self.high) - x
+        eta = clip(across, self.low, self.high) - x
         rms = eta.flatten(1).square().mean(1).sqrt()
         limit = rms.mean() if isinstance(self.delta, str) else torch.full_like(rms, self.delta)
         factor = self.rho * (limit / rms.clamp(min=1e-12)).clamp(max=1)
         moved = x + eta * _each(factor, x)
-        return with_inputs(batch, _clip(moved, self.low, self.high))
+        return with_inputs(batch, clip(moved, self.low, self.high))
 
     def sized(self, size: float) -> DeepFoolCutoff:
         return replace(self, delta=size)
@@ -239,7 +237,7 @@ class DeepFoolCutoff:
         own, others = ranked[:, :1], ranked[:, 1:]
         total = torch.zeros_like(x)
         for _ in range(self.max_iter):
-            here = _clip(x + (1 + self.overshoot) * total, self.low, self.high).requires_grad_()
+            here = clip(x + (1 + self.overshoot) * total, self.low, self.high).requires_grad_()
             scores = _scores(model, batch, here)
             stays = scores.argmax(1) == own[:, 0]
             if not bool(stays.any()):
@@ -354,15 +352,6 @@ def _each(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _clip(x: Tensor, low: Bound, high: Bound) -> Tensor:
-    return torch.minimum(torch.maximum(x, _bound(low, x)), _bound(high, x))
-
-
-def _bound(bound: Bound, x: Tensor) -> Tensor:
-    value = torch.tensor(bound, dtype=x.dtype, device=x.device)
-    return value.reshape(-1, *[1] * (x.ndim - 2)) if value.ndim else value
-
-
 def _require_size(attack: Attack, name: str) -> None:
     value = getattr(attack, name)
     if not is_number(value) or value < 0:
@@ -371,18 +360,4 @@ def _require_size(attack: Attack, name: str) -> None:
             "it is no number, negative or not finite",
             "it says how large a perturbation is",
             f"write e.g. {name}={getattr(type(attack), name, None) or 0.03}",
-        )
-
-
-def _require_bounds(attack: Attack, low: Bound, high: Bound) -> None:
-    sides = [tuple(side) if isinstance(side, (tuple, list)) else (side,) for side in (low, high)]
-    longest = max(len(side) for side in sides)
-    lows, highs = (side * longest if len(side) == 1 else side for side in sides)
-    whole = len(lows) == len(highs) > 0 and all(is_number(value) for value in (*lows, *highs))
-    if not whole or not all(a < b for a, b in zip(lows, highs, strict=True)):
-        raise UsageError(
-            f"{type(attack).__name__}(low={low!r}, high={high!r})",
-            "low is not below high" if whole else "they are no numbers, or not as many as channels",
-            "inputs are clipped to what lies between them",
-            "write e.g. low=0.0, high=1.0, or two tuples with a bound for each channel",
         )
