@@ -64,14 +64,13 @@ class FisherUpdate:
         stat = BlockFisher(self.block, self.samples)
         mask = choose()
         fisher = stats(stat, weight)
-        kept, dense = stat.blocks(weight.like(mask).double()), stat.blocks(weight.value.double())
+        kept, dense = (stat.blocks(weight, x.double()) for x in (weight.like(mask), weight.value))
         step = max(1, (1 << 24) // self.block**2)
         parts = [
             self._solve(stat.damped(f, self.damp), w, k)
             for f, w, k in zip(fisher.split(step), dense.split(step), kept.split(step), strict=True)
         ]
-        flat = torch.cat(parts).flatten()[: weight.value.numel()]
-        new = Weight(weight.name, flat.reshape(weight.value.shape), weight.axes)
+        new = Weight(weight.name, stat.whole(weight, torch.cat(parts)), weight.axes)
         values = new.matrix().to(weight.value.dtype).masked_fill(~mask, 0)
         if rounding is not None:
             values = rounding.fit(weight.matrix())(values, slice(None)).masked_fill(~mask, 0)

@@ -112,12 +112,12 @@ class WoodFisher:
 
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
         stat = BlockFisher(self.block, self.samples)
-        fisher, alive = stats(stat, weight), stat.blocks((weight.value != 0).float())
+        fisher, alive = stats(stat, weight), stat.blocks(weight, (weight.value != 0).float())
         parts = []
         step = max(1, (1 << 24) // self.block**2)
         for some, live in zip(fisher.split(step), alive.split(step), strict=True):
             damped = stat.damped(some * live[:, :, None] * live[:, None, :], self.damp)
             inverse = torch.cholesky_inverse(cholesky(damped))
             parts.append(inverse.diagonal(dim1=1, dim2=2))
-        pivots = torch.cat(parts).flatten()[: weight.value.numel()].reshape(weight.value.shape)
+        pivots = stat.whole(weight, torch.cat(parts))
         return (weight.value.double().square() / (2 * pivots)).float()

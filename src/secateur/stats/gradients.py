@@ -91,9 +91,10 @@ class WeightGradient:
 class BlockFisher:
     r"""Empirical Fisher matrix in diagonal blocks of ``block`` consecutive weights.
 
-    The last block is padded with zeros. Sums of outer products are kept (not the running inverse
-    of the papers), so that parts of the data can be merged; one Cholesky factorization per block
-    gives the same inverse.
+    Consecutive in the matrix ``(out, fan_in)``, whatever the order of the axes in memory, so most of a
+    block multiply for one output. The last block is padded with zeros. Sums of outer products are kept
+    (not the running inverse of the papers), so that parts of the data can be merged; one Cholesky
+    factorization per block gives the same inverse.
 
     **formula** :math:`F_B = \frac1m \sum_b g_B g_B^\top`
     **Shapes** ``(blocks, block, block)``
@@ -115,17 +116,21 @@ class BlockFisher:
         }
 
     def update(self, state: State, weight: Weight, seen: Tensor, samples: int) -> State:
-        g = self.blocks(seen.float())
+        g = self.blocks(weight, seen.float())
         state["sum"].baddbmm_(g[:, :, None], g[:, None, :])  # too big to copy for every sample
         return {"sum": state["sum"], "count": state["count"] + 1}
 
     def value(self, state: State, weight: Weight) -> Tensor:
         return state["sum"] / state["count"].clamp(min=1)
 
-    def blocks(self, x: Tensor) -> Tensor:
+    def blocks(self, weight: Weight, x: Tensor) -> Tensor:
         """A tensor of the weight's shape as ``(blocks, block)``, padded with zeros."""
-        flat = x.flatten()
+        flat = weight.axes.cube(x).flatten()
         return torch.nn.functional.pad(flat, (0, -len(flat) % self.block)).reshape(-1, self.block)
+
+    def whole(self, weight: Weight, blocks: Tensor) -> Tensor:
+        """Numbers in blocks as a tensor of the weight's shape: the inverse of :meth:`blocks`."""
+        return weight.like(blocks.flatten()[: weight.value.numel()])
 
     def damped(self, fisher: Tensor, damp: float) -> Tensor:
         """Blocks in float64 with ``damp`` added to their diagonals.
