@@ -137,7 +137,10 @@ def obd(sparsity: float = 0.9) -> Recipe:
 
 
 def movement(sparsity: float = 0.9, epochs: float = 6) -> Recipe:
-    """Movement pruning while fine-tuning (arXiv 2005.07683)."""
+    """Movement pruning while fine-tuning, ranked globally (arXiv 2005.07683).
+
+    The authors' code keeps the same share of every matrix, which is ``allocation=Uniform()``.
+    """
     return Recipe(
         Movement(),
         target=Target("sparsity", sparsity),

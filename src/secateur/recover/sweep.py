@@ -30,10 +30,11 @@ class ColumnSweep:
     **Needs** Gram matrix
     **Source** SparseGPT (arXiv 2301.00774), GPTQ (arXiv 2210.17323)
     **Differs** for unstructured patterns every column block keeps its exact share (cumulative
-    rounding), so the weight's count is met to the unit; λ is raised tenfold up to three times when
-    the factorization fails, then rows fall back to plain masking; rows that the sweep made worse than
-    plain masking are masked plainly; the facts say both. Inputs that are always zero lose their weights
-    as the cheapest, up to the sparsity asked for; SparseGPT zeroes all of them
+    rounding) of the weights that an earlier pruning left, so the weight's count is met to the unit; λ
+    is raised tenfold up to three times when the factorization fails, then rows fall back to plain
+    masking; rows that the sweep made worse than plain masking are masked plainly; the facts say both.
+    Inputs that are always zero lose their weights as the cheapest, up to the sparsity asked for;
+    SparseGPT zeroes all of them
 
     Args:
         block: Columns between two updates of all that are further right, and, but for N:M, between two
