@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from odd_onnx_cases import close, helper, model, node, numbers, numpy_helper, onnx, weight
 
 from secateur.runtime import available
+from secateur.runtime.compiler.graph import Graph
 from secateur.runtime.compiler.masked import prune_onnx
 from secateur.runtime.compiler.sample import Sample
 from secateur.runtime.operators import is_sparse
@@ -148,3 +150,13 @@ def test_weights_that_fit_into_16_bits_are_stored_so(dtype: str, tmp_path: Path)
     assert [t.data_type for t in tensors if t.name.endswith(".values")] == [kind]
     about = 4096 * half.dtype.itemsize
     assert done.dense_bytes - done.bytes > 0.15 * about - 1200, "beside what is said of the layer"
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_what_is_constant_is_found_through_more_nodes_than_python_has_stack(constant: bool) -> None:
+    length = sys.getrecursionlimit()
+    steps = [node("Neg", [f"v{i}"], [f"v{i + 1}"]) for i in range(length)]
+    first = node("Identity", ["w" if constant else "x"], ["v0"])
+    graph = Graph.of(model([first, *steps], {"w": W}, outputs=(f"v{length}",)))
+    found = graph.constant(f"v{length}")
+    np.testing.assert_array_equal(found, W * (-1) ** length if constant else None)

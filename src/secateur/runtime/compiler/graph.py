@@ -200,8 +200,13 @@ class Graph:
         """A value that no input can change: a weight, or what nodes make of constants alone."""
         if not name:
             return None
-        if name not in self._constants:
-            self._constants[name] = self._evaluate(name)
+        # Without recursion: a recurrence that was unrolled is longer than Python's stack is deep.
+        waiting = [name]
+        while waiting:
+            unknown = [p for p in self._parts(waiting[-1]) if p not in self._constants]
+            waiting += unknown
+            if not unknown and (last := waiting.pop()) not in self._constants:
+                self._constants[last] = self._evaluate(last)
         return self._constants[name]
 
     def follower(self, name: str) -> int | None:
@@ -241,6 +246,13 @@ class Graph:
             for m, n in own
         )
 
+    def _parts(self, name: str) -> list[str]:
+        """What has to be constant for a value that nodes make to be so."""
+        index = None if name in self._initializers else self.producer.get(name)
+        if index is None or not standard(self.nodes[index], *MOVES, *ARITHMETIC):
+            return []
+        return [part for part in self.nodes[index].input if part]
+
     def _evaluate(self, name: str) -> np.ndarray | None:
         if name in self._initializers:
             return numbers(self._initializers[name])
@@ -249,10 +261,10 @@ class Graph:
         node = self.nodes[self.producer[name]]
         if standard(node, "Constant"):
             return _stored(node)
-        if not standard(node, *MOVES, *ARITHMETIC) or not node.input:
+        parts = self._parts(name)
+        if not parts:
             return None
-        parts = [(part, self.constant(part)) for part in node.input if part]
-        known = [(part, held) for part, held in parts if held is not None]
+        known = [(p, held) for p in parts if (held := self._constants[p]) is not None]
         if len(known) < len(parts):
             return self._sizes(node)
         if node.op_type in MOVES:
