@@ -231,6 +231,20 @@ def test_many_lengths_share_what_was_laid_out_for_a_few_tiles() -> None:
     assert held[-1] == held[150]
 
 
+@pytest.mark.parametrize("threads", [1, 4, 32])
+def test_the_memory_of_lists_is_what_the_docs_say(threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 1024, generator=generator)
+    weight[torch.rand(weight.shape, generator=generator) < 0.9] = 0
+    layer = Layer.from_dense(weight, Spec("linear", 128, 1024), Variant("list", 1, 8))
+    held = []
+    for tokens in range(1, 600, 7):
+        layer.run(torch.ones(tokens, 1024), threads=threads)
+        held.append(layer.nbytes / layer.nonzeros)
+    assert 13 < held[0] < 16
+    assert held[0] + 6 * 6 < held[-1] < held[0] + 7 * 20
+
+
 def test_a_run_that_is_refused_leaves_the_layer_whole() -> None:
     # Its taps are so many, and so far apart, that a list cannot say where they are.
     spec = Spec("conv", 1, 1, kernel=(129, 129), dilation=(1024, 1024), pads=(1024 * 64,) * 4)
