@@ -21,7 +21,7 @@ from secateur.runtime.compiler import compile as compiling
 from secateur.runtime.compiler import whole
 from secateur.runtime.compiler.banded import banded
 from secateur.runtime.compiler.compile import compile_onnx
-from secateur.runtime.compiler.graph import uses
+from secateur.runtime.compiler.order import uses
 from secateur.runtime.compiler.rebuild import dense_model
 from secateur.runtime.compiler.verify import largest_error
 from secateur.runtime.native import Spec, Variant

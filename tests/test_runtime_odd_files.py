@@ -24,6 +24,7 @@ from secateur.runtime import available, bench, compile_onnx  # noqa: E402
 from secateur.runtime.compiler import compile as compiling  # noqa: E402
 from secateur.runtime.compiler.compile import METADATA  # noqa: E402
 from secateur.runtime.compiler.graph import Graph  # noqa: E402
+from secateur.runtime.compiler.order import ordered  # noqa: E402
 from secateur.runtime.compiler.sample import Sample  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
@@ -340,3 +341,30 @@ def test_weights_too_large_for_one_file_are_refused_before_they_are_read(tmp_pat
     with pytest.raises(UsageError, match=r"2,240,000,\d+ bytes.*parts") as caught:
         compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx")
     assert all(caught.value.parts().values())
+
+
+def test_what_no_output_needs_is_left_out(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("MatMul", ["a", "v"], ["unused"]),
+        node("Relu", ["a"], ["y"]),
+    ]
+    made = model(nodes, {"w": W, "v": weight(8, 4)})
+    done = close(tmp_path, made, {"x": numbers(4, 16)})
+    assert [layer.fused for layer in done.layers] == [("MatMul", "Relu")]
+    (one,) = (held := onnx.load(done.path).graph).node
+    assert {tensor.name for tensor in held.initializer} <= set(one.input)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nodes_may_stand_in_any_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = model(
+        [node("Add", [f"v{i}", f"v{rng.integers(i + 1)}"], [f"v{i + 1}"]) for i in range(50)],
+        {},
+        [("v0", [4])],
+        ("v50",),
+    )
+    assert list(ordered(made.graph)) == list(made.graph.node)
+    shuffled = onnx.GraphProto(node=[made.graph.node[i] for i in rng.permutation(50)])
+    assert list(ordered(shuffled)) == list(made.graph.node)

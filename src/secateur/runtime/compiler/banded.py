@@ -6,7 +6,8 @@ from collections import Counter
 from typing import Any
 
 from secateur.runtime.chains import chain_node, found_chains
-from secateur.runtime.compiler.graph import attribute, uses
+from secateur.runtime.compiler.graph import attribute
+from secateur.runtime.compiler.order import uses
 from secateur.runtime.operators import spec_of
 
 _FLOAT = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError, first_line
 from secateur.runtime.compiler.computed import ARITHMETIC, computed, numbers
+from secateur.runtime.compiler.order import live, ordered, uses
 from secateur.runtime.compiler.shapes import Axis, initializers, replaceable, shapes_of
 
 OLDEST_OPSET = 7
@@ -150,7 +151,7 @@ class Graph:
 
     Args:
         model: The ONNX model; never changed.
-        nodes: Its nodes, each after those that it needs.
+        nodes: Those that its outputs need, each after those that it needs itself.
         producer: For each value, the number of the node that makes it.
         users: For each value, the number of each node that uses it, once per use. A use inside a
             branch or a loop counts as one of the node that holds the branch.
@@ -174,7 +175,8 @@ class Graph:
     @staticmethod
     def of(model: Any) -> Graph:
         """Read a model that :func:`read_model` gave."""
-        nodes = ordered(model.graph)
+        outputs = frozenset(o.name for o in model.graph.output)
+        nodes = live(ordered(model.graph), outputs)
         producer: dict[str, int] = {}
         users: dict[str, list[int]] = {}
         for index, node in enumerate(nodes):
@@ -190,7 +192,7 @@ class Graph:
             nodes,
             producer,
             users,
-            frozenset(o.name for o in model.graph.output),
+            outputs,
             shapes_of(model),
             opset(model),
             {name: tensor for name, tensor in held.items() if name not in inputs},
@@ -292,55 +294,6 @@ class Graph:
             return None
         sizes = [size for size in (axes[i] for i in taken.ravel()) if isinstance(size, int)]
         return np.array(sizes, np.int64).reshape(taken.shape) if len(sizes) == taken.size else None
-
-
-def ordered(graph: Any) -> tuple[Any, ...]:
-    """Nodes, each after those that it needs; the order of the file where that is possible."""
-    made = {name for node in graph.node for name in node.output if name}
-    left = list(graph.node)
-    done: set[str] = set()
-    out: list[Any] = []
-    while left:
-        later = []
-        for node in left:
-            if all(name in done or name not in made for name in uses(node)):
-                out.append(node)
-                done.update(node.output)
-            else:
-                later.append(node)
-        if len(later) == len(left):
-            raise FormatError(
-                f"a graph of {len(graph.node)} nodes",
-                f"{len(left)} of them wait for one another",
-                "a graph has no cycles",
-                "export the model anew",
-            )
-        left = later
-    return tuple(out)
-
-
-def names_in(nodes: Iterable[Any]) -> set[str]:
-    """Every name of a value that nodes use or make, also inside their branches and bodies."""
-    found: set[str] = set()
-    for node in nodes:
-        found.update(node.input, node.output)
-        for held in node.attribute:
-            for branch in (held.g, *held.graphs):
-                found.update(value.name for value in (*branch.input, *branch.initializer))
-                found |= names_in(branch.node)
-    return found
-
-
-def uses(node: Any) -> Iterator[str]:
-    """Every value that a node needs, once per use, with those that its branches capture."""
-    yield from (name for name in node.input if name)
-    for item in node.attribute:
-        for branch in ([item.g] if item.HasField("g") else []) + list(item.graphs):
-            own = {i.name for i in branch.input} | {t.name for t in branch.initializer}
-            own |= {name for inner in branch.node for name in inner.output}
-            captured = [name for inner in branch.node for name in uses(inner)]
-            captured += [o.name for o in branch.output]
-            yield from (name for name in captured if name not in own)
 
 
 def _stored(node: Any) -> np.ndarray | None:

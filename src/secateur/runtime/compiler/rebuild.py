@@ -11,7 +11,8 @@ from secateur.core.errors import FormatError
 from secateur.runtime.chains import unchained
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
-from secateur.runtime.compiler.graph import attribute, names_in, opset
+from secateur.runtime.compiler.graph import attribute, opset
+from secateur.runtime.compiler.order import names_in
 from secateur.runtime.native import Spec
 from secateur.runtime.operators import DOMAIN, is_attention, is_sparse, spec_of
 from secateur.runtime.stored import LAYOUTS

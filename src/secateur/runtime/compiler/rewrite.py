@@ -12,7 +12,8 @@ import torch
 
 from secateur.runtime.compiler import attention
 from secateur.runtime.compiler.attention import Attention
-from secateur.runtime.compiler.graph import Graph, names_in, uses
+from secateur.runtime.compiler.graph import Graph
+from secateur.runtime.compiler.order import live, names_in, uses
 from secateur.runtime.compiler.shapes import replaceable
 from secateur.runtime.compiler.site import Site
 from secateur.runtime.native import Spec, Variant
@@ -118,7 +119,7 @@ def sparse_model(
     nodes = []
     for index, node in enumerate(graph.nodes):
         nodes += at.get(index, [] if index in gone else [node])
-    return _assembled(graph, _live(nodes, graph.outputs), held, onnx)
+    return _assembled(graph, live(nodes, graph.outputs), held, onnx)
 
 
 def _narrowest(weight: np.ndarray) -> str:
@@ -169,17 +170,6 @@ def _shared(
         for i, name in enumerate(node.input):
             node.input[i] = moved.get(name, name)
     return list(nodes)
-
-
-def _live(nodes: Sequence[Any], outputs: frozenset[str]) -> list[Any]:
-    """Nodes without those that only fed what is gone, such as constants of an activation."""
-    needed = set(outputs)
-    kept = []
-    for node in reversed(nodes):
-        if any(name in needed for name in node.output):
-            kept.append(node)
-            needed.update(uses(node))
-    return kept[::-1]
 
 
 def _assembled(graph: Graph, nodes: Sequence[Any], held: Mapping[str, Any], onnx: Any) -> Any:
