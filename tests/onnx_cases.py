@@ -306,6 +306,12 @@ FUSED: dict[str, tuple[str, Weights, int, list[str]]] = {
 TWO = "(float[N,8,6,6] x) => (float[N,8,6,6] y, float[N,8,6,6] z)"
 # The same, but the last part is what must not have been taken in.
 REFUSED: dict[str, tuple[str, Weights, int, list[str]]] = {
+    "batch normalisation with a root of what is negative": (
+        f"{X4} {{ c = Conv (x, w) y = BatchNormalization (c, s, t, m, v) }}",
+        {**W1, **BN, "v": np.float32([-1] * 16)},
+        17,
+        ["BatchNormalization"],
+    ),
     "used twice": (
         f"{TWO} {{ c = Conv <{PAD}> (x, w) y = Relu (c) z = Tanh (c) }}",
         SAME,

@@ -140,7 +140,10 @@ def _normalised(
         return None
     epsilon = attribute(node, "epsilon", 1e-5)
     scale, shift, mean, variance = known
-    return grown.past(index, node, grown.affine.normalised(scale, shift, mean, variance, epsilon))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return grown.past(
+            index, node, grown.affine.normalised(scale, shift, mean, variance, epsilon)
+        )
 
 
 def _layer_norm(
