@@ -309,40 +309,6 @@ def test_what_is_not_known_is_not_called_damaged(tmp_path: Path) -> None:
     assert "damaged" not in said
 
 
-@pytest.mark.parametrize("content", [None, b"abc"])
-def test_weights_in_another_file_are_missed_by_name(tmp_path: Path, content: bytes | None) -> None:
-    made = model([node("MatMul", ["x", "w"], ["y"])], {"w": weight(64, 64)}, [("x", ["N", 64])])
-    onnx.save(
-        made,
-        str(tmp_path / "m.onnx"),
-        save_as_external_data=True,
-        location="m.bin",
-        size_threshold=0,
-    )
-    assert compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx", choose="first").error < 1e-5
-    (tmp_path / "m.bin").unlink()
-    if content is not None:
-        (tmp_path / "m.bin").write_bytes(content)
-    with pytest.raises(FileError, match=r"other files.*Copy") as caught:
-        compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx", choose="first")
-    assert all(caught.value.parts().values())
-
-
-def test_weights_too_large_for_one_file_are_refused_before_they_are_read(tmp_path: Path) -> None:
-    made = model([node("MatMul", ["x", "w"], ["y"])], {}, [("x", ["N", 8])])
-    columns = 70_000_000
-    tensor = made.graph.initializer.add(name="w", data_type=TensorProto.FLOAT)
-    tensor.dims.extend([8, columns])
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": "w.bin", "length": str(32 * columns)}.items():
-        tensor.external_data.add(key=key, value=value)
-    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
-    (tmp_path / "w.bin").touch()
-    with pytest.raises(UsageError, match=r"2,240,000,\d+ bytes.*parts") as caught:
-        compile_onnx(tmp_path / "m.onnx", tmp_path / "s.onnx")
-    assert all(caught.value.parts().values())
-
-
 def test_what_no_output_needs_is_left_out(tmp_path: Path) -> None:
     nodes = [
         node("MatMul", ["x", "w"], ["a"]),

@@ -13,6 +13,7 @@ import numpy as np
 
 from secateur.core.errors import FileError, FormatError, MissingExtra, UsageError, first_line
 from secateur.runtime.compiler.computed import ARITHMETIC, computed, numbers
+from secateur.runtime.compiler.external import load_external_
 from secateur.runtime.compiler.order import live, ordered, uses
 from secateur.runtime.compiler.shapes import Axis, initializers, replaceable, shapes_of
 
@@ -76,11 +77,11 @@ def read_model(path: str | Path) -> Any:
         ) from error
     _require_small(asked, model, path)
     try:
-        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:
+        load_external_(model, path.parent)
+    except (OSError, ValueError) as error:
         raise FileError(
             asked,
-            f"its weights lie in other files, and one is missing or cut ({first_line(error)})",
+            f"its weights lie in other files, and one cannot be read ({first_line(error)})",
             "it names them relative to its own folder",
             "copy them there as well",
         ) from error
