@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 from torch_runtime_cases import net, operands, prune_, relative, same
 
 from secateur.core.errors import UsageError
@@ -198,6 +198,9 @@ def test_what_stays_dense_has_a_reason() -> None:
             "replaced": replaced,
             "computed": computed,
             "own": Own(4, 4),
+            "lazy": nn.LazyLinear(4),
+            "meta": nn.Linear(4, 4, device="meta"),
+            "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
             "wide": nn.Linear(4, 4).double(),
             "reflect": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             "depthwise": nn.Conv2d(4, 4, 3, groups=4),
@@ -225,6 +228,10 @@ def test_what_stays_dense_has_a_reason() -> None:
         "hooked": "hooks",
         "replaced": "forward was replaced",
         "computed": "computed at every call",
+        "own": "Own, and a subclass",
+        "lazy": "LazyLinear, and a subclass",
+        "normed": "remove_parametrizations",
+        "meta": "on meta",
         "wide": "float64",
         "reflect": "'reflect'",
         "depthwise": "depthwise",
@@ -233,7 +240,7 @@ def test_what_stays_dense_has_a_reason() -> None:
     }.items():
         assert word in found.pop(name), name
     assert found.pop("good") == ""
-    assert set(found) == {"encoder.linear2"}
+    assert set(found) == {"encoder.linear2", "encoder.self_attn.out_proj"}
     accelerate(module)
     assert [n for n, m in module.named_modules() if isinstance(m, SparseLayer)] == ["good"]
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from secateur.core.arguments import require_network
 from secateur.core.errors import UsageError, kind_of
@@ -177,7 +179,7 @@ def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Consi
     found = []
     for name, layer in _layers(module):
         weight = layer.weight
-        zeros = 1.0 - int(torch.count_nonzero(numbers_of(weight.detach()))) / max(1, weight.numel())
+        zeros = _zeros(weight)
         reason = _obstacle(layer)
         if uses.get(id(weight), 0) > 1:
             reason = "another layer uses the same weight"
@@ -190,14 +192,27 @@ def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Consi
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, Dense]]:
-    # Subclasses may compute something else, and parametrized layers are subclasses.
     for name, layer in module.named_modules():
-        if type(layer) in (nn.Linear, nn.Conv2d):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
             yield name, layer
+
+
+def _zeros(weight: Tensor) -> float:
+    """Share of zeros in a weight; none in one that has no numbers yet."""
+    if is_lazy(weight) or weight.is_meta or not weight.numel():
+        return 0.0
+    return 1.0 - int(torch.count_nonzero(numbers_of(weight.detach()))) / weight.numel()
 
 
 def _obstacle(layer: Dense) -> str:
     """Why the kernels cannot do what a layer does; empty if they can."""
+    if is_parametrized(layer, "weight"):
+        return (
+            "its weight is computed at every call; "
+            "torch.nn.utils.parametrize.remove_parametrizations ends that"
+        )
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return f"it is {kind_of(layer)}, and a subclass may compute something else"
     weight = layer.weight
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}, and the kernels know float32, bfloat16 and float16"
