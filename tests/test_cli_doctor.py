@@ -286,6 +286,14 @@ def test_advice_about_a_matrix_unit() -> None:
     assert "does not catch up" in advice(amx, [found("unstructured", 2.0, 1.0, 0.6, 0.3)])[-1]
 
 
+def test_advice_about_a_bfloat16_that_is_emulated() -> None:
+    slow = dataclasses.replace(HERE, bfloat16_gflops=1.0)
+    assert "no rival here: 0.002 times the rate" in advice(slow, ())[-1]
+    console = Console(file=(text := io.StringIO()), width=120)
+    console.print(machine_table(slow))
+    assert "1 GFLOP/s (PyTorch), 0.002x float32" in text.getvalue()
+
+
 def test_advice_about_a_busy_machine() -> None:
     assert "(load 3.5 on 8 processors)" in advice(dataclasses.replace(HERE, load=3.5), ())[0]
     assert not any("busy" in said for said in advice(HERE, ()))

@@ -55,7 +55,7 @@ def machine_table(machine: Machine) -> Table:
         "in use": machine.isa or "none",
         "memory": f"{machine.read_gb_per_s:.1f} GB/s read (torch.sum)",
         "float32": f"{machine.float32_gflops:.0f} GFLOP/s ({machine.float32_by})",
-        "bfloat16": f"{machine.bfloat16_gflops:.0f} GFLOP/s (PyTorch), {ratio:.1f}x float32",
+        "bfloat16": f"{machine.bfloat16_gflops:.0f} GFLOP/s (PyTorch), {ratio:.2g}x float32",
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))

@@ -113,11 +113,11 @@ def _bfloat16(machine: Machine, measured: Sequence[BreakEven]) -> str:
     ratio = machine.bfloat16_gflops / machine.float32_gflops
     unit = "it has a matrix unit (AMX)" if machine.amx else "it has no matrix unit (AMX)"
     if ratio < _CLEARLY:
-        return f"Dense bfloat16 is no rival here: {ratio:.1f} times the rate of float32; {unit}."
+        return f"Dense bfloat16 is no rival here: {ratio:.2g} times the rate of float32; {unit}."
     rows = [b for b in _many(measured) if b.pattern == "unstructured"]
     needed = [crossing([(p.sparsity, p.ratio) for p in b.points], 1 / ratio)[0] for b in rows]
     reached = [n for n in needed if n is not None]
-    start = f"Dense bfloat16 runs at {ratio:.1f} times the rate of float32 here; {unit}."
+    start = f"Dense bfloat16 runs at {ratio:.2g} times the rate of float32 here; {unit}."
     if not rows:
         return start
     if len(reached) < len(rows):
