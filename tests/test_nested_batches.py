@@ -71,12 +71,13 @@ def test_parts_keep_their_class() -> None:
     packed = pack_padded_sequence(mask, torch.full((6,), 5), batch_first=True)
     batch = (UserDict(ids=ids, size=5), [ids, (mask,)], packed, None, labels)
     assert size_of(batch) == 6
-    for found in (narrow(batch, 2), to_device(batch, torch.device("cpu"))):
+    moved = to_device(batch, torch.device("cpu"))
+    assert moved[2] is packed
+    short = narrow((*batch[:2], None, labels), 2, 1)
+    for found in (moved, short):
         assert isinstance(found[0], UserDict)
         assert found[0]["size"] == 5
-        assert found[2] is packed
-        assert found[3] is None
-    short = narrow(batch, 2, 1)
+        assert found[-2] is None
     assert torch.equal(short[0]["ids"], ids[1:3])
     assert torch.equal(short[1][1][0], mask[1:3])
     assert len(batch[0]["ids"]) == len(ids)

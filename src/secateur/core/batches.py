@@ -2,12 +2,13 @@
 
 Accepted batches: a tensor, a ``(inputs, targets)`` pair or longer tuple (the last element is the
 target), or a mapping of keyword arguments as Transformers uses (``labels`` makes its own loss). A part
-may be a mapping, tuple or list of tensors itself: ``(features,)`` calls ``model(features)``.
+may be a mapping, tuple or list of tensors itself: ``(features,)`` calls ``model(features)``. Targets
+that are a list of mappings are one for each sample, and so is a list of as many images beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
@@ -25,6 +26,40 @@ from secateur.core.errors import (
     UsageError,
     kind_of,
 )
+from secateur.core.samples import (
+    divisible,
+    first_of,
+    first_tensor,
+    mapped,
+    micro_batches,
+    narrow,
+    size_of,
+    tensors_of,
+    to_device,
+)
+
+__all__ = [
+    "Data",
+    "as_data",
+    "aside",
+    "count",
+    "divisible",
+    "evaluating",
+    "first_of",
+    "first_tensor",
+    "forward",
+    "inputs_of",
+    "lack",
+    "length_of",
+    "mapped",
+    "micro_batches",
+    "narrow",
+    "own_modes",
+    "real_tokens",
+    "size_of",
+    "tensors_of",
+    "to_device",
+]
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -199,11 +234,6 @@ def count(batches: Iterable[Batch]) -> int:
     return sum(1 for _ in batches) if known is None else known
 
 
-def size_of(batch: Batch) -> int:
-    """Number of samples in a batch: the first axis of its first tensor."""
-    return len(first_tensor(batch))
-
-
 def lack(data: Data | None) -> str:
     """What is missing, where training batches are needed and there are none.
 
@@ -212,117 +242,6 @@ def lack(data: Data | None) -> str:
         ('no data was given', 'the data has no training batches')
     """
     return "no data was given" if data is None else "the data has no training batches"
-
-
-def first_of(batches: Iterable[Batch]) -> Batch:
-    """The first batch that has samples.
-
-    Raises:
-        DataError: There is none.
-
-    Example:
-        >>> first_of([torch.zeros(0, 3), torch.zeros(2, 3)]).shape
-        torch.Size([2, 3])
-    """
-    for batch in batches:
-        if size_of(batch):
-            return batch
-    raise DataError(
-        "an example out of the data",
-        "the loader yielded no samples",
-        "the network has to run once",
-        "check the loader, and whether it can be iterated more than once",
-    )
-
-
-def first_tensor(batch: Batch) -> Tensor:
-    """The first tensor inside a batch that has an axis of samples.
-
-    Example:
-        >>> first_tensor(({"size": 3, "x": torch.zeros(2, 5)}, torch.zeros(2))).shape
-        torch.Size([2, 5])
-    """
-    if (found := next((part for part in tensors_of(batch) if part.ndim), None)) is None:
-        raise DataError(
-            "a batch",
-            f"{kind_of(batch)} without any tensor of samples",
-            "batches are a tensor, a tuple (inputs, targets) or a mapping of keyword arguments",
-            "change what the loader yields",
-        )
-    return found
-
-
-def tensors_of(part: Any) -> Iterator[Tensor]:
-    """The tensors inside a batch or a part of one, in their order.
-
-    Example:
-        >>> [x.item() for x in tensors_of([torch.tensor(1), {"size": 3, "x": torch.tensor(2)}])]
-        [1, 2]
-    """
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, (Mapping, tuple, list)):
-        for inner in part.values() if isinstance(part, Mapping) else part:
-            yield from tensors_of(inner)
-
-
-def mapped(part: Any, function: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
-    """A batch, or a part of one, with ``function`` of each tensor in it; classes stay as they are.
-
-    Mappings and lists are new ones, so that a model may write into them.
-
-    Example:
-        >>> mapped([{"x": torch.ones(1), "size": 3}], torch.neg)
-        [{'x': tensor([-1.]), 'size': 3}]
-    """
-    if isinstance(part, Tensor):
-        return function(part)
-    if isinstance(part, MutableMapping):
-        found = copy(part)
-        for key, value in part.items():
-            found[key] = mapped(value, function)
-        return found
-    if type(part) in (tuple, list):  # not those with names, such as a packed sequence
-        return type(part)(mapped(value, function) for value in part)
-    return part
-
-
-def _plain(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """:func:`mapped` of a whole batch: a tensor, a plain mapping or a tuple."""
-    if isinstance(batch, Mapping):
-        return {key: mapped(value, function) for key, value in batch.items()}
-    return (
-        function(batch) if isinstance(batch, Tensor) else tuple(mapped(v, function) for v in batch)
-    )
-
-
-def narrow(batch: Batch, size: int, start: int = 0) -> Batch:
-    """Samples ``start .. start + size`` of a batch; a row that all samples share stays.
-
-    Example:
-        >>> [len(x) for x in narrow((torch.zeros(8, 3), torch.zeros(1, 3), torch.zeros(8)), 2, 4)]
-        [2, 1, 2]
-    """
-
-    def part(x: Tensor) -> Tensor:
-        return x if x.ndim == 0 or len(x) == 1 else x[start : start + size]
-
-    return _plain(batch, part)
-
-
-def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
-    """Cut batches into pieces of at most ``size`` samples (``None`` leaves them as they are)."""
-    for batch in batches:
-        if size is None:
-            yield batch
-            continue
-        for start in range(0, size_of(batch), size):
-            yield narrow(batch, size, start)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to where the model is."""
-    return _plain(batch, lambda part: part.to(device))
 
 
 def inputs_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

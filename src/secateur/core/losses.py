@@ -29,11 +29,10 @@ from secateur.core.errors import (
     first_line,
     kind_of,
 )
+from secateur.core.samples import TARGETS
 
 #: Targets that count for nothing, as everywhere in PyTorch and Transformers.
 IGNORED = -100
-#: Their name in batches that are mappings.
-TARGETS = "labels"
 
 
 def entry(output: Any, name: str) -> Tensor | None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from secateur.core.arguments import is_number, require_count
 from secateur.core.batches import Batch, Loss, evaluating, forward, mapped
 from secateur.core.errors import DataError, UsageError
-from secateur.core.losses import TARGETS, default_loss, logits_of, read_tensors
+from secateur.core.losses import default_loss, logits_of, read_tensors
 from secateur.core.randomness import own_random
+from secateur.core.samples import TARGETS
 from secateur.core.slots import device_of
 from secateur.learn.bounds import Bound, clip, require_bounds, within
 
