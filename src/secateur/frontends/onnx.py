@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from secateur.core.arguments import require_dense, require_kind, require_network
 from secateur.core.atomic import new_file
@@ -29,10 +29,11 @@ from secateur.core.batches import (
     size_of,
     to_device,
 )
-from secateur.core.difference import largest_error
 from secateur.core.errors import DataError, MissingExtra, UsageError, kind_of
 from secateur.core.failing import on_example
+from secateur.core.samples import is_listed, listed_in
 from secateur.core.slots import device_of
+from secateur.frontends.onnx_check import Call, difference, require_repeatable
 
 #: Largest allowed difference, relative to the largest output.
 TOLERANCE = 1e-4
@@ -107,18 +108,18 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     path = Path(path)
     asked = f"exporting {kind_of(model)} to {path.name!r}"
     require_dense(asked, model)
-    call = _Call(model, *_inputs(model, example))
+    call = Call(model, *_inputs(model, example))
     halves = sorted({str(p.dtype) for p in model.parameters() if p.dtype in _HALF})
     notes: tuple[str, ...] = ()
     if halves:
         inputs = tree_map_only(Tensor, _single, (call.args, call.kwargs))
-        call = _Call(copy.deepcopy(model).float(), *inputs)
+        call = Call(copy.deepcopy(model).float(), *inputs)
         kinds = " and ".join(halves).replace("torch.", "")
         notes = (
             f"weights are {kinds}; the file has float32, which ONNX Runtime computes everywhere",
         )
     _require_runs(call)
-    call = replace(call, lengths=any(map(_is_tokens, tree_leaves((call.args, call.kwargs)))))
+    call = replace(call, lengths=any(map(call.is_tokens, call.leaves)))
     with (
         evaluating(call.model),
         new_file(path) as temporary,
@@ -137,33 +138,24 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Exported:
     return replace(made, path=str(path), bytes=path.stat().st_size, notes=notes)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What is exported: a model, and a call of it; whether tokens may be of any length."""
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    lengths: bool = False
-
-
 @torch.no_grad()
-def _require_runs(call: _Call) -> None:
+def _require_runs(call: Call) -> None:
     """Run the model once, so that what is wrong with the example is not blamed on the exporter."""
     why = "the exporter follows it as it runs, and the file is checked against it"
     with on_example(call.model, why), evaluating(call.model):
         call.model(*mapped(call.args), **mapped(call.kwargs))
 
 
-def _written(call: _Call, file: Path, asked: str) -> Exported:
+def _written(call: Call, file: Path, asked: str) -> Exported:
     """Write a file, and check it."""
     onnx, runtime = _packages()
     notes = _write(call, file, asked)
     onnx.checker.check_model(str(file))
     opset = max(o.version for o in onnx.load(str(file)).opset_import if not o.domain)
     session = _session(runtime, file, asked)
-    error = _difference(session, call, asked)
+    error = difference(session, call, asked)
     if not error <= TOLERANCE:
+        require_repeatable(call, asked, TOLERANCE)
         raise DataError(
             asked,
             f"ONNX Runtime differs from PyTorch by {error:.2g} of the largest output",
@@ -172,10 +164,6 @@ def _written(call: _Call, file: Path, asked: str) -> Exported:
         )
     names = tuple(i.name for i in session.get_inputs())
     return Exported("", 0, int(opset), error, names, notes, call.lengths)
-
-
-def _is_tokens(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() and x.shape[1] > 1
 
 
 def _session(runtime: Any, file: Path, asked: str) -> Any:
@@ -224,15 +212,26 @@ def _inputs(model: nn.Module, example: Batch) -> tuple[tuple[Any, ...], dict[str
             "the file is checked with them",
             "give a batch of one or more",
         )
+    samples = listed_in(example)
+    if any(is_listed(part, samples) for part in inputs_of(example)[0]):
+        raise UsageError(
+            "exporting to ONNX",
+            f"the example is a list of {samples} images",
+            "a file has inputs of its own for each, and so for one number of images only",
+            "export the part that reads a batch as one tensor",
+        )
     if size_of(example) == 1:
         example = mapped(example, lambda x: torch.cat([x, x]) if x.ndim else x)
     elif size_of(example) > 2:
         example = narrow(example, 2)
     args, kwargs = inputs_of(to_device(example, device_of(model)))
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shifted is not None and "labels" in kwargs:  # what such models read if nothing else is given
+        kwargs.setdefault("decoder_input_ids", shifted(labels=kwargs["labels"]))
     return args, {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS}
 
 
-def _write(call: _Call, file: Path, asked: str) -> tuple[str, ...]:
+def _write(call: Call, file: Path, asked: str) -> tuple[str, ...]:
     """Export; notes on what was done for it."""
     try:
         with _configured(call.model, _LEAN):
@@ -255,9 +254,8 @@ def _write(call: _Call, file: Path, asked: str) -> tuple[str, ...]:
         ) from error
 
 
-def _export(call: _Call, file: Path) -> None:
+def _export(call: Call, file: Path) -> None:
     inputs = (*call.args, *call.kwargs.values())
-    size = size_of(inputs)
     free = torch.export.Dim.AUTO
 
     def axes(x: Any) -> Any:
@@ -265,9 +263,9 @@ def _export(call: _Call, file: Path) -> None:
             return {name: axes(value) for name, value in x.items()}
         if isinstance(x, (tuple, list)):
             return type(x)(map(axes, x))
-        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size:
+        if not call.has_rows(x):
             return None
-        return {0: free, 1: free} if call.lengths and _is_tokens(x) else {0: free}
+        return {0: free, 1: free} if call.lengths and call.is_tokens(x) else {0: free}
 
     # Without named arguments, the exporter takes a mapping that comes last for them.
     args = call.args if call.kwargs else (*call.args, {})
@@ -282,50 +280,6 @@ def _export(call: _Call, file: Path) -> None:
             dynamic_shapes=tuple(map(axes, inputs)),
             verbose=False,
         )
-
-
-@torch.no_grad()
-def _difference(session: Any, call: _Call, asked: str) -> float:
-    """Largest relative difference over the example, and a batch of another size and length."""
-    names = [i.name for i in session.get_inputs()]
-    worst = 0.0
-    for repeat, shorter in ((1, False), (3, False), *([(1, True)] if call.lengths else [])):
-
-        def repeated(x: Tensor, times: int = repeat, shorter: bool = shorter) -> Tensor:
-            return _repeated(x, times, shorter=shorter)
-
-        many, named = mapped((call.args, call.kwargs), repeated)
-        try:
-            expected = _tensors(call.model(*mapped(many), **mapped(named)))
-        except Exception:
-            if not shorter:
-                raise
-            return float("inf")  # a network for one length
-        tensors = [x for x in tree_leaves((many, named)) if isinstance(x, Tensor)]
-        feed = {n: x.cpu().numpy() for n, x in zip(names, tensors, strict=True)}
-        try:
-            got = [torch.from_numpy(y) for y in session.run(None, feed)]
-        except Exception as error:  # its classes have no common one of their own
-            raise DataError(
-                asked,
-                f"ONNX Runtime fails on the file ({str(error).splitlines()[0][:300]})",
-                "the exporter took something that follows from the input for a constant",
-                "report the model to PyTorch; the file was not kept",
-            ) from error
-        worst = max(worst, largest_error(expected, got))
-    return worst
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """In the order in which the exporter writes them."""
-    return [leaf.cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _repeated(x: Tensor, times: int, *, shorter: bool) -> Tensor:
-    if not x.ndim:
-        return x
-    kept = x[:, :-1] if shorter and _is_tokens(x) else x
-    return torch.cat([kept] * times)
 
 
 @contextlib.contextmanager
