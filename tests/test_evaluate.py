@@ -222,6 +222,22 @@ def test_own_metric_and_its_name() -> None:
     assert net.training
 
 
+def test_an_own_metric_keeps_its_name_and_is_not_taken_for_ours() -> None:
+    def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+        return 0.5
+
+    def mAP(model: nn.Module, batches: Iterable[Any]) -> float:  # noqa: N802
+        return 0.5
+
+    net = network()
+    for metric, name in ((accuracy, "Own accuracy"), (mAP, "MAP")):
+        found = compare(net, net, Data(test=labelled(net), metric=metric), latency=False)
+        assert found.difference_error is None
+        gain = found.gain("accuracy")
+        assert gain is not None
+        assert gain.text == f"{name} changed by +0."
+
+
 def fails(model: nn.Module, batches: Iterable[Any]) -> float:
     return 1 / 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,7 +123,7 @@ def test_what_has_other_rows_stays_whole(batch: object) -> None:
         list(micro_batches([batch], 1))
 
 
-def test_a_graph_is_measured_and_shrunk() -> None:
+def test_a_graph_is_measured_shrunk_and_exported(tmp_path: object) -> None:
     net, data = Graph(), secateur.Data(train=[graph(1)], test=[graph(2)], calibration=10)
     small = secateur.shrink(net, secateur.ShrinkRecipe(recovery=()), None, data)
     found = secateur.compare(net, small, data, latency=False)
@@ -131,6 +133,30 @@ def test_a_graph_is_measured_and_shrunk() -> None:
     assert secateur.prune(net, secateur.recipes.wanda(0.5), data).masks.sparsity == 0.5
     with pytest.raises(DataError, match="20, 2, 20 rows"):
         secateur.prune(net, secateur.Recipe(Obd()), data)
+    done = secateur.export_onnx(net, graph(2), f"{tmp_path}/graph.onnx")
+    assert done.error < 1e-4
+
+
+def hits(model: nn.Module, batches: Any) -> float:
+    pairs = [pair for shown, targets in batches for pair in zip(model(shown), targets, strict=True)]
+    return sum(int(x["labels"] == y["labels"][0]) for x, y in pairs) / len(pairs)
+
+
+def test_own_losses_and_metrics_judge_what_is_no_tensor() -> None:
+    net, test = Detector(), [images(4, 1), images(2, 2)]
+    pruned = secateur.prune(net, secateur.recipes.magnitude(0.5))
+    both = secateur.compare(
+        net, pruned, secateur.Data(test=test, loss=loss, metric=hits), latency=False
+    )
+    with torch.no_grad():
+        losses = [float(loss(net, batch)) for batch in test]
+    assert both.a.loss == pytest.approx((4 * losses[0] + 2 * losses[1]) / 6)
+    assert both.a.accuracy == hits(net, test)
+    assert both.a.samples == 6
+    for data in ({"metric": hits}, {"loss": loss}):
+        assert secateur.measure(net, secateur.Data(test=test, **data), latency=False).samples == 6
+    with pytest.raises(DataError, match="predictions of a model"):
+        secateur.measure(net, test, latency=False)
 
 
 def test_a_batch_of_another_kind_is_refused_everywhere() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.batches import Batch, Loss, forward, size_of, to_device
-from secateur.core.errors import SecateurError
+from secateur.core.errors import DataError, SecateurError
 from secateur.core.losses import (
     IGNORED,
     classes_last,
@@ -56,7 +56,9 @@ class Answers:
 
 
 @torch.no_grad()
-def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
+def answer(
+    model: nn.Module, batch: Batch, loss: Loss | None = None, *, judged: bool = False
+) -> Answers:
     """Run ``model`` (as it is, in whatever mode) on a batch and judge its answers.
 
     The right class is the last element of a tuple, or ``labels`` of a mapping; ``-100`` does not
@@ -64,8 +66,15 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
     ``(N, classes, H, W)``; a single logit is right when its sign is. Labels of causal language
     models are shifted by one, as those models do themselves.
 
+    Args:
+        model: Run as it is.
+        batch: Moved to its device.
+        loss: The user's own.
+        judged: Whether a metric of the user's own judges the model. With it, or with a loss, the model
+            may put out anything, such as boxes.
+
     Raises:
-        DataError: The model itself cannot be run on the batch.
+        DataError: The model itself cannot be run on the batch, or puts out no predictions.
 
     Example:
         >>> net = nn.Identity()
@@ -75,7 +84,7 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
     """
     batch = to_device(batch, device_of(model))
     try:
-        return _answer(model, batch, loss)
+        return _answer(model, batch, loss, judged or loss is not None)
     except SecateurError:
         raise
     except Exception as error:
@@ -85,11 +94,16 @@ def answer(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Answers:
         raise reason from error
 
 
-def _answer(model: nn.Module, batch: Batch, loss: Loss | None) -> Answers:
-    output = forward(model, batch)
-    logits, target = logits_of(output).float(), targets_of(batch)
-    samples = size_of(batch)
+def _answer(model: nn.Module, batch: Batch, loss: Loss | None, judged: bool) -> Answers:
+    output, samples = forward(model, batch), size_of(batch)
     found = None if loss is None else float(loss(model, batch))
+    try:
+        logits, target = logits_of(output).float(), targets_of(batch)
+    except DataError:
+        if not judged:
+            raise
+        found = _own(output) if found is None else found
+        return Answers(None, torch.arange(samples), None, found, samples)
     if target is not None and target.dtype.is_floating_point:
         if found is None:
             found = _own(output)

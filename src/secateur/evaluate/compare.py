@@ -89,9 +89,10 @@ def compare(
     tallies, pairs, split = (Tally(), Tally()), _Pairs(), ""
     if data is not None:
         split, batches = batches_of(data)
+        judged = data.metric is not None
         with evaluating(first), evaluating(second):
             for batch in batches:
-                both = answer(first, batch, data.loss), answer(second, batch, data.loss)
+                both = [answer(net, batch, data.loss, judged=judged) for net in (first, second)]
                 for tally, answers in zip(tallies, both, strict=True):
                     tally.add(answers, batch)
                 pairs.add(*both)

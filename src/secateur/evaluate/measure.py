@@ -81,7 +81,7 @@ def measure(
         masks: The weights that were pruned; they are what the file stores sparse. By default those
             that the model carries.
         example: The batch to time and to count multiply-adds with; by default the first sample of
-            the data.
+            the data, or the first batch where samples cannot be taken out of it (a graph, say).
         latency: Whether to time it.
 
     Example:
@@ -99,7 +99,7 @@ def measure(
         split, batches = batches_of(data)
         with evaluating(network):
             for batch in batches:
-                tally.add(answer(network, batch, data.loss), batch)
+                tally.add(answer(network, batch, data.loss, judged=data.metric is not None), batch)
         tally.require_samples()
         example = tally.example if example is None else example
     else:
@@ -209,6 +209,8 @@ def quality(model: nn.Module, data: Data | None, tally: Tally) -> tuple[float | 
     device = device_of(model)
     _, batches = batches_of(data)
     name = getattr(data.metric, "__name__", type(data.metric).__name__)
+    if name == "accuracy":  # may count otherwise than ours, whose error is known
+        name = "own accuracy"
     filled = (to_device(b, device) for b in batches if size_of(b))
     with evaluating(model), torch.no_grad():
         return _judged(name, data.metric, model, filled), name

@@ -70,7 +70,7 @@ def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
         change = f"{100 * difference:+.2f}{spread} points"
     else:
         change = f"{difference:+.4g}"
-    name = a.metric.capitalize()
+    name = a.metric[:1].upper() + a.metric[1:]
     if not math.isfinite(difference):
         text = f"{name} of one of the networks is not finite, so there is no difference to judge."
         return Gain("accuracy", False, text)

@@ -63,7 +63,7 @@ def read(model: nn.Module, data: Any) -> Reading:
     split, batches = batches_of(found)
     with evaluating(model):
         for batch in batches:
-            tally.add(answer(model, batch, found.loss), batch)
+            tally.add(answer(model, batch, found.loss, judged=found.metric is not None), batch)
     tally.require_samples()
     accuracy, metric = quality(model, found, tally)
     return Reading(accuracy, tally.loss, metric, tally.samples, split)
