@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.budget import Budget, Cost, Item, Probe
-from secateur.core.errors import BudgetError, NonFinite
 from secateur.core.facts import Note
 from secateur.core.masks import Masks
 from secateur.core.select import keep_top
 from secateur.core.slots import Slot
 from secateur.core.weight import Weight
+from secateur.drive.contract import require_levels, require_scores
 from secateur.drive.recipe import Recipe
 from secateur.score import Criterion, Smoothed
 from secateur.stats import Stats
@@ -29,15 +29,8 @@ def score(weight: Weight, recipe: Recipe, stats: Stats, *, moving: bool = True) 
         stats: What the criterion needs.
         moving: Whether averages over updates move on; once in an update.
     """
-    scores = recipe.criterion(weight, stats)
-    if not bool(torch.isfinite(scores).all()):
-        bad = int((~torch.isfinite(scores)).sum())
-        raise NonFinite(
-            f"{type(recipe.criterion).__name__} scores of {weight.name!r}",
-            f"{bad} of {scores.numel()} are NaN or infinite",
-            "they cannot be ranked",
-            "check the data, or choose a more robust criterion",
-        )
+    found = recipe.criterion(weight, stats)
+    scores = require_scores(recipe.criterion, repr(weight.name), weight.value.shape, found)
     # Averages move on after everything was scored with the old ones.
     parts = smoothed_parts(recipe.criterion) if moving else []
     moved = {part: part(weight, stats) for part in parts}
@@ -143,15 +136,8 @@ def items(
 
 def allocate(found: Sequence[Item], recipe: Recipe, budget: Budget) -> dict[str, float]:
     """Run the allocation and check that it kept its word."""
-    levels = dict(recipe.allocation(found, budget))
-    for item in found:
-        if not 0 <= levels[item.name] < 1:
-            raise BudgetError(
-                f"allocation {type(recipe.allocation).__name__}",
-                f"it gave {item.name!r} the sparsity {levels[item.name]:g}",
-                "a sparsity lies in [0, 1)",
-                "this is a defect of the allocation",
-            )
+    names = [item.name for item in found]
+    levels = require_levels(recipe.allocation, names, recipe.allocation(found, budget))
     # Never more than what the quota allows at sparsity 0, which may be less than everything.
     return {i.name: max(levels[i.name], i.sparsity_of(i.quota(i.groups, 0.0))) for i in found}
 

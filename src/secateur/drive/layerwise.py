@@ -13,6 +13,7 @@ from secateur.core.facts import Facts, LayerFacts
 from secateur.core.select import keep_top
 from secateur.core.slots import Slot
 from secateur.core.weight import Axes, Weight
+from secateur.drive.contract import require_repaired
 from secateur.drive.decide import select
 from secateur.drive.recipe import Recipe
 from secateur.pattern import NM
@@ -168,7 +169,8 @@ def repair_(
     done = Repaired(choice.values, torch.ones_like(choice.values, dtype=torch.bool))
     shift: Tensor | None = None
     for step in recipe.repairs or (NoRecovery(),):
-        done = step(dense, stats, choice, recipe.rounding)
+        given = step(dense, stats, choice, recipe.rounding)
+        done = require_repaired(step, slot.name, choice.values, given)
         choice.fix(done.mask)
         choice.values = done.values
         for note in done.notes:

@@ -14,6 +14,8 @@ from secateur.core.facts import Facts
 from secateur.core.plain import is_wrapper
 from secateur.core.selectors import matches, require_hits
 from secateur.core.slots import Slot
+from secateur.core.weight import Weight
+from secateur.drive.contract import require_folded
 from secateur.drive.network import network_of
 from secateur.drive.recipe import Recipe, require_recipe
 from secateur.frontends import discover
@@ -79,10 +81,13 @@ def _scoped(slot: Slot, recipe: Recipe) -> Slot:
     if ignored is not None:
         reason = f"ignored by {ignored!r}"
     if not reason:
+        weight = Weight(slot.name, torch.empty(slot.shape, device="meta"), slot.axes)
         try:
-            recipe.pattern.fold(torch.empty(slot.shape, device="meta"), slot.axes)
+            folded = recipe.pattern.fold(weight.value, weight.axes)
         except UsageError as error:
             reason = f"does not fit the pattern: {error.found}; {error.why}"
+        else:
+            require_folded(recipe.pattern, weight, folded)
     return replace(slot, reason=reason)
 
 

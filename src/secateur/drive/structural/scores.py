@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Data
-from secateur.core.errors import NonFinite
 from secateur.core.facts import Facts
 from secateur.core.groups import groups_of
 from secateur.core.widths import Width
+from secateur.drive.contract import require_scores
 from secateur.drive.decide import even_scores
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.frontends import discover
@@ -41,6 +40,7 @@ def group_scores(
         NonFinite: A score is NaN or infinite; the width is named.
 
     Example:
+        >>> import torch
         >>> from secateur.structure import couple
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> widths = couple(net, torch.zeros(1, 4)).widths
@@ -56,15 +56,9 @@ def group_scores(
     stats = collect_groups(model, seen, criterion.needs, batches, loss=loss, seed=recipe.seed)
     found = {}
     for group in groups:
-        scores = criterion(group, stats).detach().float().cpu()
-        if not bool(torch.isfinite(scores).all()):
-            bad = int((~torch.isfinite(scores)).sum())
-            raise NonFinite(
-                f"{type(criterion).__name__} scores of the width {group.name!r}",
-                f"{bad} of {len(scores)} are NaN or infinite",
-                "they cannot be ranked",
-                "check the data, or choose a more robust criterion",
-            )
+        given = criterion(group, stats)
+        about = f"the width {group.name!r}"
+        scores = require_scores(criterion, about, (group.count,), given).float().cpu()
         if facts is not None and (even := even_scores(scores)):
             facts.note("even-scores", group.name, even)
         found[group.name] = scores
