@@ -72,7 +72,7 @@ def difference(session: Any, call: Call, asked: str) -> float:
                 "the exporter took something that follows from the input for a constant",
                 "report the model to PyTorch; the file was not kept",
             ) from error
-        worst = max(worst, largest_error(*(_read(named, outputs) for outputs in (expected, got))))
+        worst = max(worst, largest_error(*(_read(call, named, y) for y in (expected, got))))
     return worst
 
 
@@ -92,10 +92,10 @@ def require_repeatable(call: Call, asked: str, tolerance: float) -> None:
         )
 
 
-def _read(batch: Batch, outputs: Sequence[Tensor]) -> list[Tensor]:
+def _read(call: Call, batch: Batch, outputs: Sequence[Tensor]) -> list[Tensor]:
     """Outputs without those of padding."""
-    masks = [real_tokens(batch, x) for x in outputs]
-    return [x if m is None else x[m.cpu().bool()] for x, m in zip(outputs, masks, strict=True)]
+    masks = [real_tokens(call.model, batch, x) for x in outputs]
+    return [x if m is None else x[m] for x, m in zip(outputs, masks, strict=True)]
 
 
 def _tensors(output: Any) -> list[Tensor]:
