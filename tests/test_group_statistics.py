@@ -103,6 +103,46 @@ def test_heads_square_the_fluctuation_of_each_column() -> None:
     close(found, z.reshape(2, 4).mean(1), 1e-4)
 
 
+class Gated(nn.Module):
+    """A gated layer, its gate and projection in one weight or in two."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.both = nn.Linear(5, 12)
+        self.gate, self.up = nn.Linear(5, 6), nn.Linear(5, 6)
+        for name in ("weight", "bias"):
+            rows = getattr(self.both, name).detach().chunk(2)
+            getattr(self.gate, name).data.copy_(rows[0])
+            getattr(self.up, name).data.copy_(rows[1])
+        self.down, self.fused = nn.Linear(6, 3), fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1) if self.fused else (self.gate(x), self.up(x))
+        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_neurons_of_a_fused_gate_are_no_heads(standardise: bool) -> None:
+    criterion = ActivationVariance(standardise)
+    fused, apart = (Gated(fused=kind) for kind in (True, False))
+    found = scores(criterion, fused, coupled(fused, X), BATCHES)["both"]
+    close(found, scores(criterion, apart, coupled(apart, X), BATCHES)["gate"], 1e-4)
+
+
+def test_channels_of_convolution_groups_are_no_heads() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(4 * 9, 3)
+    )
+    x = torch.randn(20, 2, 3, 3)
+    wifv = hidden(net, x, 3).var(0) * (net[3].weight.detach().double().numpy() ** 2).sum(0)
+    # The first channel of each convolution group goes with that of the other.
+    expected = wifv.reshape(2, 2, 9).sum((0, 2))
+    batches, raw = [(x, torch.zeros(20).long())], ActivationVariance(standardise=False)
+    close(scores(raw, net, coupled(net, x), batches)["1"], expected, 1e-4)
+
+
 def test_a_constant_unit_has_no_fluctuation() -> None:
     net = mlp()
     with torch.no_grad():

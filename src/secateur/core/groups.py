@@ -157,9 +157,15 @@ class Groups:
 
     @property
     def heads(self) -> bool:
-        """Whether one group holds several units of its producers, as a head does."""
+        """Whether one group holds several units of its producers and its consumers, as a head does.
+
+        The neurons of a fused gate and projection have two rows each, and one column; channels that go
+        together because of convolution groups are none.
+        """
         made = self.having("out")
-        return bool(made) and all(part.index.shape[1] > 1 for part in made)
+        several = all(part.index.shape[1] > 1 for part in (*made, *self.having("in")))
+        grouped = any(p.weight.axes.convolves and p.weight.axes.groups > 1 for p in made)
+        return bool(made) and several and not grouped
 
     def having(self, *roles: Role) -> tuple[Part, ...]:
         """The parts with one of these roles."""
