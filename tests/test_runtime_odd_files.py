@@ -166,6 +166,11 @@ def test_weights_in_another_file_count_for_the_size(tmp_path: Path) -> None:
     found = bench(done.path, against=path, threads=1)
     assert found.dense_bytes > 256 * 64 * 4
     assert bench(path, threads=1).dense_bytes == found.dense_bytes
+    moved = tmp_path / "moved.onnx"
+    held = onnx.load(done.path)
+    onnx.save(held, moved, save_as_external_data=True, location="moved.bin", size_threshold=0)
+    assert moved.stat().st_size < done.bytes
+    assert bench(moved, against=path, threads=1).sparse_bytes == found.sparse_bytes == done.bytes
 
 
 def test_functions_of_another_version_stay(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def bench(
         elif compiled is given:
             dense = Graph.of(dense_model(compiled.model))
             size = _size_before(compiled.model) or len(dense.model.SerializeToString())
-        sparse_bytes = compiled_path.stat().st_size
+        sparse_bytes = _size(compiled_path, compiled)
     feeds = sample.feeds(dense)
     sample.require_one_batch(dense)
     raced, error = _raced(dense.model, compiled.model, feeds, threads, against)

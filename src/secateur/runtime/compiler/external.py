@@ -26,8 +26,8 @@ def load_external_(model: Any, folder: Path) -> None:
     for tensor in _tensors(model, onnx.TensorProto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.raw_data = _content(tensor, folder)
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
 
 
 def _tensors(message: Any, kind: Any) -> Iterator[Any]:
