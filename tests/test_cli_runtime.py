@@ -302,7 +302,7 @@ def test_tables_of_layers_fit_into_80_columns() -> None:
     shape = (2048, 1024, 1, 1)
     what = (name, "conv", shape, 1, 0.9, kernel, 12.34, 3.456, 123.4, 0.45)
     timed = Median(96.83, 94.2, 1234.0)
-    shapes = {"input": (1, 3, 224, 224)}
+    shapes = {"input": (1, 3, 224, 224), "rate": ()}
     found = Bench(
         *(timed, timed, 0.079, (0.07, 0.08), 200, 1e-7, 10**8, 10**7, 1, "avx512", 100.0, shapes),
         layers=(LayerSpeed(*what),),
@@ -319,6 +319,7 @@ def test_tables_of_layers_fit_into_80_columns() -> None:
             "90.0 % Add Relu panels 4x11/128 12.3 3.40",
         ),
         (bench_table(found), "80 % of turns 94.2 to 1234 ms 94.2 to 1234 ms"),
+        (bench_table(found), "input 1x3x224x224, rate scalar."),
         (notes_lines(found.notes), "note: long"),
     ):
         console = Console(width=80, record=True, file=io.StringIO())

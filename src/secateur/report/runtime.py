@@ -28,6 +28,7 @@ from secateur.report.columns import Columns
 from secateur.report.units import milliseconds, percent, size
 from secateur.runtime.bench import Bench, LayerSpeed, Median
 from secateur.runtime.compiler.compile import Compiled, CompiledLayer
+from secateur.runtime.compiler.sample import shapes_text
 from secateur.runtime.native import Variant
 
 
@@ -133,7 +134,7 @@ def bench_table(found: Bench) -> RenderableType:
     )
     table.add_row("largest difference", "", f"{found.max_rel_error:.1g}", "")
     low, high = found.speedup_range
-    shapes = ", ".join(f"{name} {'x'.join(map(str, s))}" for name, s in found.inputs.items())
+    shapes = shapes_text(found.inputs)
     how = (
         f"{found.rounds} pairs of turns; the ratio is {low:.2f} to {high:.2f} (95 % range). "
         f"{_threads(found.threads)}, {found.isa} kernels, {shapes}."

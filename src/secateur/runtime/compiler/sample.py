@@ -295,11 +295,20 @@ def concrete_shapes(
     return {name: tuple(map(int, shape)) for name, shape in zip(wanted, found, strict=True)}
 
 
+def shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The shape of each input.
+
+    Example:
+        >>> shapes_text({"x": (1, 576), "rate": ()})
+        'x 1x576, rate scalar'
+    """
+    return ", ".join(f"{k} {'x'.join(map(str, shape)) or 'scalar'}" for k, shape in shapes.items())
+
+
 def not_running(feeds: Mapping[str, np.ndarray], error: Exception) -> UsageError:
     """What to say when a model does not run on its sample."""
-    shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in feeds.items())
     return UsageError(
-        f"running the model on inputs of shape {shapes}",
+        f"running the model on inputs of shape {shapes_text({k: x.shape for k, x in feeds.items()})}",
         f"ONNX Runtime refuses ({first_line(error)})",
         "open axes were given sizes that may not suit the model",
         "give sizes that do: --batch N, --shape NAME=1x128",

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.core import difference
 from secateur.core.errors import DataError, first_line
 from secateur.runtime.compiler.graph import Graph
-from secateur.runtime.compiler.sample import Sample, not_running
+from secateur.runtime.compiler.sample import Sample, not_running, shapes_text
 from secateur.runtime.race import open_session
 
 #: Largest difference that a compiled model may have, relative to the largest output.
@@ -135,9 +135,8 @@ def _run(session: Any, feeds: Mapping[str, np.ndarray]) -> list[Any]:
     try:
         return list(session.run(None, dict(feeds)))
     except Exception as error:
-        shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in feeds.items())
         raise DataError(
-            f"running the compiled model on {shapes}",
+            f"running the compiled model on {shapes_text({k: x.shape for k, x in feeds.items()})}",
             f"it fails ({first_line(error)})",
             "the dense model runs on the same inputs",
             "this is a defect; report it with the model",
