@@ -428,6 +428,24 @@ def test_other_types_are_refused_with_the_reason(dtype: torch.dtype) -> None:
             ours(torch.ones(shape, dtype=dtype))
 
 
+@pytest.mark.parametrize("choose", ["first", "measured"])
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse_coo"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_inputs_that_are_no_dense_arrays_are_refused(kind: str, choose: Any) -> None:
+    ours = accelerate(prune_(nn.Linear(9, 9)), choose=choose)
+    rows = [torch.ones(2, 9), torch.ones(3, 9)]
+    if kind == "sparse_coo":
+        x = rows[0].to_sparse()
+    else:
+        layout = torch.jagged if kind == "jagged" else torch.strided
+        x = torch.nested.nested_tensor(rows, layout=layout)
+    with (
+        pytest.raises(UsageError, match=r"its input is (nested|torch.sparse_coo)"),
+        torch.no_grad(),
+    ):
+        ours(x)
+
+
 def test_a_module_that_was_made_float64_says_that_there_is_no_kernel() -> None:
     ours = accelerate(prune_(nn.Linear(9, 9)), choose="first").double()
     for dtype in (torch.float64, torch.float32):

@@ -119,6 +119,7 @@ class SparseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer computes, up to rounding."""
         self._require_inference(x)
+        _require_plain(x)
         if torch.is_autocast_enabled("cpu") and x.dtype in DTYPES:
             # Types as a dense layer has them. The sums are float32, as ever.
             with torch.autocast("cpu", enabled=False):
@@ -294,6 +295,17 @@ class SparseLayer(nn.Module):
         own[prefix + "trainable"] = self.values.new_empty(0)
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _require_plain(x: Tensor) -> None:
+    """Refuse what the dispatcher of PyTorch would not hand to an operator of ours."""
+    if x.layout != torch.strided or x.is_nested:
+        raise UsageError(
+            "a run of an accelerated layer",
+            f"its input is {'nested' if x.is_nested else x.layout}",
+            "the kernels read dense arrays",
+            "convert it, e.g. with .to_dense() or torch.nested.to_padded_tensor, or restore() the layer",
         )
 
 
