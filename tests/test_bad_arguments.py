@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.utils.data import DataLoader
 
 import secateur
 from secateur import (
@@ -19,9 +20,11 @@ from secateur import (
     Regrow,
     ShrinkRecipe,
     Target,
+    compare,
     export_onnx,
     finetune,
     masks_of,
+    measure,
     plan,
     prune,
     recipes,
@@ -54,6 +57,7 @@ from secateur.score import (
     Magnitude,
     Obd,
     Smoothed,
+    Snip,
     Taylor,
     Wanda,
     WoodFisher,
@@ -73,6 +77,10 @@ def mlp() -> nn.Sequential:
     )
 
 
+def finetune_on_batches(net: nn.Module) -> Any:
+    return finetune(net, BATCHES)
+
+
 def whole(error: pytest.ExceptionInfo[Any]) -> str:
     """The message, all of whose parts are there."""
     assert error.value.asked
@@ -80,6 +88,42 @@ def whole(error: pytest.ExceptionInfo[Any]) -> str:
     assert error.value.why
     assert error.value.do
     return str(error.value)
+
+
+# -- networks and data in the wrong place -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [measure, lambda net: compare(mlp(), net), finetune_on_batches])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("net", "a str was given"),
+        (None, "None was given"),
+        (mlp, "the function mlp"),
+        (nn.Linear, "the class Linear"),
+        (nn.Linear(16, 4, device="meta"), "'weight' is on the device 'meta'"),
+        (nn.LazyLinear(4), "'weight' has no shape yet"),
+    ],
+)
+def test_what_is_no_network_is_not_measured_or_trained(call: Any, given: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as error:
+        call(given)
+    whole(error)
+
+
+@pytest.mark.parametrize("given", [Data(train=BATCHES), DataLoader(BATCHES, batch_size=None)])  # type: ignore[arg-type]
+def test_data_in_place_of_the_example(given: Any) -> None:
+    with pytest.raises(UsageError, match="Pass batches as data=") as error:
+        shrink(mlp(), None, given)
+    whole(error)
+
+
+def test_a_batch_of_several_targets_is_told_how_it_is_read() -> None:
+    batch = (*BATCHES[0], torch.zeros(16))
+    with pytest.raises(DataError, match="Of the 3 parts of the batch the last is taken"):
+        prune(mlp(), Recipe(Snip()), [batch])
+    with pytest.raises(DataError, match="Check the shapes"):
+        prune(mlp(), Recipe(Snip()), [(BATCHES[0][0][:, :3], BATCHES[0][1])])
 
 
 # -- pruners, searches and trainings ----------------------------------------------------------------

@@ -169,6 +169,8 @@ torch.nn.Module. Pass the module itself.
     found = "None" if value is None else kind_of(value)
     if isinstance(value, type):
         found = f"the class {value.__name__}"
+    elif type(value).__name__ == "function":
+        found = f"the function {getattr(value, '__name__', '')}, and not its result,"
     inside = isinstance(getattr(value, "model", None), nn.Module)
     do = "pass its .model" if inside else "pass the module itself"
     raise UsageError(asked, f"{found} was given", "a network is a torch.nn.Module", do)

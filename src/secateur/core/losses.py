@@ -295,9 +295,18 @@ def unusable(model: nn.Module, batch: Batch, loss: Loss | None = None) -> DataEr
                     f"{tuple(first_tensor(batch).shape)}",
                     f"its own {name} fails ({first_line(error)})",
                     "inputs and targets must be what the network was made for",
-                    "check the shapes, the types and the labels that the data gives",
+                    _remedy(name, batch),
                 )
     return None
+
+
+def _remedy(step: str, batch: Batch) -> str:
+    if step == "forward" and isinstance(batch, (tuple, list)) and len(batch) > 2:
+        return (
+            f"of the {len(batch)} parts of the batch the last is taken for the target, and the others "
+            "are inputs: where more are targets, yield (inputs, (first, second))"
+        )
+    return "check the shapes, the types and the labels that the data gives"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from secateur.core.arguments import require_dense
+from secateur.core.arguments import require_dense, require_network
 from secateur.core.errors import UsageError, kind_of
 from secateur.core.slots import bare
 from secateur.drive.training import ranks
@@ -61,6 +61,29 @@ def _obstacle(model: object) -> tuple[str, str, str] | None:
                 "its layers cannot be seen or changed",
                 "prune the network it was made from",
             )
+    return _without_values(model)
+
+
+def require_values(asked: str, model: object) -> None:
+    """Raise unless this is a network that computes: not a name, a class, a result, or without values.
+
+    Raises:
+        UsageError: It is something else, lazy, or on the device ``meta``.
+
+    Example:
+        >>> require_values("measuring", nn.Linear(2, 1, device="meta"))
+        Traceback (most recent call last):
+            ...
+        secateur.core.errors.UsageError: measuring: 'weight' is on the device 'meta'. ...
+    """
+    require_network(asked, model)
+    assert isinstance(model, nn.Module)
+    found = _without_values(model)
+    if found is not None:
+        raise UsageError(asked, *found)
+
+
+def _without_values(model: nn.Module) -> tuple[str, str, str] | None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             found, why = (

@@ -23,6 +23,7 @@ from secateur.core.batches import (
 from secateur.core.errors import DataError, SecateurError, UsageError, first_line
 from secateur.core.masks import Masks
 from secateur.core.slots import bare, device_of
+from secateur.drive.network import require_values
 from secateur.drive.pruned import Pruned
 from secateur.drive.training.held import masks_of
 from secateur.evaluate.accuracy import Answers, answer
@@ -185,6 +186,7 @@ def opened(model: nn.Module | Pruned, masks: Masks | None) -> tuple[nn.Module, M
     """The module itself and its masks."""
     if isinstance(model, Pruned):
         return model.model, masks or model.masks
+    require_values("measuring", model)
     return model, masks or (masks_of(bare(model)) or None)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 
 from secateur.core.batches import Batch, Data, first_of, inputs_of
-from secateur.core.errors import DataError, UsageError
+from secateur.core.errors import DataError, UsageError, kind_of
 from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
 from secateur.drive.recipe import Scope
@@ -28,13 +29,20 @@ def example_of(given: Any, data: Data | None) -> Any:
     """The example inputs that were given, or those of the first batch.
 
     Raises:
-        UsageError: There is neither.
+        UsageError: There is neither, or data were given as the example.
         DataError: There is no first batch.
 
     Example:
         >>> example_of(None, Data(train=[(torch.zeros(2, 3), torch.zeros(2))]))[0].shape
         torch.Size([2, 3])
     """
+    if isinstance(given, (Data, DataLoader)):
+        raise UsageError(
+            "example_inputs",
+            f"{kind_of(given)} was given",
+            "they are what the network is called with, once",
+            "pass batches as data=",
+        )
     if given is not None:
         return given
     if data is None or data.train is None:

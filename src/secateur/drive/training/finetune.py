@@ -26,6 +26,7 @@ from secateur.core.batches import (
 from secateur.core.errors import DataError, NeedsData, UsageError
 from secateur.core.losses import default_loss, differentiable, explaining, logits_of, loss_of
 from secateur.core.slots import device_of
+from secateur.drive.network import require_values
 from secateur.drive.training import ranks
 from secateur.drive.training.held import Held, masks_of
 from secateur.drive.training.order import Feed
@@ -148,8 +149,7 @@ def finetune(
         >>> history[-1]["loss"] < history[0]["loss"]
         True
     """
-    write = "the module itself"
-    require_kind("finetune(model=...)", model, nn.Module, what="a torch.nn.Module", write=write)
+    require_values("finetune(model=...)", model)
     write = "e.g. FineTune(epochs=2)"
     kinds = (FineTune, type(None))
     require_kind("finetune(how=...)", how, kinds, what="a FineTune", write=write)
