@@ -29,6 +29,17 @@ def test_finetune_holds_the_masks(kind: str) -> None:
     assert history[-1]["sparsity"] == pytest.approx(masks.sparsity)
 
 
+def test_no_gradients_are_left_behind() -> None:
+    tuned = dataclasses.replace(recipes.magnitude(0.5), recovery=(FineTune(1, lr=0.01),))
+    for wanted in (tuned, recipes.gmp(0.5, epochs=1), recipes.rigl(0.5, epochs=1)):
+        pruned = prune(net(), wanted, BATCHES)
+        assert all(p.grad is None for p in pruned.model.parameters())
+    model = net()
+    with pytest.raises(DataError):
+        finetune(model, Data(train=[*BATCHES, (X[:0], Y[:0])]))
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("on_nan", ["raise", "rollback"])
 def test_an_empty_batch_is_told_as_such(on_nan: str) -> None:
     with pytest.raises(DataError, match="it has no samples"):

@@ -245,6 +245,7 @@ class Loop:
             if tally.seen:  # the run had been finished already when it was called again
                 _close_epoch(tally, per_epoch, rate, model)
         finally:
+            optimizer.zero_grad(set_to_none=True)  # they are as large as the network
             for module, mode in modes.items():
                 module.training = mode
         return tally.history
