@@ -7,9 +7,11 @@ import torch
 from test_attacks import ATTACKS, batch, network
 from torch import Tensor, nn
 
-from secateur.core.errors import DataError
+from secateur.core.batches import Data, Loss
+from secateur.core.errors import DataError, NeedsData
 from secateur.evaluate.robustness import robustness
-from secateur.learn import DeepFoolCutoff, Fgsm
+from secateur.learn import DeepFoolCutoff, Fgsm, Pgd
+from secateur.learn.attacks import Attack
 
 
 class Named(nn.Module):
@@ -105,3 +107,31 @@ def test_inputs_beyond_the_bounds_are_refused(name: str) -> None:
     nearly = x.clone()
     nearly[0, 0, 0, 0] = 1.004  # bounds are often rounded
     assert float(ATTACKS[name](net, (nearly, y))[0].max()) <= 1
+
+
+class Bare(Named):
+    """The same, without a loss of its own."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(pixel_values)}
+
+
+def judged(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(**batch)["logits"], batch["labels"])
+
+
+@pytest.mark.parametrize("attack", [Fgsm(0.0), Pgd(0.0, steps=3)])
+def test_robustness_follows_the_loss_of_the_user_where_there_is_no_other(attack: Attack) -> None:
+    torch.manual_seed(0)
+    batches = [{"pixel_values": torch.rand(64, 6), "labels": torch.arange(64) % 3}]
+
+    def curve(net: nn.Module, loss: Loss | None) -> tuple[float, ...]:
+        facts = robustness(net, Data(test=batches, loss=loss), attack, sizes=[0.1, 0.3])
+        return facts.curves[0].accuracy
+
+    wanted = curve(Named(), None)
+    assert wanted[0] != wanted[1]
+    assert curve(Bare(), judged) == wanted
+    assert curve(Named(), lambda net, batch: -judged(net, batch)) == wanted
+    with pytest.raises(NeedsData, match=r"Data\(loss=...\)"):
+        curve(Bare(), None)

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur.core.arguments import require_network, require_part
-from secateur.core.batches import Batch, Data, as_data, evaluating, size_of, to_device
+from secateur.core.batches import Batch, Data, Loss, as_data, evaluating, size_of, to_device
 from secateur.core.errors import DataError, NeedsData, UsageError
+from secateur.core.losses import default_loss
 from secateur.core.slots import device_of
 from secateur.drive.pruned import Pruned
 from secateur.evaluate.accuracy import answer
@@ -115,7 +117,8 @@ def robustness(
         models: A network or a result of pruning, or several by name, e.g. ``{"dense": ...,
             "pruned": ...}``.
         data: :class:`~secateur.core.batches.Data`, whose ``test`` batches are used (``train`` if it
-            has none), or an iterable of batches with targets.
+            has none), or an iterable of batches with targets. Attacks follow the loss of the network, or
+            cross-entropy; ``Data(loss=...)`` where there is neither.
         attacks: An attack, or several; each is measured at all sizes. Their names are those of a
             mapping, else of their classes.
         sizes: Of the perturbations, positive, in the units of the attack (ε or δ).
@@ -146,25 +149,31 @@ def robustness(
             "size 0 is the natural accuracy, which is measured anyway",
             "write e.g. [0.05, 0.1, 0.2]",
         )
-    batches = _batches(data)
+    given = as_data(data) or Data()
+    batches = _batches(given)
     curves = []
     units = 0
     for name, model in named.items():
-        natural, units = _accuracy(model, batches, None)
+        natural, units = _accuracy(model, batches)
+        loss = _followed(model, batches[0], given.loss)
         for kind, attack in tried.items():
-            found = tuple(_accuracy(model, batches, attack.sized(size))[0] for size in steps)
+            sized = (attack.sized(size) for size in steps)
+            found = tuple(_accuracy(model, batches, each, loss)[0] for each in sized)
             curves.append(Curve(name, kind, steps, found, natural))
     return RobustnessFacts(tuple(curves), units)
 
 
 def _accuracy(
-    model: nn.Module, batches: Sequence[Batch], attack: Attack | None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    attack: Attack | None = None,
+    loss: Loss | None = None,
 ) -> tuple[float, int]:
     right = total = 0
     for batch in batches:
         moved = to_device(batch, device_of(model))
         with evaluating(model):
-            judged = answer(model, moved if attack is None else attack(model, moved)).right
+            judged = answer(model, moved if attack is None else attack(model, moved, loss)).right
         if judged is None:
             raise NeedsData(
                 "robustness(...)",
@@ -180,9 +189,19 @@ def _accuracy(
     return right / total, total
 
 
-def _batches(data: Any) -> list[Batch]:
-    found = as_data(data) or Data()
-    source = found.test if found.test is not None else found.train
+@torch.no_grad()
+def _followed(model: nn.Module, batch: Batch, own: Loss | None) -> Loss | None:
+    """The user's loss, where there is no other; it may hold more than the task, e.g. a distillation."""
+    try:
+        with evaluating(model):
+            default_loss(model, to_device(batch, device_of(model)))
+    except NeedsData:
+        return own
+    return None
+
+
+def _batches(data: Data) -> list[Batch]:
+    source = data.test if data.test is not None else data.train
     batches = [] if source is None else [batch for batch in source if size_of(batch)]
     if not batches:
         raise NeedsData(
