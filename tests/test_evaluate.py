@@ -222,6 +222,36 @@ def test_own_metric_and_its_name() -> None:
     assert net.training
 
 
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation mode, too, as a variational autoencoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return y + torch.randn_like(y)
+
+
+def test_both_networks_draw_the_same_random_numbers() -> None:
+    net = Noisy()
+    drawn = []
+
+    def spread(model: nn.Module, batches: Iterable[Any]) -> float:
+        drawn.append(float(torch.stack([model(x).mean() for x, _ in batches]).sum()))
+        return drawn[-1]
+
+    batches = labelled(net.body)
+    found = compare(net, copy.deepcopy(net), batches, latency=False)
+    assert (found.agreement, found.kl, found.difference) == (1.0, 0.0, 0.0)
+    assert found.a.loss == found.b.loss
+    found = compare(net, copy.deepcopy(net), Data(test=batches, metric=spread), latency=False)
+    assert found.difference == 0
+    first, second = (measure(net, batches, latency=False).loss for _ in range(2))
+    assert first != second  # the numbers are random still
+
+
 def test_an_own_metric_keeps_its_name_and_is_not_taken_for_ours() -> None:
     def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
         return 0.5

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Batch, as_data, evaluating, size_of
 from secateur.core.masks import Masks
+from secateur.core.randomness import own_random
 from secateur.core.slots import bare
 from secateur.drive.pruned import Pruned
 from secateur.evaluate.accuracy import Answers, answer, choices, divergence
@@ -68,6 +69,8 @@ def compare(
 ) -> Comparison:
     """Compare two networks: paired on the same batches, timed in turn on the same input.
 
+    Random numbers that the networks draw, as a variational autoencoder does, are the same for both.
+
     Args:
         a: The first network, as a rule the dense one.
         b: The second network.
@@ -92,7 +95,9 @@ def compare(
         judged = data.metric is not None
         with evaluating(first), evaluating(second):
             for batch in batches:
-                both = [answer(net, batch, data.loss, judged=judged) for net in (first, second)]
+                with own_random(first):  # a network that draws random numbers draws the same twice
+                    one = answer(first, batch, data.loss, judged=judged)
+                both = one, answer(second, batch, data.loss, judged=judged)
                 for tally, answers in zip(tallies, both, strict=True):
                     tally.add(answers, batch)
                 pairs.add(*both)
@@ -103,8 +108,9 @@ def compare(
     for network, own, tally, taken in zip(
         (first, second), (masks_a, masks_b), tallies, latencies, strict=True
     ):
-        value, metric = quality(network, data, tally)
-        cost = cost_of(network, own, example)
+        with own_random(network):
+            value, metric = quality(network, data, tally)
+            cost = cost_of(network, own, example)
         found.append(
             Measurement(
                 cost,
