@@ -163,6 +163,10 @@ def _written(call: Call, file: Path, asked: str) -> Exported:
             "report the model to them; the file was not kept",
         )
     names = tuple(i.name for i in session.get_inputs())
+    given = zip(names, (x for x in call.leaves if isinstance(x, Tensor)), strict=True)
+    fixed = [f"{n} {tuple(x.shape)}" for n, x in given if x.ndim and not call.has_rows(x)]
+    if fixed:
+        notes += (f"without a row for each sample, inputs keep their shape: {', '.join(fixed)}",)
     return Exported("", 0, int(opset), error, names, notes, call.lengths)
 
 
