@@ -31,7 +31,7 @@ from secateur.drive.training.regrow import TopKast
 from secateur.learn import Leap
 from secateur.pattern import PerRow, Rows
 from secateur.schedule import OneShot, Polynomial
-from secateur.score import Wanda
+from secateur.score import Movement, Wanda
 
 HALF = Target("sparsity", 0.5)
 
@@ -114,6 +114,28 @@ def test_weights_that_another_pruner_grows_are_not_held_down() -> None:
 
     alone, together = run(False), run(True)
     assert all(torch.equal(alone[n], together[n]) for n in alone)
+
+
+@pytest.mark.parametrize("part", [{"regrow": Regrow(frequency=2)}, {"criterion": Movement()}])
+def test_a_step_that_one_pruner_skips_hides_no_gradient_from_another(part: dict[str, Any]) -> None:
+    """RigL takes the gradients away for a step; in whatever order the two began, both have seen them."""
+    rigl = Recipe(target=HALF, regrow=Regrow(frequency=2), scope=only("0"))
+    other = recipe(12, scope=only("2"), **part)
+
+    def run(*recipes: Recipe) -> dict[str, torch.Tensor]:
+        model = net()
+        optimizer = sgd(model)
+        pruners = [Gradual(model, optimizer, r, steps=20) for r in recipes]
+        given_back = []
+        optimizer.register_step_post_hook(lambda *_: given_back.append(model[2].weight.grad))
+        train(model, optimizer, pruners, 20)
+        assert all(gradient is not None for gradient in given_back)
+        for pruner in pruners:
+            pruner.finalize()
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    one, two = run(rigl, other), run(other, rigl)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_masks_of_an_earlier_run_on_other_weights_stay() -> None:

@@ -6,14 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.core.slots import Slot
 from secateur.stats.engine import Stats
 from secateur.stats.stat import Stat
 
 Act = Callable[[torch.optim.Optimizer], object]
+
+#: Gradients that were taken away from an optimizer for one step, by their parameters. Others who look
+#: at gradients before the same step find them here.
+_PARKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def before_update(optimizer: torch.optim.Optimizer, act: Act) -> RemovableHandle:
@@ -87,16 +92,54 @@ def stream_gradients(
     """
 
     def before(_: torch.optim.Optimizer) -> None:
-        if all(slot.tensor(model).grad is None for slot in slots):
+        found = [gradient_of(slot.tensor(model)) for slot in slots]
+        if all(gradient is None for gradient in found):
             return  # no backward pass came before this step
-        for slot in slots:
-            parameter = slot.tensor(model)
+        for slot, seen in zip(slots, found, strict=True):
             # The loss does not depend on a weight that it left without a gradient.
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = torch.zeros_like(slot.tensor(model)) if seen is None else seen
             for need in needs:
                 stats.update(need, slot.weight(model), gradient, 1)
 
     return before_update(optimizer, before)
+
+
+def park_(optimizer: torch.optim.Optimizer) -> None:
+    """Take all gradients away, so that the step that follows passes over every parameter.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> net(torch.ones(1, 2)).sum().backward()
+        >>> park_(optimizer)
+        >>> net.weight.grad, gradient_of(net.weight)
+        (None, tensor([[1., 1.]]))
+        >>> unpark_(optimizer)
+        >>> net.weight.grad
+        tensor([[1., 1.]])
+    """
+    for parameter in _parameters(optimizer):
+        if parameter.grad is not None:
+            _PARKED[parameter] = parameter.grad
+            parameter.grad = None
+
+
+def unpark_(optimizer: torch.optim.Optimizer) -> None:
+    """Put back what :func:`park_` has taken."""
+    for parameter in _parameters(optimizer):
+        parked = _PARKED.pop(parameter, None)
+        if parameter.grad is None:
+            parameter.grad = parked
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of this step, also while it is taken away from the optimizer."""
+    parked: Tensor | None = _PARKED.get(parameter)
+    return parked if parameter.grad is None else parameter.grad
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
@@ -109,8 +152,7 @@ def _unscale_(optimizer: torch.optim.Optimizer) -> None:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.div_(scale.to(parameter.grad.device))
+    for parameter in _parameters(optimizer):
+        if parameter.grad is not None:
+            parameter.grad.div_(scale.to(parameter.grad.device))
     optimizer.grad_scale = None  # type: ignore[attr-defined]  # the optimizer's own reading of it

@@ -19,7 +19,7 @@ from secateur.drive.training.deciding import Deciding
 from secateur.drive.training.regrow import Regrow, exchange
 from secateur.drive.training.regrowth import Regrowth
 from secateur.drive.training.timing import every, strikes
-from secateur.stats.steps import before_update
+from secateur.stats.steps import before_update, gradient_of, park_, unpark_
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def gradient_promise(model: nn.Module, found: Sequence[Weight], step: int) -> di
     """
     promise = {}
     for weight in found:
-        gradient = model.get_parameter(weight.name).grad
+        gradient = gradient_of(model.get_parameter(weight.name))
         if gradient is None:
             continue  # e.g. an expert that no token reached: it keeps its mask
         if gradient.is_sparse:  # an embedding's, of the rows that were looked up
@@ -146,7 +146,6 @@ class Regrowing(Regrowth):
         self.steps = 0
         self._last = 0
         self._seen = self._owed = False
-        self._parked: list[tuple[nn.Parameter, Tensor]] = []
         self._handles = [
             before_update(optimizer, self._before),
             optimizer.register_step_post_hook(self._after),
@@ -187,15 +186,10 @@ class Regrowing(Regrowth):
         if self._part.grow == "gradient" and not self._part.skips:
             self._check(step)  # before the optimizer carries a NaN into the weights
         if self._part.skips and self._run(step):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._parked = [(p, p.grad) for p in parameters if p.grad is not None]
-            for parameter, _ in self._parked:
-                parameter.grad = None
+            park_(optimizer)
 
-    def _after(self, *_: Any) -> None:
-        for parameter, gradient in self._parked:
-            parameter.grad = gradient
-        self._parked = []
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        unpark_(optimizer)
 
     def remove(self) -> None:
         for handle in self._handles:
