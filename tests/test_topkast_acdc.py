@@ -64,12 +64,21 @@ def test_topkast_is_its_definition(kind: str) -> None:
     assert not pruner.optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
-def test_topkast_decays_the_margin_harder(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"maximize": True}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"maximize": True}),
+        (torch.optim.Muon, {}),
+    ],
+)
+def test_topkast_decays_the_margin_harder(kind: Any, more: dict[str, bool]) -> None:
     model = net()
     decoupled = kind is not torch.optim.SGD
     matrices = [p for p in model.parameters() if p.ndim == 2]  # Muon takes no others
-    optimizer = kind(matrices, 0.1, weight_decay=0.2)
+    optimizer = kind(matrices, 0.1, weight_decay=0.2, **more)
     pruner = Gradual(model, optimizer, recipe(TopKast(0.25, 100), 0.75))
     before = {n: v.clone() for n, v in superset(pruner)._values.items()}
     for parameter in model.parameters():

@@ -124,8 +124,9 @@ class Superset(Regrowth):
             outside = (wide & ~narrow).to(values.dtype)
             if _decouples(optimizer, group):
                 parameter.mul_(1 - group["lr"] * more * outside)
-            else:
-                gradient.add_(parameter * outside, alpha=more)
+            else:  # a maximizing optimizer turns the sign of the gradient before it adds its own decay
+                sign = -1 if group.get("maximize") else 1
+                gradient.add_(parameter * outside, alpha=sign * more)
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
