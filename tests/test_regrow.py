@@ -23,7 +23,7 @@ from regrow_cases import (
     train,
 )
 
-from secateur import Gradual, Masks, Recipe, recipes
+from secateur import Gradual, Masks, Recipe, Target, attach_, prune, recipes
 from secateur.allocate import ErdosRenyi, Ranked
 from secateur.core.errors import UsageError
 from secateur.core.weight import LINEAR
@@ -306,6 +306,23 @@ def test_gradual_pruning_with_regrowth(regrow: Regrow) -> None:
     assert levels == sorted(levels)
     assert sum(r["grown"] for r in pruner.facts.history) > 0
     assert pruner.finalize().masks.kept == round(0.2 * TOTAL)
+
+
+@pytest.mark.parametrize(
+    "regrow", [Regrow(fraction=0.5, frequency=4), Regrow("random", frequency=4)]
+)
+def test_gradual_pruning_with_regrowth_of_a_sparse_network(regrow: Regrow) -> None:
+    """What an exchange brought back is kept like any other weight, so no update prunes more than asked."""
+    wanted = recipe(regrow, 0.8, schedule=Polynomial(0, 24, 4))
+    _, dense = start(wanted)
+    model = net()
+    attach_(model, prune(model, Recipe(target=Target("sparsity", 0.5))).masks)
+    pruner = Gradual(model, OPTIMIZERS["sgd"](model.parameters()), wanted, steps=40)
+    for t in range(40):
+        train(model, pruner, 1, t)
+        train(dense.model, dense, 1, t)
+        assert pruner.masks.kept == min(dense.masks.kept, TOTAL // 2)
+    assert sum(r["grown"] for r in pruner.facts.history) > 0
 
 
 def test_a_start_by_criterion_keeps_the_largest() -> None:

@@ -299,7 +299,10 @@ class Gradual:
         if self._deciding.streamed and not self._starts_at_random:
             told.tell_stale(self.facts, self._last_update)
         if not free:  # a low target, or the first steps to a high one, would revive some
-            masks &= self._before
+            exchanged = (
+                self.recipe.regrow is not None
+            )  # of what was pruned before, some is back by now
+            masks &= Masks({n: own[n] for n in self._before}) if exchanged else self._before
         self._regrowth.widen_(found, decided.groups, decided.levels, self.recipe, masks)
         self._adopt(masks, self.steps)
         self._share = decided.share
