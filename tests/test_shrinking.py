@@ -16,6 +16,7 @@ import secateur
 from secateur.allocate.widths import GivenWidths, RankedWidths, UniformWidths
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError
 from secateur.core.groups import Groups
+from secateur.core.masks import Masks
 from secateur.drive.structural import cutting
 from secateur.drive.structural.pace import Pace
 from secateur.drive.structural.shrinking import Shrinking, train_and_shrink
@@ -23,6 +24,7 @@ from secateur.drive.training.finetune import FineTune
 from secateur.drive.training.order import Feed, Shuffled
 from secateur.drive.training.recorder import Checkpoints
 from secateur.drive.training.resume import Training, resume_, save_checkpoint
+from secateur.learn import Str
 from secateur.schedule import Cyclic, Exponential, Linear, OneShot
 from secateur.score import Grouped, GroupTaylor, Magnitude
 from secateur.score.groups_activation import MeanActivation
@@ -511,6 +513,29 @@ def test_what_cannot_be_is_refused() -> None:
         shrinking(net, sgd(network()))
     with pytest.raises(NeedsData):
         shrinking(net, optimizer, recipe=recipe(criterion=GroupTaylor()))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_masks_that_came_later_are_refused_before_anything_is_cut(learned: bool) -> None:
+    net = network()
+    optimizer = sgd(net)
+    pruner = shrinking(net, optimizer)
+    if learned:
+        other = secateur.Learned(net, optimizer, Str())
+    else:
+        secateur.attach_(net, Masks({"up.weight": net.up.weight.detach() > 0}))
+    with pytest.raises(UsageError, match=r"at step 8: the network carries (learned )?masks"):
+        train(net, optimizer, pruner, range(2))
+    for refused in (
+        lambda: secateur.shrink(net, recipe(), EXAMPLE),
+        lambda: shrinking(net, optimizer),
+    ):
+        with pytest.raises(UsageError, match="carries"):
+            refused()
+    _ = other.harden(early=True) if learned else secateur.detach_(net)
+    assert [p.shape for p in net.parameters()] == [p.shape for p in Net().parameters()]
+    train(net, optimizer, pruner, range(2, 4))
+    assert pruner.finalize().facts.measures["target"]["reached"] <= 0.5 * by_hand(Net())
 
 
 def test_factored_state_is_cut_along() -> None:

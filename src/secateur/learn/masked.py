@@ -192,18 +192,32 @@ def require_unlearned(model: nn.Module, names: Iterable[str]) -> None:
         >>> require_unlearned(nn.Linear(2, 1), ["weight"])
     """
     names = list(names)
-    for path, module in model.named_modules():
-        lists = module.parametrizations if parametrize.is_parametrized(module) else {}
-        for attribute, parts in lists.items():
-            inside = ".".join(filter(None, (path, "parametrizations", attribute, "")))
-            ours = any(hasattr(part, "mask") for part in parts)
-            if ours and any(name.startswith(inside) for name in names):
-                raise UsageError(
-                    f"pruning {'.'.join(filter(None, (path, attribute)))!r}",
-                    "it has a learned mask",
-                    "two masks of one weight would not know each other",
-                    "call harden() on the first Learned before, or leave the weight out with ignore=",
-                )
+    for learned in learned_weights(model):
+        path, _, attribute = learned.rpartition(".")
+        inside = ".".join(filter(None, (path, "parametrizations", attribute, "")))
+        if any(name.startswith(inside) for name in names):
+            raise UsageError(
+                f"pruning {learned!r}",
+                "it has a learned mask",
+                "two masks of one weight would not know each other",
+                "call harden() on the first Learned before, or leave the weight out with ignore=",
+            )
+
+
+def learned_weights(model: nn.Module) -> list[str]:
+    """The plain names of the weights that have a learned mask.
+
+    Example:
+        >>> learned_weights(nn.Linear(2, 1))
+        []
+    """
+    return [
+        ".".join(filter(None, (path, attribute)))
+        for path, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for attribute, parts in module.parametrizations.items()
+        if any(hasattr(part, "mask") for part in parts)
+    ]
 
 
 def _require_plain(model: nn.Module, slot: Slot) -> None:

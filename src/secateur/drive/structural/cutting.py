@@ -17,12 +17,34 @@ from secateur.core.errors import DataError, UsageError, kind_of
 from secateur.core.selectors import matches, require_hits
 from secateur.core.widths import Width
 from secateur.drive.recipe import Scope
+from secateur.drive.training.held import masks_of
+from secateur.learn.masked import learned_weights
 from secateur.structure import Cuts, Proof, Structure, apply_, prove
 
 # The largest error of a proof, by the type of the weights. Sums are taken in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 _HALF = (torch.bfloat16, torch.float16)
 _MANY = 1_000_000_000
+
+
+def require_unmasked(asked: str, model: nn.Module) -> None:
+    """Raise if weights of a network that is to be cut are masked.
+
+    Raises:
+        UsageError: They carry masks, or learned ones.
+
+    Example:
+        >>> require_unmasked("shrinking", nn.Linear(2, 1))
+    """
+    masked, learned = list(masks_of(model)), learned_weights(model)
+    if masked or learned:
+        kind, do = ("learned masks", "call harden()") if learned else ("masks", "call detach_")
+        raise UsageError(
+            asked,
+            f"the network carries {kind}, e.g. of {(learned or masked)[0]!r}",
+            "a cut would leave the masks behind",
+            f"{do} first (the zeros stay), or finalize one pruner before the other begins",
+        )
 
 
 def example_of(given: Any, data: Data | None) -> Any:

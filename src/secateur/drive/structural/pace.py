@@ -16,9 +16,9 @@ from secateur.core.errors import NeedsData, NotYet, UsageError
 from secateur.core.slots import bare
 from secateur.drive.plan import require_finite
 from secateur.drive.recipe import describe
+from secateur.drive.structural.cutting import require_unmasked
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.training import ranks
-from secateur.drive.training.held import masks_of
 from secateur.drive.training.timing import every, require_counts
 from secateur.schedule import Exponential, Schedule, share_at
 
@@ -110,9 +110,7 @@ def require_fit(
             "train on one process, or prune with masks (Gradual) and shrink afterwards",
         )
     require_finite(bare(model))
-    if masks_of(bare(model)):
-        found, why = "it carries masks", "a cut would leave the masks behind"
-        raise UsageError("Shrinking(...)", found, why, "call detach_ first; the zeros stay")
+    require_unmasked("Shrinking(...)", bare(model))
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         found, why = "its optimizer trains none of its parameters", "their state is cut together"

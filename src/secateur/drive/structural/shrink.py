@@ -25,7 +25,7 @@ from secateur.drive.plan import require_finite
 from secateur.drive.pruned import Pruned
 from secateur.drive.structural.budget import ShrinkBudget, recount
 from secateur.drive.structural.compensate import Told, compensate_
-from secateur.drive.structural.cutting import example_of, proved, widths_in
+from secateur.drive.structural.cutting import example_of, proved, require_unmasked, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
 from secateur.drive.structural.refit import refit_
@@ -34,7 +34,6 @@ from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.trial import require_runs, unproved, unrunnable
 from secateur.drive.structural.uniform import held_back, unstated
 from secateur.drive.training.finetune import Loop, Progress
-from secateur.drive.training.held import masks_of
 from secateur.formats import Surgery
 from secateur.frontends.remembered import remember_, surgery_of
 from secateur.frontends.surgery import cuts_of, surgery_for
@@ -261,13 +260,7 @@ class _Run:
 
     def _check(self) -> None:
         require_finite(self.model)
-        if masks_of(self.model):
-            raise UsageError(
-                "shrinking a model that carries masks",
-                f"{len(masks_of(self.model))} weights are masked",
-                "a cut would leave the masks behind",
-                "call detach_ first; the zeros stay",
-            )
+        require_unmasked("shrinking the network", self.model)
         needs = [f"criterion {type(self.recipe.criterion).__name__}"] * bool(
             wants_data(self.recipe.criterion.needs)
         )

@@ -23,7 +23,7 @@ from secateur.core.slots import bare
 from secateur.drive.money import uses
 from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
-from secateur.drive.structural.cutting import as_batch, example_of, widths_in
+from secateur.drive.structural.cutting import as_batch, example_of, require_unmasked, widths_in
 from secateur.drive.structural.pace import Pace, fingerprint_of, require_fit
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
@@ -200,6 +200,7 @@ class Shrinking:
 
     def _remove_(self, share: float) -> None:
         begun = time.perf_counter()
+        require_unmasked(f"removing filters at step {self.steps}", self.model)
         limits = self._dense - share * (self._dense - self._limit), self._limit
         with own_random(self.model, self.recipe.seed):
             done = self._removal.remove_(self.model, self.optimizer, limits, self._stuck)
