@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur import Data, FineTune, Scope
+from secateur import Data, FineTune, Gradual, Recipe, Scope, Target
 from secateur.core.errors import BudgetError, NeedsData, NotYet, UsageError
 from secateur.drive.training import ranks
 from secateur.drive.training.learn_masks import learn_masks
@@ -19,6 +19,7 @@ from secateur.drive.training.learned import Learned
 from secateur.learn import GroupLearning, Leap, Slimming, energy_prune
 from secateur.learn.energy import branches_at
 from secateur.learn.grouping import group_norms, hard, layer_scale, logit_gradients
+from secateur.schedule import OneShot
 
 
 class Net(nn.Module):
@@ -116,6 +117,19 @@ def test_slimming_leaves_frozen_scales_out_with_a_note() -> None:
     net.bn2.requires_grad_(False)
     with pytest.raises(UsageError, match="that is trained"):
         Learned(net, torch.optim.SGD([net.head.weight], 0.05), Slimming())
+
+
+def test_slimming_goes_with_masks_of_weights() -> None:
+    """It moves scales alone: channels and single weights may be pruned in one training."""
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    recipe = Recipe(target=Target("sparsity", 0.5), schedule=OneShot(1, unit="steps"))
+    pruner = Gradual(net, optimizer, recipe)
+    learned = Learned(net, optimizer, Slimming(sparsity=0.5))
+    pruner.step()
+    learned.step()
+    assert learned.harden().facts.sparsity == pytest.approx(0.5, abs=0.02)
+    assert pruner.finalize().facts.sparsity == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("how", [Slimming(), GroupLearning(), Leap.short(0.5)])

@@ -97,16 +97,22 @@ class Learned:
         names = [name for name, _ in model.named_parameters()]
         require_trains(model, ranks.bare_optimizer(optimizer), names)
         taking = [s for s in slots if s.prunable or _wanted(s, scope or Scope())]
-        for slot in [s for s in taking if isinstance(how, Slimming) and is_scale(model, s)]:
-            if not slot.tensor(model).requires_grad:
-                taking.remove(slot)
-                self.facts.note("left-out", slot.name, "it is frozen, and Slimming moves it")
+        if isinstance(how, Slimming):
+            taking = self._scales(taking)
         _require_bare(model, [slot.name for slot in taking])
         self._learning: Learning = _begin(how, model, taking, slots)
         self._own = self._join_optimizer_()
         self.steps = 0
         self._asked = False
         self._hardened = False
+
+    def _scales(self, slots: list[Slot]) -> list[Slot]:
+        """What Slimming moves; whoever masks the weights beside them is not in its way."""
+        scales = [slot for slot in slots if is_scale(self.model, slot)]
+        frozen = [slot for slot in scales if not slot.tensor(self.model).requires_grad]
+        for slot in frozen:
+            self.facts.note("left-out", slot.name, "it is frozen, and Slimming moves it")
+        return [slot for slot in scales if slot not in frozen]
 
     def _join_optimizer_(self) -> list[dict[str, Any]]:
         """Give the optimizer groups of what is learned; if it cannot take them, nothing has changed."""
