@@ -192,3 +192,13 @@ def test_weights_with_sparse_gradients_are_exchanged(part: Regrow | TopKast) -> 
     kept = pruned.masks["0.weight"]
     assert not torch.equal(pruned.model[0].weight[kept], before[kept])
     assert sum(int(event["grown"]) for event in pruned.facts.history) > 0
+
+
+def test_notes_of_before_an_interruption_are_in_the_facts_of_the_resumed_run() -> None:
+    model, pruner = start()
+    train(model, pruner, 3)
+    pruner.facts.note("unseen", "0.weight", "the data of a mask update did not show its inputs")
+    _, resumed = start()
+    resumed.load_state_dict(copy.deepcopy(pruner.state_dict()))
+    assert resumed.facts.notes == pruner.facts.notes
+    assert resumed.facts.history == pruner.facts.history

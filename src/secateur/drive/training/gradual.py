@@ -299,10 +299,8 @@ class Gradual:
         if self._deciding.streamed and not self._starts_at_random:
             told.tell_stale(self.facts, self._last_update)
         if not free:  # a low target, or the first steps to a high one, would revive some
-            exchanged = (
-                self.recipe.regrow is not None
-            )  # of what was pruned before, some is back by now
-            masks &= Masks({n: own[n] for n in self._before}) if exchanged else self._before
+            now = {name: own[name] for name in self._before}  # exchanges have brought some back
+            masks &= self._before if self.recipe.regrow is None else Masks(now)
         self._regrowth.widen_(found, decided.groups, decided.levels, self.recipe, masks)
         self._adopt(masks, self.steps)
         self._share = decided.share
@@ -366,7 +364,7 @@ class Gradual:
             "per_epoch": self._per_epoch,
             "last_update": self._last_update,
             "stats": self._deciding.state_dict(),
-            "history": list(self.facts.history),
+            **told.told(self.facts),
             "regrow": self._regrowth.state_dict(),
         }
 
@@ -391,7 +389,7 @@ class Gradual:
         self.steps, self._share = int(state["steps"]), float(state["share"])
         self._missed = str(state.get("missed", ""))
         self._last_update = int(state.get("last_update", self.steps))
-        self.facts.history = [dict(event) for event in state.get("history", ())]
+        told.tell_again(self.facts, state)
         self._deciding.load_state_dict(state["stats"])
         self._regrowth.load_state_dict(state.get("regrow", {}), self.steps, self.masks)
         self._held.refresh(self._regrowth.wide)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from secateur.core.budget import Target
@@ -78,3 +78,24 @@ def tell_target(facts: Facts, target: Target, share: float, found: float, missed
     text = f"{asked}, reached sparsity={found:.4g}: {why}" if why else missed
     if text:
         facts.note("target", "", text)
+
+
+def told(facts: Facts) -> dict[str, Any]:
+    """The changes and notes so far, as plain values: a resumed run tells them, too.
+
+    Example:
+        >>> facts, later = Facts(history=[{"step": 6}]), Facts()
+        >>> facts.note("unseen", "fc.weight", "it kept its mask")
+        >>> tell_again(later, told(facts))
+        >>> later == facts
+        True
+    """
+    notes = [[note.topic, note.where, note.text] for note in facts.notes]
+    return {"history": [dict(event) for event in facts.history], "notes": notes}
+
+
+def tell_again(facts: Facts, state: Mapping[str, Any]) -> None:
+    """Take over what :func:`told` gave; notes of the start, which are here already, stay single."""
+    facts.history = [dict(event) for event in state.get("history", ())]
+    for topic, where, text in state.get("notes", ()):
+        facts.note(topic, where, text)
