@@ -124,10 +124,16 @@ def two_groups(training: Training) -> Training:
     return Training(training.model, adamw, training.pruner, rate, training.feed)
 
 
+def other_schedule(training: Training) -> Training:
+    rate = torch.optim.lr_scheduler.ReduceLROnPlateau(training.optimizer)
+    return dataclasses.replace(training, rate=rate)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
         (lambda: parts(width=13), "its model is"),
+        (lambda: other_schedule(parts()), "rate is ReduceLROnPlateau: .*state of MultiStepLR"),
         (lambda: parts(sparsity=0.5), "its recipe is"),
         (lambda: other_optimizer(parts()), "AdamW"),
         (lambda: two_groups(parts()), "2 groups"),

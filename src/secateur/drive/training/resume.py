@@ -279,6 +279,7 @@ def state_of(training: Training) -> dict[str, Any]:
         "model": _without_masks(model),
         "masks": dict(masks_of(model)),
         "optimizer": optimizer_state(model, training.optimizer),
+        "kinds": {name: type(part).__name__ for name, part in training.parts().items()},
         "parts": {name: part.state_dict() for name, part in training.parts().items()},
         "random": random_states(),
     }
@@ -307,6 +308,7 @@ def put_back_(training: Training, state: Mapping[str, Any]) -> None:
                 "every state must find its place",
                 "build the loop as it was when the checkpoint was written",
             )
+    _require_kinds(parts, state.get("kinds", {}))
     for name, part in parts.items():
         refuse = getattr(part, "require_fit", None)
         if refuse is not None:
@@ -321,6 +323,19 @@ def put_back_(training: Training, state: Mapping[str, Any]) -> None:
         copied = on_device(own_state, device) if name == "pruner" else copy.deepcopy(own_state)
         part.load_state_dict(copied)
     restore_random_(state["random"])
+
+
+def _require_kinds(parts: Mapping[str, object], saved: Mapping[str, str]) -> None:
+    # Schedules of learning rates take over whatever they are given, and go on with some of it.
+    for name, part in parts.items():
+        own = type(part).__name__
+        if saved.get(name, own) != own:
+            raise UsageError(
+                f"continuing a loop whose {name} is {own}",
+                f"the checkpoint has the state of {saved[name]}",
+                "the state of one kind means nothing to another",
+                "build the loop as it was when the checkpoint was written",
+            )
 
 
 def on_device(value: Any, device: torch.device) -> Any:
