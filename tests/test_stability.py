@@ -258,7 +258,12 @@ def test_other_patterns_and_criteria() -> None:
         ({"share": 0}, "between 0 and 1"),
         ({"noise": "pink"}, "gaussian"),
         ({"target": "big"}, "largest"),
-        ({"restore_after": 0}, "1 step"),
+        ({"share": "0.1"}, "share is a finite number"),
+        ({"restore_after": 0}, "restore_after.*1 or more"),
+        ({"restore_after": "3"}, "restore_after.*a str"),
+        ({"restore_after": 2.5}, "restore_after.*a float"),
+        ({"pattern": "rows"}, "pattern.*a str"),
+        ({"criterion": "magnitude"}, "criterion.*a str"),
     ],
 )
 def test_wrong_damage_is_refused(changes: dict[str, Any], match: str) -> None:

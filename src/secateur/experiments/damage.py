@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import require_kind, require_network
+from secateur.core.arguments import (
+    odd_number,
+    require_count,
+    require_kind,
+    require_network,
+    require_part,
+)
 from secateur.core.batches import as_data
 from secateur.core.errors import NeedsData, UsageError
 from secateur.core.masks import Masks
@@ -52,16 +58,23 @@ class Damage:
 
     def __post_init__(self) -> None:
         wrong = ""
-        if not 0 < self.share < 1:
+        if odd := odd_number(self, ("share",)):
+            wrong = odd
+        elif not 0 < self.share < 1:
             wrong = f"share lies between 0 and 1, not {self.share:g}"
         elif self.noise not in NOISES:
             wrong = f"noise is one of {', '.join(NOISES)}, not {self.noise!r}"
-        elif self.restore_after is not None and self.restore_after < 1:
-            wrong = f"restore_after is 1 step or more, not {self.restore_after}"
         if wrong:
             raise UsageError(
                 "Damage(...)", wrong, "nothing can be measured with it", "correct the value"
             )
+        if self.restore_after is not None:
+            what, write = "steps until it is restored", "restore_after=50"
+            require_count("Damage(restore_after=...)", self.restore_after, what=what, write=write)
+        what, write = "a pattern", "e.g. Rows()"
+        require_part("Damage(pattern=...)", self.pattern, ("fold",), what=what, write=write)
+        what, write = "a criterion", "e.g. Magnitude()"
+        require_part("Damage(criterion=...)", self.criterion, ("needs",), what=what, write=write)
         targeting(self.target)
 
 
