@@ -74,12 +74,24 @@ class Projected(nn.Module):
         return self.out(self.layer(x)[0][:, -1])
 
 
+class Tied(nn.Module):
+    """The table that is looked up is multiplied, too, by no layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(9, 16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.a(self.table(x)).relu()) @ self.table.weight.T
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "weight norm": (normed, torch.randn(2, 4, 32)),
     "cell": (Cell, torch.randn(2, 6, 16)),
     "parameters": (Held, torch.randn(2, 16)),
     "positions": (Positions, torch.randn(1, 6, 16)),
     "projection": (Projected, torch.randn(2, 5, 16)),
+    "tied": (Tied, torch.arange(10).reshape(2, 5) % 9),
 }
 
 

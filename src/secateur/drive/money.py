@@ -67,8 +67,6 @@ def uses(model: nn.Module, slots: Sequence[Slot], batch: Batch) -> dict[str, flo
     counted = {weight.name: float(stats(Positions(), weight)) for weight in found}
     counted |= projection_uses(model, batch)
     hidden = {n for n, x in model.named_parameters() if x.ndim > 1 and n not in counted}
-    # An embedding that nobody multiplies is looked up.
-    hidden -= {slot.name for slot in slots if slot.kind == "Embedding" and not slot.aliases}
     return counted | product_uses(model, batch, hidden)
 
 
