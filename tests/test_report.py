@@ -138,7 +138,15 @@ def test_notes_are_grouped_and_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(1.0, "100.0 %"), (0.0, "0.0 %"), (0.9999, "99.99 %"), (0.00004, "0.004 %")]
+    ("share", "text"),
+    [
+        *((1.0, "100.0 %"), (0.0, "0.0 %"), (0.9999, "99.99 %"), (0.00004, "0.004 %")),
+        *(
+            (1 / 22_713_216, "0.000004 %"),
+            (1 - 1 / 22_713_216, "99.999996 %"),
+            (1e-12, "0.0000000001 %"),
+        ),
+    ],
 )
 def test_percent_never_pretends(share: float, text: str) -> None:
     assert units.percent(share) == text

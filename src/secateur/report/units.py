@@ -6,6 +6,9 @@ import math
 
 from secateur.core.ratios import times
 
+#: One weight of 10^12 is told from none.
+_MOST_DIGITS = 12
+
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as per cent; never rounded to 0 or 100 unless it is.
@@ -16,7 +19,7 @@ def percent(share: float | None, digits: int = 1) -> str:
     """
     if share is None:
         return "-"
-    for more in range(digits, digits + 4):
+    for more in range(digits, _MOST_DIGITS):
         text = f"{100 * share:.{more}f}"
         if (float(text) in (0, 100)) == (share in (0, 1)):
             return f"{text} %"
