@@ -404,6 +404,21 @@ def test_agreement_is_the_share_of_equal_choices() -> None:
     assert found.difference is None
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_nan_is_no_answer(classes: int) -> None:
+    """The largest of numbers with a NaN is the NaN: of such a network, its place would be right."""
+    net = nn.Linear(4, classes)
+    torch.nn.init.zeros_(net.weight)
+    torch.nn.init.zeros_(net.bias)
+    broken = copy.deepcopy(net)
+    torch.nn.init.constant_(broken.bias[:1], float("nan"))
+    x, y = torch.randn(30, 4), torch.arange(30) % 2
+    found = compare(net, broken, [(x, y)], latency=False)
+    assert (found.a.accuracy, found.b.accuracy, found.agreement) == (0.5, 0.0, 0.0)
+    assert not found.gain("accuracy").real  # type: ignore[union-attr]
+    assert compare(broken, broken, [(x, y)], latency=False).agreement == 0.0
+
+
 def test_swapped_labels_do_not_change_the_agreement() -> None:
     net = network()
     swapped = [(x, (y + 1) % 3) for x, y in labelled(net)]

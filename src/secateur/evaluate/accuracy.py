@@ -132,11 +132,16 @@ def _answer(model: nn.Module, batch: Batch, loss: Loss | None, judged: bool) -> 
 def choices(rows: Tensor) -> Tensor:
     """The class each row of logits chooses; with one logit, whether it is positive.
 
+    A row with a NaN chooses none, which is told as :data:`~secateur.core.losses.IGNORED`.
+
     Example:
         >>> choices(torch.tensor([[0.1, 0.9]])).item(), choices(torch.tensor([[-1.0]])).item()
         (1, 0)
+        >>> choices(torch.tensor([[0.1, float("nan")]])).item()
+        -100
     """
-    return (rows[:, 0] > 0).long() if rows.shape[1] == 1 else rows.argmax(1)
+    chosen = (rows[:, 0] > 0).long() if rows.shape[1] == 1 else rows.argmax(1)
+    return chosen.masked_fill(rows.isnan().any(1), IGNORED)
 
 
 def divergence(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Batch, as_data, evaluating, size_of
+from secateur.core.losses import IGNORED
 from secateur.core.masks import Masks
 from secateur.core.randomness import own_random
 from secateur.core.slots import bare
@@ -172,7 +173,8 @@ class _Pairs:
         if a.logits is not None and b.logits is not None and a.logits.shape == b.logits.shape:
             left, right = a.logits, b.logits.to(a.logits.device)
             self._units += len(left)
-            self._equal += int((choices(left) == choices(right)).sum())
+            chosen = choices(left)
+            self._equal += int(((chosen == choices(right)) & (chosen != IGNORED)).sum())
             self._kl += float(divergence(left, right).sum())
         if a.right is not None and b.right is not None and len(a.right) == len(b.right):
             change = b.right.cpu().double() - a.right.cpu().double()
