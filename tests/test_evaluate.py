@@ -129,8 +129,9 @@ def test_causal_labels_are_shifted_and_others_are_not() -> None:
     assert (tagged.accuracy, tagged.perplexity) == (1.0, None)
 
 
-def test_perplexity_counts_every_token_alike() -> None:
-    """Batches of different lengths, and tokens that do not count."""
+@pytest.mark.parametrize("own", [True, False])
+def test_perplexity_counts_every_token_alike(own: bool) -> None:
+    """Batches of different lengths, tokens that do not count, and a loss that is not cross-entropy."""
     short, long = torch.tensor([[0, 1]]), torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
     ignored = torch.tensor([[0, 1, -100, -100, -100, -100, -100]])
     losses = iter([1.0, 2.0, 4.0])
@@ -138,13 +139,19 @@ def test_perplexity_counts_every_token_alike() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return torch.tensor(next(losses))
 
+    net = Tagger()
+    torch.nn.init.normal_(net.table.weight)
     batches = [
         {"input_ids": short, "labels": short},
         {"input_ids": long, "labels": long},
         {"input_ids": long, "labels": ignored},
     ]
-    found = measure(Tagger(), Data(test=batches, loss=loss), latency=False)
-    assert found.perplexity == pytest.approx(math.exp((1 * 1.0 + 6 * 2.0 + 1 * 4.0) / 8))
+    found = measure(net, Data(test=batches, loss=None if own else loss), latency=False)
+    assert found.loss == (0.25 if own else (1 * 1.0 + 6 * 2.0 + 1 * 4.0) / 8)
+    with torch.no_grad():
+        logits = net.table(torch.tensor([0, 0, 1, 2, 3, 4, 0, 0]))
+    nats = nn.functional.cross_entropy(logits, torch.tensor([1, 1, 2, 3, 4, 0, 1, 1]))
+    assert found.perplexity == pytest.approx(math.exp(nats))
 
 
 class Scored(nn.Module):

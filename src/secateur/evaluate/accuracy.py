@@ -37,7 +37,8 @@ class Answers:
         right: ``(units,)`` whether the unit is right, or ``None`` without integer targets.
         loss: Mean loss, or ``None`` if there is none.
         samples: Samples in the batch.
-        language: Whether the units are tokens, each predicted from those before it.
+        nats: Mean cross-entropy, where the units are tokens, each predicted from those before it.
+            The loss may be another: models and users add terms to theirs.
         classes: The least and the largest class that is right; ``None`` without any.
     """
 
@@ -46,7 +47,7 @@ class Answers:
     right: Tensor | None
     loss: float | None
     samples: int
-    language: bool = False
+    nats: float | None = None
     classes: tuple[int, int] | None = None
 
     @property
@@ -122,11 +123,11 @@ def _answer(model: nn.Module, batch: Batch, loss: Loss | None, judged: bool) -> 
         return Answers(rows if classifies else None, which, None, found, samples)
     counted = labels != IGNORED
     rows, labels, which = rows[counted], labels[counted], which[counted.cpu()]
-    if found is None and len(rows):
-        found = float(task_loss(rows, labels))
+    nats = float(task_loss(rows, labels)) if len(rows) and (language or found is None) else None
     classes = (int(labels.min()), int(labels.max())) if len(labels) else None
     right = choices(rows) == labels
-    return Answers(rows, which, right, found, samples, language, classes)
+    found = nats if found is None else found
+    return Answers(rows, which, right, found, samples, nats if language else None, classes)
 
 
 def choices(rows: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ class Measurement:
         samples: How many samples were seen.
         split: Where they came from: ``"test"``, ``"train"``, or ``""`` without data.
         latency: Of one batch, or ``None`` if it was not asked for.
-        perplexity: Of a causal language model: e to the mean loss of a token; else ``None``.
+        perplexity: Of a causal language model: e to the mean cross-entropy of a token, whatever
+            else is in its loss; else ``None``.
         one_class: Whether the right answers, 20 or more, are all of one class: sorted data, as a
             rule, and a network that always answers it is right.
     """
@@ -128,6 +129,7 @@ class Tally:
     units: int = 0
     losses: float = 0.0
     weighed: int = 0
+    nats: float = 0.0
     tokens: int = 0
     example: Batch | None = None
     judged: bool = field(default=False)
@@ -147,7 +149,9 @@ class Tally:
         if answers.loss is not None and answers.counted:
             self.losses += answers.loss * answers.counted
             self.weighed += answers.counted
-            self.tokens += answers.counted if answers.language else 0
+        if answers.nats is not None:
+            self.nats += answers.nats * answers.counted
+            self.tokens += answers.counted
 
     @property
     def accuracy(self) -> float | None:
@@ -167,9 +171,9 @@ class Tally:
     @property
     def perplexity(self) -> float | None:
         """Of a causal language model."""
-        if self.loss is None or self.tokens != self.weighed:
+        if not self.tokens or self.tokens != self.units:
             return None
-        return math.exp(min(self.loss, _LARGE))
+        return math.exp(min(self.nats / self.tokens, _LARGE))
 
     def require_samples(self) -> None:
         """Raise if nothing was seen."""
