@@ -29,11 +29,12 @@ def diagnose(facts: Facts) -> None:
     """
     for layer in facts.layers:
         if layer.sparsity > _EMPTY:
+            are = "is" if layer.kept == 1 else "are"
             facts.note(
                 "nearly-empty",
                 layer.name,
-                f"only {layer.kept} of {layer.total} weights are left; consider the allocation 'erk', "
-                "the criterion 'lamp', or a lower level for it",
+                f"only {layer.kept:,} of {layer.total:,} weights {are} left; consider "
+                f"{_gentler(facts)}a lower level for it",
             )
     errors = [layer.output_error for layer in facts.layers if layer.output_error is not None]
     if errors:
@@ -57,6 +58,17 @@ def diagnose(facts: Facts) -> None:
             f"pruned to {layer.sparsity:.0%}, but its error curve bends at about {layer.knee:.0%}",
         )
     _hints(facts)
+
+
+def _gentler(facts: Facts) -> str:
+    """What spares small layers and is not in the recipe yet."""
+    known = {"allocation": "erk", "criterion": "lamp"}
+    others = [
+        f"the {word} '{name}', "
+        for word, name in known.items()
+        if name not in facts.recipe.get(word, ())
+    ]
+    return "".join([*others, "or "]) if others else ""
 
 
 def _floor(share: float) -> str:
