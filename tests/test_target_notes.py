@@ -36,6 +36,13 @@ def test_counts_are_told_for_the_whole_model(value: float, asked: str, reached: 
     assert note_of(net, recipe).startswith(f"asked for {asked}, reached {reached}: ")
 
 
+def test_a_near_miss_is_told_with_digits_that_show_it() -> None:
+    net = nn.Sequential(nn.Linear(80, 160, bias=False), nn.ReLU(), nn.Linear(160, 4))
+    given = Given({"0.weight": 1 - 5 / 12800})
+    text = note_of(net, Recipe(target=Target("sparsity", 0.99962), allocation=given))
+    assert text.startswith("asked for 99.962 % sparsity, reached 99.961 % sparsity: ")
+
+
 DATA = [(torch.randn(8, 16), torch.randint(4, (8,))) for _ in range(5)]
 
 

@@ -39,22 +39,26 @@ class Money:
         """The budget when ``share`` of the way from dense to the target is due."""
         return Budget(self.dense - share * (self.dense - self.limit), probe, share)
 
-    def told(self, target: Target, spent: float) -> str:
+    def told(self, target: Target, spent: float, digits: int = 4) -> str:
         """What is spent on the pruned weights, in the unit and the form of a target."""
         if target.unit == "sparsity":
-            return f"{100 * (1 - spent / self.dense):.4g} % sparsity"
+            return f"{100 * (1 - spent / self.dense):.{digits}g} % sparsity"
         whole = self.fixed + spent
         if target.value < 1:
-            return f"{100 * whole / (self.fixed + self.dense):.4g} % of the {target.unit}"
+            return f"{100 * whole / (self.fixed + self.dense):.{digits}g} % of the {target.unit}"
         return f"{whole:,.0f} {target.unit}"
 
     def missed(self, target: Target, spent: float) -> str:
         """What is to be told if more than the target was spent in the end; empty if not."""
         if spent <= 1.02 * self.limit:
             return ""
+        for digits in range(4, 16):  # 99.99 % and 99.98 % of zeros are twice as many weights
+            asked, reached = (self.told(target, x, digits) for x in (self.limit, spent))
+            if asked != reached:
+                break
         return (
-            f"asked for {self.told(target, self.limit)}, reached {self.told(target, spent)}: levels "
-            "were given, or each pool of the pattern keeps a whole number of groups, and at least one"
+            f"asked for {asked}, reached {reached}: levels were given, or each pool of the pattern "
+            "keeps a whole number of groups, and at least one"
         )
 
 
