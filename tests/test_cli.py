@@ -232,6 +232,16 @@ def test_required_gains(place: Path) -> None:
     document(*both, *data, "--require", f"accuracy={lost - 0.1}", code=6)
     text = secateur(*both, *data, "--require", f"accuracy={lost - 0.1}", code=6)
     assert "required and missing: accuracy" in text.stderr
+    assert "not measured" not in text.stderr
+
+
+def test_accuracy_that_was_not_measured_is_missing_and_told_so(place: Path) -> None:
+    (place / "numbers.py").write_text(
+        'import torch\ndef load(): return {"test": [(torch.zeros(4, 8), torch.zeros(4, 3))]}\n'
+    )
+    found = ("compare", "net.py:build", "net.py:build", "--data", "numbers.py:load")
+    text = secateur(*found, "--require", "accuracy=0.5", code=6)
+    assert "not measured: the data have no classes" in text.stderr
 
 
 def test_required_gains_are_checked_before_the_work(place: Path) -> None:

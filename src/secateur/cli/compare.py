@@ -28,6 +28,10 @@ GAIN_MISSING = 6
 _REQUIRABLE = ("smaller", "faster", "accuracy")
 # Far above the rounding of a difference, and far below one answer of any test set.
 _ROUNDING = 1e-12
+# Only accuracy can be: size always is, and without an example for the speed nothing was asked.
+_UNMEASURED = (
+    "not measured: the data have no classes as targets; a metric of your own takes its place"
+)
 
 
 def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
@@ -96,7 +100,8 @@ def compare(  # noqa: PLR0913, PLR0917 - a parameter for each option
             if not _holds(found, name, most)
         ]
         for text in missing:
-            out.errors.print(Text(f"required and missing: {text}", "bold red"))
+            why = "" if found.gain(text.partition("=")[0]) else f" ({_UNMEASURED})"
+            out.errors.print(Text(f"required and missing: {text}{why}", "bold red"))
         content = {
             "comparison": comparison_json(found),
             "masks": alike and {"jaccard": alike.whole.value, "chance": alike.given_layers.chance},
