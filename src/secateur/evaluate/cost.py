@@ -27,11 +27,12 @@ class Cost:
     Args:
         parameters: Numbers in all parameters; tied ones count once.
         nonzeros: How many of them are not zero.
-        pruned_sparsity: Share of zeros among the weights that have masks; ``None`` without masks.
+        pruned_sparsity: Share that the masks prune of the weights that have one; ``None`` without masks.
         macs_dense: Multiply-adds of one sample, zeros included; ``None`` without an example.
         macs: Multiply-adds of one sample with a kept weight.
         bytes: Size of the bundle's ``model.safetensors``, from a file that was really written.
-        uncounted: Weights whose multiply-adds are not in the two counts.
+        uncounted: Weights that no product was seen to use, so none is in the two counts: they are
+            added, as positions are, or multiplied in another way.
     """
 
     parameters: int
