@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import math
 
 import pytest
+import torch
 from test_report import comparison, rendered
+from torch import nn
 
+from secateur import Recipe, Scope, compare, prune
 from secateur.evaluate import Measurement, Speed
 from secateur.evaluate.verdict import Gain, verdict
 from secateur.report import comparison_table
+from secateur.runtime import accelerate, library
 
 
 def measured(bytes_: int = 1000, samples: int = 24) -> Measurement:
@@ -77,3 +83,32 @@ def test_what_is_no_number_is_no_gain(difference: float) -> None:
     assert gain.text == (
         "Count of one of the networks is not finite, so there is no difference to judge."
     )
+
+
+def test_the_name_of_a_metric_is_the_user_s() -> None:
+    a = dataclasses.replace(measured(), metric="mAP")
+    (_, gain) = verdict(a, a, 0.01, None, None)
+    assert gain.text == "mAP changed by +0.01."
+
+
+@pytest.mark.parametrize(("loss", "advice"), [(0.5, "Fine-tune longer"), (math.nan, "overflowed")])
+def test_a_network_without_numbers_needs_no_fine_tuning(loss: float, advice: str) -> None:
+    a, b = measured(), dataclasses.replace(measured(), loss=loss)
+    (_, gain) = verdict(a, b, -0.5, 0.01, None)
+    assert gain.text.startswith("Accuracy is lost: -50.00 ± 1.00 points, more than noise. ")
+    assert advice in gain.text
+
+
+@pytest.mark.skipif(not library.available(), reason="the native library is not built")
+def test_who_skips_zeros_already_is_not_advised_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: timings in which the second network is slower."""
+    module = importlib.import_module("secateur.evaluate.compare")
+    monkeypatch.setattr(module, "race", lambda *_, **__: ([1.0] * 9, [2.0] * 9))
+    net, x = nn.Linear(8, 8).eval(), torch.zeros(2, 8)
+    sparse = prune(net, Recipe(scope=Scope(sensitive=True))).model
+    plain, packed = (
+        compare(net, b, example=x).verdict[-1].text for b in (sparse, accelerate(sparse))
+    )
+    assert "PyTorch multiplies the zeros too" in plain
+    assert "PyTorch" not in packed
+    assert "secateur doctor" in packed

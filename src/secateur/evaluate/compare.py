@@ -21,6 +21,7 @@ from secateur.evaluate.latency import Latency, Speed, race
 from secateur.evaluate.measure import Measurement, Tally, batches_of, opened, quality
 from secateur.evaluate.verdict import Gain, verdict
 from secateur.formats import same_bits
+from secateur.runtime.torch_layers import is_accelerated
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def compare(
         agreement=pairs.agreement,
         kl=pairs.kl,
         speed=speed,
-        verdict=verdict(found[0], found[1], difference, error, speed),
+        verdict=verdict(found[0], found[1], difference, error, speed, skips=is_accelerated(second)),
     )
 
 

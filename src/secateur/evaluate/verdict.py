@@ -40,13 +40,24 @@ def verdict(
     difference: float | None,
     error: float | None,
     speed: Speed | None,
+    *,
+    skips: bool = False,
 ) -> tuple[Gain, ...]:
-    """Judge file size, accuracy and speed; what was not measured is left out."""
+    """Judge file size, accuracy and speed; what was not measured is left out.
+
+    Args:
+        a: The first network.
+        b: The second network.
+        difference: Of their accuracy or metric.
+        error: Its standard error.
+        speed: How many times faster the second is.
+        skips: Whether the second already has layers that skip zeros.
+    """
     gains = [_smaller(a, b)]
     if difference is not None:
-        gains.append(_accuracy(difference, error, a))
+        gains.append(_accuracy(difference, error, a, b))
     if speed is not None:
-        gains.append(_faster(speed, b.cost.sparsity - a.cost.sparsity))
+        gains.append(_faster(speed, b.cost.sparsity - a.cost.sparsity, skips))
     return tuple(gains)
 
 
@@ -64,13 +75,13 @@ def _smaller(a: Measurement, b: Measurement) -> Gain:
     return Gain("smaller", False, text)
 
 
-def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
+def _accuracy(difference: float, error: float | None, a: Measurement, b: Measurement) -> Gain:
     if a.metric == "accuracy":
         spread = "" if error is None else f" ± {100 * error:.2f}"
         change = f"{100 * difference:+.2f}{spread} points"
     else:
         change = f"{difference:+.4g}"
-    name = a.metric[:1].upper() + a.metric[1:]
+    name = a.metric.capitalize() if a.metric.islower() else a.metric  # mAP and IoU are names
     if not math.isfinite(difference):
         text = f"{name} of one of the networks is not finite, so there is no difference to judge."
         return Gain("accuracy", False, text)
@@ -86,7 +97,11 @@ def _accuracy(difference: float, error: float | None, a: Measurement) -> Gain:
         return Gain("accuracy", True, text)
     if difference > 0:
         return Gain("accuracy", True, f"{name}{where} is better: {change}.")
-    text = f"{name}{where} is lost: {change}, more than noise. Fine-tune longer, or prune less."
+    text = f"{name}{where} is lost: {change}, more than noise. "
+    if b.loss is not None and math.isnan(b.loss):
+        text += "Its loss is not a number: training or a repair overflowed."
+    else:
+        text += "Fine-tune longer, or prune less."
     return Gain("accuracy", False, text)
 
 
@@ -102,13 +117,18 @@ def _unseen(error: float, samples: int) -> str:
     return f" With {samples:,} samples, a loss of up to {min(100, 100 * hidden):.0f} points can go unseen."
 
 
-def _faster(speed: Speed, sparser: float) -> Gain:
+def _faster(speed: Speed, sparser: float, skips: bool) -> Gain:
     spread = f"{speed.ratio:.2f}x, 95 % range {speed.low:.2f} to {speed.high:.2f}"
     if speed.verdict == "faster":
         return Gain("faster", True, f"It is faster: {spread}.")
     none = speed.low <= 1 <= speed.high
     text = f"It is {'not faster' if none else speed.words}: {spread}."
-    if sparser > _SPARSE:
+    if skips:
+        text += (
+            " Its layers that skip zeros do not pay here: secateur doctor says from which "
+            "sparsity on they do."
+        )
+    elif sparser > _SPARSE:
         text += (
             " PyTorch multiplies the zeros too. To skip them: secateur export, then secateur "
             "compile; or secateur.runtime.accelerate."

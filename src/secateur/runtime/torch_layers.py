@@ -140,9 +140,17 @@ def dense_copy(module: nn.Module) -> nn.Module:
         >>> type(dense_copy(net)).__name__, type(net).__name__
         ('Linear', 'SparseLayer')
     """
-    if not any(isinstance(layer, SparseLayer) for layer in module.modules()):
-        return module
-    return _swap_(copy.deepcopy(module), _dense)
+    return _swap_(copy.deepcopy(module), _dense) if is_accelerated(module) else module
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    """Whether some layer of a network is one of :func:`accelerate`.
+
+    Example:
+        >>> is_accelerated(nn.Linear(4, 4)), is_accelerated(accelerate(nn.Linear(4, 4), minimum_sparsity=0))
+        (False, True)
+    """
+    return any(isinstance(layer, SparseLayer) for layer in module.modules())
 
 
 def consider(module: nn.Module, *, minimum_sparsity: float = 0.5) -> tuple[Considered, ...]:
