@@ -267,7 +267,7 @@ def test_an_own_metric_keeps_its_name_and_is_not_taken_for_ours() -> None:
         return 0.5
 
     net = network()
-    for metric, name in ((accuracy, "Own accuracy"), (mAP, "MAP")):
+    for metric, name in ((accuracy, "Own accuracy"), (mAP, "mAP")):
         found = compare(net, net, Data(test=labelled(net), metric=metric), latency=False)
         assert found.difference_error is None
         gain = found.gain("accuracy")

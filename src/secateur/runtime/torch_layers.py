@@ -147,7 +147,8 @@ def is_accelerated(module: nn.Module) -> bool:
     """Whether some layer of a network is one of :func:`accelerate`.
 
     Example:
-        >>> is_accelerated(nn.Linear(4, 4)), is_accelerated(accelerate(nn.Linear(4, 4), minimum_sparsity=0))
+        >>> net = nn.Linear(4, 4).eval()
+        >>> is_accelerated(net), is_accelerated(accelerate(net, minimum_sparsity=0))
         (False, True)
     """
     return any(isinstance(layer, SparseLayer) for layer in module.modules())
