@@ -215,3 +215,35 @@ def test_later_rounds_keep_nothing_that_is_zero(allocation: Any, criterion: Any)
     assert abs(pruned.masks.kept - 0.3 * 2240) <= 3
     for name, mask in pruned.masks.items():
         assert bool((pruned.model.get_parameter(name)[mask] != 0).all())
+
+
+def test_equal_scores_are_priced_once_an_item_and_not_once_for_every_other() -> None:
+    def calls(count: int) -> int:
+        made = 0
+
+        def cost(kept: int) -> float:
+            nonlocal made
+            made += 1
+            return float(kept)
+
+        tied = torch.ones(1, 16)
+        items = [
+            Item(
+                str(i),
+                "Linear",
+                (4, 4),
+                tied,
+                1,
+                16,
+                1,
+                cost,
+                quota=lambda _, s: round(16 - 16 * s),
+            )
+            for i in range(count)
+        ]
+        levels = Ranked()(items, Budget(8.0 * count))
+        # In their order: the first ones keep everything, the others nothing.
+        assert list(levels.values()) == [0.0] * (count // 2) + [15 / 16] * (count - count // 2)
+        return made
+
+    assert calls(80) < 3 * calls(40)

@@ -57,10 +57,10 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
     dtype = torch.float64 if any(i.scores.dtype == torch.float64 for i in items) else torch.float32
     flat = [item.scores.flatten().to(dtype) for item in items]
     base = torch.zeros(len(items), dtype=torch.int64)
+    most = budget.limit * (1 + 1e-12)
 
     def within(counts: Tensor) -> bool:
-        spent = sum(i.cost(int(c) * i.members) for i, c in zip(items, counts, strict=True))
-        return spent <= budget.limit * (1 + 1e-12)
+        return _spent(items, counts.tolist()) <= most
 
     prefix: int | None = None
     ties = torch.tensor([f.numel() for f in flat])
@@ -79,18 +79,31 @@ def _counts_above(items: Sequence[Item], budget: Budget) -> list[int]:
         base = base + above[:, high]
         value = low - (1 << (RADIX - 1)) if level == 0 else low
         prefix = value if prefix is None else (prefix << RADIX) | value
-    # All of ``ties`` have exactly the threshold's score: take as many as the budget allows.
-    for index in range(len(items)):
-        more, step = 0, int(ties[index])
+    return _with_ties(items, base.tolist(), ties.tolist(), most)
+
+
+def _spent(items: Sequence[Item], counts: Sequence[int]) -> float:
+    return sum(i.cost(c * i.members) for i, c in zip(items, counts, strict=True))
+
+
+def _with_ties(
+    items: Sequence[Item], base: Sequence[int], ties: Sequence[int], most: float
+) -> list[int]:
+    """Of the groups with exactly the threshold's score as many as may be paid for, in item order."""
+    found: list[int] = []
+    spent = _spent(items, base)
+    for item, count, tied in zip(items, base, ties, strict=True):
+        others = spent - item.cost(count * item.members)
+        more, step = 0, tied
         while step:  # the largest affordable number, by halving steps
-            trial = base.clone()
-            trial[index] += more + step
-            if more + step <= int(ties[index]) and within(trial):
-                more += step
+            trial = more + step
+            if trial <= tied and others + item.cost((count + trial) * item.members) <= most:
+                more = trial
             else:
                 step //= 2
-        base[index] += more
-    return [int(b) for b in base]
+        found.append(count + more)
+        spent = others + item.cost(found[-1] * item.members)
+    return found
 
 
 def _table(flat: Sequence[Tensor], prefix: int | None, level: int) -> Tensor:
