@@ -193,3 +193,24 @@ def test_widths_that_are_given_follow_no_target() -> None:
     assert str(target_text(given)) == "Target: params 2.00 k -> 1.50 k."
     asked = Facts({"allocation": "uniform"}, measures=measured)
     assert "(asked for 1.00 k)" in str(target_text(asked))
+
+
+def test_notes_are_compared_with_their_like_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    equal = Note.__eq__
+
+    def counting(one: Note, other: object) -> bool:
+        nonlocal made
+        made += 1
+        return equal(one, other)
+
+    monkeypatch.setattr(Note, "__eq__", counting)
+    found = Facts()
+    for index in range(200):
+        found.note("pinned", f"{index}.weight", "it reaches the output")
+    assert made < 200
+    assert len(found.notes) == 200
+    del found.notes[100:]
+    for index in (99, 100, 100):
+        found.note("pinned", f"{index}.weight", "it reaches the output")
+    assert [note.where for note in found.notes] == [f"{index}.weight" for index in range(101)]

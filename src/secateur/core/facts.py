@@ -102,10 +102,17 @@ class Facts:
     history: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._known: set[Note] = set()
+
     def note(self, topic: str, where: str, text: str) -> None:
         """Add a note once."""
         new = Note(topic, where, text)
-        if new not in self.notes:
+        # Networks of thousands of layers have as many notes. The list is anyone's to change.
+        if len(self._known) != len(self.notes):
+            self._known = set(self.notes)
+        if new not in self._known or new not in self.notes:
+            self._known.add(new)
             self.notes.append(new)
 
     @property
