@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -346,3 +347,34 @@ def test_what_was_read_goes_when_something_new_is_seen() -> None:
         each.update(mean, weight, torch.tensor([[0.0, 1.0]]), 1)
         each.update(mean, weight, torch.tensor([[1.0, 1.0]]), 1)
         assert each(mean, weight).tolist() == [[0.5, 1.0]]
+
+
+def test_gradients_of_a_batch_are_gone_before_the_next_one() -> None:
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)))
+    made: list[Any] = []
+    living: list[int] = []
+
+    class Watching(Gradient):
+        def update(self, state: Any, weight: Weight, seen: Tensor, samples: int) -> Any:
+            made.append(weakref.ref(seen))
+            return super().update(state, weight, seen, samples)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        living.append(sum(each() is not None for each in made))
+        return cast(Tensor, model(batch).square().mean())
+
+    slots = [slot for slot in discover(net) if slot.axes is not None]
+    collect(net, slots, [Watching()], [torch.rand(2, 3) for _ in range(3)], loss=loss)
+    assert len(living) == 3
+    assert max(living) <= 1
+
+
+def test_what_is_taken_over_is_not_copied() -> None:
+    net, batches = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), [torch.rand(4, 3)]
+    slots = [slot for slot in discover(net) if slot.axes is not None]
+    one, other = (collect(net, slots, [need], batches) for need in (Sketch(), Gram()))
+    weight = slots[0].weight(net)
+    state = other._states[(Gram(), weight.name)]
+    assert one.take(other)._states[(Gram(), weight.name)] is state
+    assert one.names() == [slot.name for slot in slots]
+    assert (Sketch(), weight.name) in one

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -31,6 +31,26 @@ from secateur.stats import Beside, Positions, Replay, Sketch, Stats, collect, in
 
 _UNSEEN = "its inputs could not be seen on the data"
 _LOST = "with earlier weights pruned, the data do not reach it"
+
+
+@dataclass(frozen=True)
+class _Told(Sequence[Any]):
+    """Batches that say how many of them were read."""
+
+    batches: Sequence[Any]
+    progress: Progress
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        for done, batch in enumerate(self.batches):
+            self.progress("measuring", done, len(self))
+            yield batch
+        self.progress("measuring", len(self), len(self))
 
 
 class Rounds:
@@ -83,18 +103,18 @@ class Rounds:
 
     def _round(self, moment: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
         recipe = self.recipe
-        whole = not recipe.sequential or recipe.allocation.needs_scores
-        needs = set(recipe.criterion.needs) if whole else set()
-        repair_needs = self._repair_needs(last)
+        ranked = recipe.allocation.needs_scores
+        score_needs, repair_needs = set(recipe.criterion.needs), self._repair_needs(last)
+        repairs = set() if recipe.sequential else repair_needs
         stats = self._collect(
-            self.plan.chosen, needs | (set() if recipe.sequential else repair_needs)
+            self.plan.chosen,
+            (score_needs if ranked or not recipe.sequential else set()) | repairs,
         )
         stats.memory, stats.seed = memory.memory, memory.seed
         slots = self._reached(self.plan.chosen, stats)
-        found = weights(self.model, slots)
-        # In sequence each weight is scored once more, which is what moves averages.
-        ranks = partial(self._ranks, moving=not recipe.sequential)
-        groups = {w.name: ranks(w, stats, prior) for w in found} if whole else {}
+        groups: dict[str, torch.Tensor] = {}
+        if ranked:
+            groups = self._all_ranks(slots, stats, prior, score_needs - repairs)
         levels = self._levels(slots, groups, moment, last)
         layers: dict[str, LayerFacts] = {}
         masks: dict[str, torch.Tensor] = {}
@@ -110,6 +130,7 @@ class Rounds:
                     self.facts.note("left-out", slot.name, _LOST)
                     replay.finish(slot)
                     continue
+            if replay is not None or not ranked:
                 groups[slot.name] = self._ranks(weight, local, prior)
             picked = MaskChoice(
                 weight, recipe, groups.pop(slot.name), levels[slot.name], prior.get(slot.name)
@@ -117,7 +138,7 @@ class Rounds:
             masks[slot.name], layers[slot.name] = repair_(
                 self.model, slot, picked, recipe=recipe, stats=local, facts=self.facts
             )
-            local.drop(slot.name)
+            local.drop(slot.name, score_needs | repair_needs)
             if replay is not None:
                 replay.finish(slot)
         for name in set(self._pruned) - set(masks):  # no data reach it any more
@@ -130,6 +151,20 @@ class Rounds:
             attach_(self.model, done)
         self._pruned = done
         return done
+
+    def _all_ranks(
+        self, slots: Sequence[Slot], stats: Stats, prior: Masks, done_with: set[Any]
+    ) -> dict[str, torch.Tensor]:
+        """Scores of all weights at once; of each, what nobody else reads of the data goes then."""
+        groups = {}
+        for index, weight in enumerate(weights(self.model, slots)):
+            self.progress("scoring", index, len(slots))
+            # In sequence each weight is scored once more, which is what moves averages.
+            moving = not self.recipe.sequential
+            groups[weight.name] = self._ranks(weight, stats, prior, moving=moving)
+            stats.drop(weight.name, done_with)
+        self.progress("scoring", len(slots), len(slots))
+        return groups
 
     def _ranks(
         self, weight: Weight, stats: Stats, prior: Masks, *, moving: bool = True
@@ -232,10 +267,13 @@ class Rounds:
         stats = Stats()
         if needs - diagnosis:
             wanted = needs - diagnosis
-            stats = gather(self.model, slots, wanted, self.sample.batches, loss=loss, replay=replay)
+            batches: Sequence[Any] = self.sample.batches
+            if replay is None:  # in sequence it is done for every weight, which is told by itself
+                batches = _Told(batches, self.progress)
+            stats = gather(self.model, slots, wanted, batches, loss=loss, replay=replay)
         if diagnosis:
             few = collect(self.model, slots, diagnosis, self.sample.few, replay=replay)
-            stats = few.merge(stats).keep_values(stats)
+            stats = few.take(stats)
         return stats
 
     def _order(self, slots: Sequence[Slot]) -> list[Slot]:

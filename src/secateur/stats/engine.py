@@ -147,11 +147,22 @@ class Stats:
         """Keep a score for the next update."""
         self.memory[(key, name)] = value
 
-    def drop(self, name: str) -> None:
-        """Free everything known about one weight."""
-        for store in (self._states, self._values):
-            for key in [k for k in store if k[1] == name]:
-                del store[key]
+    def take(self, other: Stats) -> Stats:
+        """Take over what was found of other statistics, as it is and not copied; returns itself."""
+        new = {key: state for key, state in other._states.items() if key not in self._states}
+        self.keep_values(other)
+        self._states |= new
+        return self
+
+    def drop(self, name: str, needs: Iterable[Any]) -> None:
+        """Free what was streamed of one weight.
+
+        The results of probes stay: they may be asked for with another weight.
+        """
+        for need in needs:
+            if hasattr(need, "source"):
+                self._states.pop((need, name), None)
+                self._values.pop((need, name), None)
 
 
 def collect(
@@ -337,8 +348,12 @@ def _collect_gradients(
     with requiring_grad(parameters), torch.enable_grad():
         for batch in batches:
             value = differentiable(loss(model, batch))
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-            for slot, gradient in zip(slots, found, strict=True):
+            found: list[Tensor | None] = [
+                *torch.autograd.grad(value, parameters, allow_unused=True)
+            ]
+            for index, slot in enumerate(slots):
+                # Together they are as large as the network: none lives on beside the next backward pass.
+                gradient, found[index] = found[index], None
                 weight = slot.weight(model)
                 seen = torch.zeros_like(weight.value) if gradient is None else gradient
                 finite(seen, slot.name, "a gradient")

@@ -180,10 +180,8 @@ class Deciding:
             self.model, self.slots, self._measured, self._data.sample(), loss=self._data.loss
         )
         fresh = ranks.merged(fresh, self._measured, self.slots, self.model)
-        merged = fresh.merge(self.stats)
-        merged.memory, merged.seed = self.stats.memory, self.stats.seed
-        merged.keep_values(fresh)
-        return merged
+        fresh.memory, fresh.seed = self.stats.memory, self.stats.seed
+        return fresh.take(self.stats)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums and averages over the steps so far."""

@@ -1,0 +1,68 @@
+"""What a one-shot run keeps in memory while it works, and what it tells of its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from secateur import Recipe, prune
+from secateur.allocate import Ranked, Uniform
+from secateur.core.weight import Weight
+from secateur.score import Taylor
+from secateur.stats import Gradient, Stats
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Magnitudes; at each call it counts the scores, and the gradients of other weights, that live."""
+
+    counts: list[tuple[int, int]] = field(default_factory=list, hash=False, compare=False)
+    made: list[Any] = field(default_factory=list, hash=False, compare=False)
+    names: list[str] = field(default_factory=list, hash=False, compare=False)
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        return frozenset({Gradient()})
+
+    def __call__(self, weight: Weight, stats: Stats) -> Tensor:
+        living = sum(not made.expired() for made in self.made)
+        self.counts.append((living, sum((Gradient(), name) in stats for name in self.names)))
+        scores = weight.value.abs() * stats(Gradient(), weight).abs()
+        self.made.append(StorageWeakRef(scores.untyped_storage()))
+        self.names.append(weight.name)
+        return scores
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(6, 6) for _ in range(8)))
+
+
+def test_scores_do_not_wait_for_one_another_where_nobody_compares_them() -> None:
+    criterion = _Seen()
+    prune(deep(), Recipe(criterion), [(torch.rand(4, 6), torch.arange(4))])
+    assert len(criterion.counts) == 7
+    assert max(living for living, _ in criterion.counts) <= 1
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), Ranked()])
+def test_gradients_go_when_their_weight_was_scored(allocation: Any) -> None:
+    criterion = _Seen()
+    recipe = Recipe(criterion, allocation=allocation)
+    prune(deep(), recipe, [(torch.rand(4, 6), torch.arange(4))])
+    assert [left for _, left in criterion.counts] == [0] * 7
+
+
+def test_measuring_and_scoring_tell_how_far_they_are() -> None:
+    seen: list[tuple[str, float, float]] = []
+    batches = [(torch.rand(4, 6), torch.arange(4)) for _ in range(3)]
+    recipe = Recipe(Taylor(), allocation=Ranked())
+    prune(deep(), recipe, batches, progress=lambda *args: seen.append(args))
+    for stage, total in (("measuring", 3), ("scoring", 7)):
+        steps = [(done, of) for name, done, of in seen if name == stage]
+        assert steps == [(i, total) for i in range(total + 1)] * (len(steps) // (total + 1))
+        assert steps
