@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from secateur import Recipe, prune
 from secateur.allocate import Ranked, Uniform
+from secateur.core.errors import NonFinite
 from secateur.core.weight import Weight
+from secateur.drive.plan import require_finite
 from secateur.score import Taylor
 from secateur.stats import Gradient, Stats
 
@@ -66,3 +69,25 @@ def test_measuring_and_scoring_tell_how_far_they_are() -> None:
         steps = [(done, of) for name, done, of in seen if name == stage]
         assert steps == [(i, total) for i in range(total + 1)] * (len(steps) // (total + 1))
         assert steps
+
+
+def test_finite_weights_are_looked_at_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    whole = torch.isfinite
+
+    def isfinite(x: Tensor) -> Tensor:
+        looked.append(x.numel())
+        return whole(x)
+
+    monkeypatch.setattr(torch, "isfinite", isfinite)
+    net = deep()
+    require_finite(net)
+    assert set(looked) == {1}
+    with torch.no_grad():  # the sum of these is infinite, and they are not
+        net[3].weight.fill_(3e38)
+    require_finite(net)
+    for odd in (math.nan, math.inf, -math.inf):
+        with torch.no_grad():
+            net[5].weight[1, 2] = odd
+        with pytest.raises(NonFinite, match="1 of its 36 entries"):
+            require_finite(net)

@@ -138,7 +138,10 @@ def require_finite(model: nn.Module) -> None:
     """Raise if any parameter holds NaN or infinity; the first is named."""
     for name, parameter in model.named_parameters():
         plain = parameter.dtype.is_floating_point and not is_wrapper(parameter)
-        if plain and not bool(torch.isfinite(parameter).all()):
+        # One number first: a flag for each entry takes more memory than the weight has.
+        if not plain or bool(torch.isfinite(parameter.detach().sum())):
+            continue
+        if not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise NonFinite(
                 f"pruning {name!r}",
