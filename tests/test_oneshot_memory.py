@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from secateur import Recipe, prune
+from secateur import Recipe, prune, prune_
 from secateur.allocate import Ranked, Uniform
 from secateur.core.errors import NonFinite
 from secateur.core.weight import Weight
@@ -24,18 +25,17 @@ from secateur.stats import Gradient, Stats
 class _Seen:
     """Magnitudes; at each call it counts the scores, and the gradients of other weights, that live."""
 
+    needs: frozenset[Any] = frozenset({Gradient()})
     counts: list[tuple[int, int]] = field(default_factory=list, hash=False, compare=False)
     made: list[Any] = field(default_factory=list, hash=False, compare=False)
     names: list[str] = field(default_factory=list, hash=False, compare=False)
 
-    @property
-    def needs(self) -> frozenset[Any]:
-        return frozenset({Gradient()})
-
     def __call__(self, weight: Weight, stats: Stats) -> Tensor:
         living = sum(not made.expired() for made in self.made)
         self.counts.append((living, sum((Gradient(), name) in stats for name in self.names)))
-        scores = weight.value.abs() * stats(Gradient(), weight).abs()
+        scores = weight.value.abs()
+        for need in self.needs:
+            scores = scores * stats(need, weight).abs()
         self.made.append(StorageWeakRef(scores.untyped_storage()))
         self.names.append(weight.name)
         return scores
@@ -46,10 +46,26 @@ def deep() -> nn.Module:
 
 
 def test_scores_do_not_wait_for_one_another_where_nobody_compares_them() -> None:
-    criterion = _Seen()
-    prune(deep(), Recipe(criterion), [(torch.rand(4, 6), torch.arange(4))])
+    criterion = _Seen(frozenset())
+    prune(deep(), Recipe(criterion))
     assert len(criterion.counts) == 7
     assert max(living for living, _ in criterion.counts) <= 1
+
+
+def test_scores_of_data_are_all_there_before_a_weight_changes() -> None:
+    """They may be no numbers."""
+
+    class Failing(_Seen):
+        def __call__(self, weight: Weight, stats: Stats) -> Tensor:
+            scores = super().__call__(weight, stats)
+            return scores / 0 if len(self.counts) == 7 else scores
+
+    net = deep()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(NonFinite, match=r"scores of '6\.weight'"):
+        prune_(net, Recipe(Failing()), [(torch.rand(4, 6), torch.arange(4))])
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("allocation", [Uniform(), Ranked()])

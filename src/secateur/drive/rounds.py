@@ -103,23 +103,22 @@ class Rounds:
 
     def _round(self, moment: float, prior: Masks, memory: Stats, *, last: bool) -> Masks:
         recipe = self.recipe
-        ranked = recipe.allocation.needs_scores
         score_needs, repair_needs = set(recipe.criterion.needs), self._repair_needs(last)
         repairs = set() if recipe.sequential else repair_needs
-        stats = self._collect(
-            self.plan.chosen,
-            (score_needs if ranked or not recipe.sequential else set()) | repairs,
-        )
+        ranked, in_turn = recipe.allocation.needs_scores, recipe.sequential
+        # Scores of data may be no numbers: that is found before any weight has changed.
+        first = ranked or (bool(score_needs) and not in_turn)
+        stats = self._collect(self.plan.chosen, (score_needs if first else set()) | repairs)
         stats.memory, stats.seed = memory.memory, memory.seed
         slots = self._reached(self.plan.chosen, stats)
         groups: dict[str, torch.Tensor] = {}
-        if ranked:
+        if first:
             groups = self._all_ranks(slots, stats, prior, score_needs - repairs)
         levels = self._levels(slots, groups, moment, last)
         layers: dict[str, LayerFacts] = {}
         masks: dict[str, torch.Tensor] = {}
-        replay = self._replay(slots) if recipe.sequential else None
-        for slot in self._order(slots) if recipe.sequential else slots:
+        replay = self._replay(slots) if in_turn else None
+        for slot in self._order(slots) if in_turn else slots:
             self.progress("pruning", self._step[0] + len(masks) / len(slots), self._step[1])
             weight, local = slot.weight(self.model), stats
             if replay is not None:
@@ -130,7 +129,7 @@ class Rounds:
                     self.facts.note("left-out", slot.name, _LOST)
                     replay.finish(slot)
                     continue
-            if replay is not None or not ranked:
+            if replay is not None or not first:
                 groups[slot.name] = self._ranks(weight, local, prior)
             picked = MaskChoice(
                 weight, recipe, groups.pop(slot.name), levels[slot.name], prior.get(slot.name)
