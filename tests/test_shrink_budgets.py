@@ -10,8 +10,15 @@ from shrink_cases import Residual, batches, build
 from torch import nn
 
 import secateur
-from secateur.allocate.widths import RankedWidths, UniformWidths, WidthItem
-from secateur.core.errors import BudgetError
+from secateur.allocate.widths import (
+    GivenWidths,
+    RankedWidths,
+    UniformWidths,
+    WidthAllocation,
+    WidthItem,
+)
+from secateur.core.errors import BudgetError, UsageError
+from secateur.core.facts import Facts
 from secateur.drive.structural.width_cost import width_cost
 from secateur.score import GroupTaylor
 from secateur.structure import couple
@@ -69,6 +76,48 @@ def test_rounds_reach_the_target_and_replay_as_one_cut(net: Residual, tmp_path: 
     again = secateur.load(Residual(), tmp_path / "out").model.eval()
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(again(x), pruned.model.eval()(x))
+
+
+def test_a_target_that_coarse_rounds_overshoot_is_told_as_it_was_asked(net: Residual) -> None:
+    target = secateur.Target("params", 0.9)
+    one, three = (
+        secateur.shrink(
+            net,
+            secateur.ShrinkRecipe(target=target, recovery=(), align=8, rounds=rounds),
+            torch.zeros(1, 3, 8, 8),
+        ).facts
+        for rounds in (1, 3)
+    )
+    assert three.measures["target"] == pytest.approx(one.measures["target"])
+    for facts in (one, three):
+        (note,) = (n.text for n in facts.notes if n.topic == "target")
+        assert note.startswith("asked for 6,682 params, reached 5,681")
+
+
+@pytest.mark.parametrize("allocation", [UniformWidths(floor=0.5), RankedWidths(floor=0.5)])
+def test_a_floor_is_a_share_of_the_uncut_width_in_every_round(
+    net: Residual, allocation: WidthAllocation
+) -> None:
+    def cut(share: float) -> Facts:
+        target = secateur.Target("params", share)
+        recipe = secateur.ShrinkRecipe(
+            target=target, allocation=allocation, recovery=(), rounds=3, align=1
+        )
+        return secateur.shrink(net, recipe, torch.zeros(1, 3, 8, 8)).facts
+
+    assert all(width.kept >= width.groups / 2 for width in cut(0.4).widths)
+    with pytest.raises(BudgetError, match="lower the floor"):
+        cut(0.2)
+
+
+def test_shares_that_are_given_are_no_rounds_and_no_target(net: Residual) -> None:
+    given_ = GivenWidths({"*": 0.5})
+    with pytest.raises(UsageError, match="what the last one left"):
+        secateur.ShrinkRecipe(allocation=given_, recovery=(), rounds=3)
+    recipe = secateur.ShrinkRecipe(allocation=given_, recovery=())
+    facts = secateur.shrink(net, recipe, torch.zeros(1, 3, 8, 8)).facts
+    (note,) = (n.text for n in facts.notes if n.topic == "target")
+    assert note.endswith("the allocation gives the widths")
 
 
 def test_uniform_widths_are_alike_and_within_the_target() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.allocate.widths import WidthItem
+from secateur.allocate.widths import GivenWidths, WidthItem
 from secateur.core.batches import Batch
 from secateur.core.budget import Target
 from secateur.core.facts import Facts
@@ -99,12 +99,15 @@ class ShrinkBudget:
         target, last = self.recipe.target, self.last or self.recipe.target
         # Coarse steps may have taken a round beyond the next one's target already.
         ahead = self.last is not None and cost.dense <= target.value
-        limit = cost.dense if ahead else target.limit(cost.dense)
+        limit = target.value if ahead else target.limit(cost.dense)
         goal = limit if last == target else last.value
         whole = {width.name: width.groups for width in self.facts.widths}
+        how = WidthSteps(self.recipe.align, whole)
+        least = how.least(widths, getattr(self.recipe.allocation, "floor", 0.0))
 
         def allocate(steps: Mapping[str, int]) -> dict[str, int]:
-            items = [WidthItem(w.name, scores[w.name], step=steps[w.name]) for w in widths]
+            names = [width.name for width in widths]
+            items = [WidthItem(n, scores[n], least[n], steps[n]) for n in names]
             asked = limit
             while True:
                 counts = self.recipe.allocation(items, cost, asked)
@@ -115,7 +118,6 @@ class ShrinkBudget:
                     return evened
                 asked *= 0.98
 
-        how = WidthSteps(self.recipe.align, whole)
         chosen = how.choose(widths, allocate, cost=cost, goal=goal)
         self._note_cost(cost, chosen, limit, between=last != target)
         return chosen.kept
@@ -133,10 +135,10 @@ class ShrinkBudget:
         if chosen.why:
             self.facts.note("widths", "", chosen.why)
         if abs(spent - limit) > TOLERANCE * limit and not between:
-            text = (
-                f"asked for {limit:,.4g} {unit}, reached {spent:,.4g}: groups are whole heads or "
-                "channels, and the next one would have gone beyond"
-            )
+            why = "groups are whole heads or channels, and the next one would have gone beyond"
+            if isinstance(self.recipe.allocation, GivenWidths):
+                why = "the allocation gives the widths"
+            text = f"asked for {limit:,.4g} {unit}, reached {spent:,.4g}: {why}"
             self.facts.note("target", "", text)
 
     def _by_latency(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from secateur.allocate.widths import RankedWidths, WidthAllocation
+from secateur.allocate.widths import GivenWidths, RankedWidths, WidthAllocation
 from secateur.core.arguments import require_kind, require_part
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, UnknownName, UsageError
@@ -116,6 +116,13 @@ class ShrinkRecipe:
                 "rounds are 1 or more, and 1 where the target is latency",
                 "a step towards a latency would have to be measured in every round",
                 "give rounds=1, or a target in macs",
+            )
+        if self.rounds > 1 and isinstance(self.allocation, GivenWidths):
+            raise UsageError(
+                f"rounds={self.rounds} with GivenWidths",
+                "it gives shares of the widths, and does not use the target",
+                "every round would take its shares of what the last one left",
+                "give rounds=1, or UniformWidths or RankedWidths",
             )
         if self.align < 0:
             raise UsageError(

@@ -81,8 +81,8 @@ class Removal:
         """
         widths = [structure.by_name[name] for name in scores]
         uniform = self.recipe.uniform
-        floor = float(getattr(self.recipe.allocation, "floor", 0.0))
-        least = {w.name: max(1, round(floor * self.origin.get(w.name, 1))) for w in widths}
+        how = WidthSteps(self.recipe.align, self.origin)
+        least = how.least(widths, getattr(self.recipe.allocation, "floor", 0.0))
 
         def allocate(steps: Mapping[str, int]) -> dict[str, int]:
             items = [WidthItem(n, scores[n], least[n], steps[n]) for n in scores]
@@ -90,7 +90,6 @@ class Removal:
             groups = best_groups(structure, scores, counts, uniform=uniform, steps=steps)
             return {name: int(flags.sum()) for name, flags in groups.items()}
 
-        how = WidthSteps(self.recipe.align, self.origin)
         return how.choose(widths, allocate, cost=cost, goal=limits[1])
 
     def remove_(

@@ -124,6 +124,18 @@ class WidthSteps:
         whole = {w.name: self.origin.get(w.name, w.groups) for w in widths}
         return {w.name: step_of(whole[w.name], units_of(w), most) for w in widths}
 
+    def least(self, widths: Sequence[Width], floor: float) -> dict[str, int]:
+        """Name of each width -> groups that stay at least: a floor is a share of the uncut width.
+
+        Example:
+            >>> import torch
+            >>> widths = [Width("a", (), torch.arange(8)), Width("b", (), torch.arange(6))]
+            >>> WidthSteps(0, {"a": 20}).least(widths, 0.25)
+            {'a': 5, 'b': 2}
+        """
+        whole = {w.name: self.origin.get(w.name, w.groups) for w in widths}
+        return {w.name: min(w.groups, max(1, round(floor * whole[w.name]))) for w in widths}
+
     def choose(
         self,
         widths: Sequence[Width],
