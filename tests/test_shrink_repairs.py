@@ -15,7 +15,7 @@ from secateur.allocate.widths import GivenWidths
 from secateur.core.facts import Facts
 from secateur.drive.structural.compensate import Told, compensate_
 from secateur.drive.structural.refit import refit_
-from secateur.recover import Compensation
+from secateur.recover import Compensation, Moments
 from secateur.structure import couple, mask_
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -165,3 +165,37 @@ def test_a_norm_without_statistics_has_none_to_move(refit: bool) -> None:
     assert pruned.model[0].out_channels == 4  # type: ignore[index]
     x = torch.randn(8, 3, 8, 8)
     assert torch.isfinite(pruned.model(x)).all()
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_moments_are_those_of_double_precision_however_large_the_means(
+    mean: float, centred: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [mean + torch.randn(2, 64, 5, generator=generator) for _ in range(4)]
+    moments = Moments(2, 5, 3)
+    for x in batches:
+        moments.add(x, x[..., 1:4])
+    x = torch.cat(batches, 1).double()
+    z = x[..., 1:4]
+    if centred:
+        x, z = x - x.mean(1, keepdim=True), z - z.mean(1, keepdim=True)
+    cross, own = moments.covariances(centred=centred)
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(cross, x.mT @ z / x.shape[1], **close)
+    torch.testing.assert_close(own, z.mT @ z / x.shape[1], **close)
+
+
+def test_inputs_that_differ_by_a_constant_are_not_alike() -> None:
+    x, moments = torch.arange(6.0).reshape(1, 3, 2), Moments(1, 2, 2)
+    moments.add(x, x + 1)
+    assert not moments.alike
+
+
+def test_a_bias_reads_nothing_so_nothing_is_told_of_it() -> None:
+    net = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ConvTranspose1d(8, 8, 2), nn.Conv1d(8, 2, 3))
+    recipe = ShrinkRecipe(allocation=GivenWidths({"*": 0.5}), recovery=(Compensation(),))
+    batches = [(torch.randn(4, 3, 9), torch.zeros(4).long())]
+    notes = secateur.shrink(net, recipe, None, batches).facts.notes
+    assert [n.where for n in notes if n.topic == "uncompensated"] == ["1.weight", ""]

@@ -31,14 +31,18 @@ class Moments:
             return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
 
         self.count = 0
+        self._shift_x, self._shift_z = zeros(dense), zeros(kept)
         self._x, self._z = zeros(dense), zeros(kept)
         self._xz, self._zz = zeros(dense, kept), zeros(kept, kept)
 
     def add(self, x: Tensor, z: Tensor) -> None:
         """Rows ``(groups, rows, columns)`` of both networks for the same samples."""
+        if not self.count:
+            self._shift_x, self._shift_z = _middle(x), _middle(z)
         self.count += x.shape[1]
-        # Products in single precision (a batch is short), sums in double.
-        x, z = x.float(), z.float()
+        # Products in single precision (a batch is short), sums in double. Where means are large
+        # beside deviations, the latter would be lost in products: about a mean they are not.
+        x, z = _about(self._shift_x, x), _about(self._shift_z, z)
         self._x += x.sum(1)
         self._z += z.sum(1)
         self._xz += (x.mT @ z).double()
@@ -47,26 +51,42 @@ class Moments:
     @property
     def alike(self) -> bool:
         """Whether both networks give this layer the very same inputs."""
-        same = self._xz.shape == self._zz.shape
+        same = self._xz.shape == self._zz.shape and torch.equal(self._shift_x, self._shift_z)
         return same and torch.equal(self._xz, self._zz) and torch.equal(self._x, self._z)
 
     @property
     def mean_dense(self) -> Tensor:
         """``(groups, dense)``."""
-        return self._x / self.count
+        return self._shift_x + self._x / self.count
 
     @property
     def mean_kept(self) -> Tensor:
         """``(groups, kept)``."""
-        return self._z / self.count
+        return self._shift_z + self._z / self.count
 
     def covariances(self, *, centred: bool) -> tuple[Tensor, Tensor]:
         """``E[x z^T]`` and ``E[z z^T]``, with the means taken out if ``centred``."""
-        cross, own = self._xz / self.count, self._zz / self.count
-        if centred:
-            cross = cross - self.mean_dense[..., :, None] * self.mean_kept[..., None, :]
-            own = own - self.mean_kept[..., :, None] * self.mean_kept[..., None, :]
+        x, z = self._x / self.count, self._z / self.count
+        cross = self._xz / self.count - _outer(x, z)
+        own = self._zz / self.count - _outer(z, z)
+        if not centred:
+            cross = cross + _outer(self.mean_dense, self.mean_kept)
+            own = own + _outer(self.mean_kept, self.mean_kept)
         return cross, own
+
+
+def _middle(x: Tensor) -> Tensor:
+    """Means of the rows of a batch, as single precision holds them."""
+    return x.double().mean(1).float().double()
+
+
+def _about(shift: Tensor, x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - shift[:, None].to(wide)).float()
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., :, None] * b[..., None, :]
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ def _unseen(model: nn.Module, structure: Structure, alive: Tensor) -> dict[str, 
         lost = axis == reads or (isinstance(module, nn.Bilinear) and axis == 2)
         if name in known or not isinstance(module, _READERS) or not lost or bool(alive[ids].all()):
             continue
+        if getattr(module, weight or name.rpartition(".")[2]).ndim < 2:  # a bias reads nothing
+            continue
         if inside:
             found[owner + weight] = "it is computed by a parametrization, so it was only cut"
         else:
