@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -208,3 +209,25 @@ def test_only_rows_of_the_same_samples_are_compared(dense: int, cut: int, count:
     slot = discover(nets[0])[0]
     moments = Both(*nets, [slot], [x]).moments(slot, (3, torch.arange(3)), 1000)
     assert moments.count == count
+
+
+@pytest.mark.parametrize("recovery", [(Compensation(),), (Compensation(refit=False),), ()])
+def test_zeros_that_a_repair_fills_are_told_and_counted(recovery: tuple[Any, ...]) -> None:
+    net, data = network(), [(x, torch.arange(16) % 5) for x in images(2)]
+    sparse = secateur.prune(net, secateur.Recipe(target=Target("sparsity", 0.8))).model
+    how = ShrinkRecipe(target=Target("params", 0.5), recovery=recovery)
+    facts, small = (found := secateur.shrink(sparse, how, None, data)).facts, found.model
+    left = secateur.shrink(sparse, replace(how, recovery=()), None, data).model
+    pairs = [
+        (o, n) for o, n in zip(left.parameters(), small.parameters(), strict=True) if o.ndim > 1
+    ]
+    zeros = sum(int((old == 0).sum()) for old, _ in pairs)
+    filled = sum(int((new[old == 0] != 0).sum()) for old, new in pairs)
+    told = [note.text for note in facts.notes if note.topic == "filled"]
+    if recovery:
+        assert told[0].startswith(f"{filled:,} of the {zeros:,} weights that were zero")
+    else:
+        assert zeros
+        assert not told
+        assert not filled
+    assert not any(n.topic == "filled" for n in secateur.shrink(net, how, None, data).facts.notes)

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Batch
+from secateur.core.facts import Facts
 from secateur.core.slots import Slot
 from secateur.drive.structural.compensate import Told, bias_of, note_damping
 from secateur.drive.structural.layer_inputs import Both
 from secateur.formats import Surgery
 from secateur.frontends import discover
+from secateur.frontends.surgery import cuts_of
 from secateur.recover import Compensation, Moments
 from secateur.stats import calls_in_order, following_norms
+from secateur.structure import apply_
+
+# Zeros that are lost are told from this share of all weights: below it no one pruned to have them.
+_MANY = 0.01
 
 
 @torch.no_grad()
@@ -80,6 +86,37 @@ def refit_(
             f"channels, share their weight, run more than once or read other rows: {', '.join(left)}"
         )
         told.facts.note("uncompensated", "", text)
+
+
+def note_filled(model: nn.Module, dense: nn.Module, surgery: Surgery | None, facts: Facts) -> None:
+    """Tell if weights that were zero have values now: zeros of an earlier pruning are lost then.
+
+    Args:
+        model: Cut, repaired and trained.
+        dense: Before the first cut; it is cut here.
+        surgery: What was cut from ``dense``.
+        facts: Where the note goes.
+
+    Example:
+        >>> from secateur.core.facts import Facts
+        >>> sparse, filled, facts = nn.Linear(2, 2), nn.Linear(2, 2), Facts()
+        >>> _ = nn.init.eye_(sparse.weight), nn.init.ones_(filled.weight)
+        >>> note_filled(filled, sparse, None, facts)
+        >>> print(facts.notes[0].text[:49])
+        2 of the 2 weights that were zero have values now
+    """
+    if surgery is not None:
+        apply_(dense, cuts_of(surgery))
+    pairs = zip(model.parameters(), dense.parameters(), strict=True)
+    weights = [(new, old) for new, old in pairs if old.ndim > 1]
+    zeros = sum(int((old == 0).sum()) for _, old in weights)
+    filled = sum(int(((old == 0) & (new != 0)).sum()) for new, old in weights)
+    if filled > _MANY * sum(old.numel() for _, old in weights):
+        text = (
+            f"{filled:,} of the {zeros:,} weights that were zero have values now: repair and training "
+            "give every weight one. Shrink first and prune what is left, or leave recovery out"
+        )
+        facts.note("filled", "", text)
 
 
 def _left(surgery: Surgery | None, name: str, axis: int, size: int) -> Sequence[int]:

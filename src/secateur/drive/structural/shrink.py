@@ -28,7 +28,7 @@ from secateur.drive.structural.compensate import Told, compensate_
 from secateur.drive.structural.cutting import example_of, proved, require_unmasked, widths_in
 from secateur.drive.structural.recipe import ShrinkRecipe
 from secateur.drive.structural.recipe_file import to_plain
-from secateur.drive.structural.refit import refit_
+from secateur.drive.structural.refit import note_filled, refit_
 from secateur.drive.structural.removal import require_slots_alike
 from secateur.drive.structural.scores import group_scores
 from secateur.drive.structural.trial import require_runs, unproved, unrunnable
@@ -182,6 +182,7 @@ class _Run:
                 self._round_(recipe, example, last=last)
             self._refit_(dense)
             self._train_(dense)
+            note_filled(self.model, dense, self.surgery, self.facts)
         facts.measures["seconds"] = time.perf_counter() - begun
         return Pruned(self.model, Masks({}), facts, surgery=surgery_of(self.model))
 
@@ -382,8 +383,7 @@ class _Run:
         return Told(self.facts, lambda done, total: self.progress(stage, done, total))
 
     def _train_(self, dense: nn.Module) -> None:
-        how = self.recipe.finetune
-        if how is not None:
+        if (how := self.recipe.finetune) is not None:
             assert self.data is not None
             loop = Loop(self.model, self.data, how, teacher=dense, progress=self.progress)
             self.facts.history += loop.run()
