@@ -306,7 +306,7 @@ def test_targets(unit: str) -> None:
     model = seeded(llama)
     pruned = drop_blocks(model, f"{unit}=70%", [IDS])
     before, after = pruned.facts.measures["parameters"]
-    assert len(pruned.facts.notes) in (1, 2)
+    assert sum(n.topic == "removed-block" for n in pruned.facts.notes) in (1, 2)
     assert after < before
     if unit == "params":
         assert after <= 0.7 * before < after + blocks_of(model, IDS)[0].parameters
@@ -398,3 +398,23 @@ def test_bypassed_restores_on_error() -> None:
     with pytest.raises(ZeroDivisionError), bypassed(net, [Block("0", "tensor", 6)]):
         raise ZeroDivisionError
     assert "forward" not in vars(net[0])
+
+
+@pytest.mark.parametrize("drop", [True, 2.5, 0.5, "2", "70%", None, [1]])
+def test_a_drop_without_a_unit_is_no_sparsity_and_true_is_no_number(drop: Any) -> None:
+    with pytest.raises(UsageError, match="drop=2 or drop='params=70%'"):
+        drop_blocks(nn.Linear(1, 1), drop, [torch.zeros(1, 1)])
+
+
+@pytest.mark.parametrize(("share", "missed"), [(0.6, True), (0.57, False)])
+def test_a_target_in_blocks_is_told_and_so_is_a_miss(share: float, missed: bool) -> None:
+    torch.manual_seed(0)
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    found = drop_blocks(net, secateur.Target("params", share), [IDS])
+    told = found.facts.measures["target"]
+    assert told["dense"] == sum(p.numel() for p in net.parameters())
+    assert told["limit"] == share * told["dense"]
+    assert told["reached"] == sum(p.numel() for p in found.model.parameters()) <= told["limit"]
+    assert [
+        n.text.endswith("not have been met") for n in found.facts.notes if n.topic == "target"
+    ] == ([True] * missed)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.arguments import plain_integer
 from secateur.core.batches import Data, as_data, evaluating, first_of, inputs_of, lack, to_device
 from secateur.core.budget import Target
 from secateur.core.errors import BudgetError, DataError, NeedsData, UsageError, kind_of
@@ -21,6 +21,7 @@ from secateur.core.slots import device_of
 from secateur.drive.money import uses
 from secateur.drive.network import copy_of
 from secateur.drive.pruned import Pruned
+from secateur.drive.structural.latency_budget import TOLERANCE
 from secateur.formats import BlockEdit
 from secateur.frontends import discover
 from secateur.frontends.remembered import remember_
@@ -90,7 +91,8 @@ def drop_blocks(
         The copy, the facts with the score of each block, and the surgery.
 
     Raises:
-        UsageError: There are fewer blocks than are to go (one stays).
+        UsageError: There are fewer blocks than are to go (one stays), or ``drop`` is neither a number
+            of them nor a target.
         BudgetError: The target cannot be met by removing blocks; the floor is named.
         DataError: The result does not compute what the bypassed network does.
 
@@ -103,8 +105,22 @@ def drop_blocks(
         >>> shallow.model.config.num_hidden_layers, len(shallow.model.encoder.layer)
         (2, 2)
     """
-    drop = plain_integer(drop)
-    return _Run(copy_of(model), as_data(data), criterion).run(drop, example_inputs, frozenset(keep))
+    run = _Run(copy_of(model), as_data(data), criterion)
+    return run.run(_asked(drop), example_inputs, frozenset(keep))
+
+
+def _asked(drop: Any) -> int | Target:
+    """A number of blocks or a target; a text or number without a unit would be taken for sparsity."""
+    if not isinstance(drop, bool) and isinstance(drop, Integral):
+        return int(drop)
+    if isinstance(drop, (Target, Mapping)) or (isinstance(drop, str) and "=" in drop):
+        return Target.parse(drop)
+    raise UsageError(
+        f"drop_blocks(drop={drop!r})",
+        kind_of(drop),
+        "blocks go by their number, or until a target with a unit is met",
+        "write e.g. drop=2 or drop='params=70%'",
+    )
 
 
 @dataclass
@@ -113,13 +129,14 @@ class _Run:
     data: Data | None
     criterion: BlockInfluence | BlockLoss
 
-    def run(self, drop: int | str | Target, example: Any, keep: frozenset[str]) -> Pruned:
+    def run(self, drop: int | Target, example: Any, keep: frozenset[str]) -> Pruned:
         begun = time.perf_counter()
         example = self._example(example)
         blocks = blocks_of(self.model, example)
         scores = self._scores(blocks)
         free = [b for b in blocks if b.path not in keep]
         gone = self._gone(drop, free, blocks, scores, example)
+        target = self._target(drop, gone, example)
         edits = removal_of(self.model, gone, example)
         surgery = surgery_for(
             self.model, Cuts(), [BlockEdit(e.module, e.kind, e.details) for e in edits]
@@ -139,6 +156,8 @@ class _Run:
                 f"name blocks to keep with keep=, e.g. {gone[0].path!r}",
             )
         facts = self._facts(drop, scores, gone)
+        facts.measures |= target
+        _note_missed(facts)
         facts.measures |= {"proof": error, "parameters": [before, _parameters(self.model)]}
         facts.measures["seconds"] = time.perf_counter() - begun
         return Pruned(self.model, Masks({}), facts, remember_(self.model, surgery))
@@ -193,7 +212,7 @@ class _Run:
 
     def _gone(
         self,
-        drop: int | str | Target,
+        drop: int | Target,
         free: list[Block],
         blocks: Sequence[Block],
         scores: dict[str, float],
@@ -202,7 +221,7 @@ class _Run:
         costs: Mapping[str, float] = dict.fromkeys((b.path for b in blocks), 1.0)
         spare = float(drop) if isinstance(drop, int) else 0.0
         if not isinstance(drop, int):
-            target = Target.parse(drop)
+            target = drop
             costs, dense = self._costs(target, blocks, example)
             spare = dense - target.limit(dense)
             most = sum(costs[b.path] for b in free)
@@ -271,6 +290,15 @@ class _Run:
         }
         return inside, sum(each.values())
 
+    def _target(self, drop: int | Target, gone: list[Block], example: Any) -> dict[str, Any]:
+        """What was asked for and what is reached, in the unit of the target; nothing for a number."""
+        if isinstance(drop, int):
+            return {}
+        costs, dense = self._costs(drop, gone, example)
+        reached = dense - sum(costs.values())
+        told = {"unit": drop.unit, "dense": dense, "limit": drop.limit(dense), "reached": reached}
+        return {"target": told}
+
     def _facts(self, drop: Any, scores: Mapping[str, float], gone: Sequence[Block]) -> Facts:
         name = type(self.criterion).__name__
         recipe = {"drop_blocks": drop if isinstance(drop, int) else str(drop), "criterion": name}
@@ -280,6 +308,16 @@ class _Run:
             told = f"{name} {scores[block.path]:.4g}" if block.path in scores else "with its run"
             facts.note("removed-block", block.path, f"{told}; {block.parameters:,} parameters")
         return facts
+
+
+def _note_missed(facts: Facts) -> None:
+    told = facts.measures.get("target")
+    if told and told["limit"] - told["reached"] > TOLERANCE * told["limit"]:
+        text = (
+            f"asked for {told['limit']:,.4g} {told['unit']}, reached {told['reached']:,.4g}: blocks go "
+            "whole, and without the last that went the target would not have been met"
+        )
+        facts.note("target", "", text)
 
 
 def _parameters(model: nn.Module) -> int:
