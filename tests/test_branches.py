@@ -290,3 +290,15 @@ def test_refusals() -> None:
         with pytest.raises(UsageError, match="its details"):
             branch_(net, "2", details)
     assert isinstance(net[2], nn.Conv2d)
+
+
+def test_an_image_without_a_batch_is_gathered_by_its_channels() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    groups = {"2.weight": torch.arange(8) % 2}
+    weights = {"2.weight": net[2].weight.detach()}
+    learned, _ = energy_prune(weights, groups, {"2.weight": 1.0}, target=0.5, count=2)
+    packed = pack_branches(net, learned, torch.randn(3, 12, 12))
+    assert packed.facts.measures["proof"] < 1e-5
+    x = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(torch.stack([packed.model(one) for one in x]), packed.model(x))

@@ -54,14 +54,14 @@ class GatheredConv2d(nn.Module):
         self._index("order", None if order == list(range(len(made))) else order, conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The convolution of ``(batch, channels, height, width)``."""
+        """The convolution of ``(batch, channels, height, width)``, or of one image without a batch."""
         parts = []
         for number, branch in enumerate(self.branches):
             channels = self._buffers[f"channels{number}"]
-            parts.append(branch(x if channels is None else x.index_select(1, channels)))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            parts.append(branch(x if channels is None else x.index_select(-3, channels)))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, -3)
         order = self._buffers["order"]
-        return out if order is None else out.index_select(1, order)
+        return out if order is None else out.index_select(-3, order)
 
     def extra_repr(self) -> str:
         """Channels in and out, and how many kernels of all there are."""
