@@ -179,6 +179,8 @@ def test_heads_that_cannot_be_removed() -> None:
     refused({0: [-1]}, "has no head -1")
     refused({0: range(6)}, "all 6 heads")
     refused({0: [0, 1]}, "no list of layers", layers="model.nothing")
+    model.model.layers[0] = before.model.layers[0] = PassThrough()
+    refused({0: [0, 1]}, "layers.0 has no weights. A block that was removed")
     with pytest.raises(UsageError, match="no list of layers"):
         prune_heads(nn.Linear(2, 2), {0: [0]}, example=torch.ones(1, 2))
 

@@ -176,6 +176,9 @@ def attention_width(model: nn.Module, structure: Structure, layer: str) -> Width
         why = "a layer with two attentions (itself and an encoder) has two kinds of heads"
         found = f"{len(inside)} widths of {layer} could be its heads: {names}"
         raise _refused(model, found, why, "cut one of these widths by its name instead")
+    if not any(True for _ in model.get_submodule(layer).parameters()):
+        why = "a block that was removed passes its input on, and has none"
+        raise _refused(model, f"{layer} has no weights", why, "name another layer")
     pinned = {reason for (n, _), reason in structure.pinned.items() if n.startswith(f"{layer}.")}
     shared = [
         w for w in structure.widths if any(s.parameter.startswith(f"{layer}.") for s in w.slices)
