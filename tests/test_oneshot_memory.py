@@ -76,12 +76,12 @@ def test_gradients_go_when_their_weight_was_scored(allocation: Any) -> None:
     assert [left for _, left in criterion.counts] == [0] * 7
 
 
-def test_measuring_and_scoring_tell_how_far_they_are() -> None:
+def test_calibrating_and_scoring_tell_how_far_they_are() -> None:
     seen: list[tuple[str, float, float]] = []
     batches = [(torch.rand(4, 6), torch.arange(4)) for _ in range(3)]
     recipe = Recipe(Taylor(), allocation=Ranked())
     prune(deep(), recipe, batches, progress=lambda *args: seen.append(args))
-    for stage, total in (("measuring", 3), ("scoring", 7)):
+    for stage, total in (("calibrating", 3), ("scoring", 7)):
         steps = [(done, of) for name, done, of in seen if name == stage]
         assert steps == [(i, total) for i in range(total + 1)] * (len(steps) // (total + 1))
         assert steps

@@ -48,9 +48,9 @@ class _Told(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for done, batch in enumerate(self.batches):
-            self.progress("measuring", done, len(self))
+            self.progress("calibrating", done, len(self))
             yield batch
-        self.progress("measuring", len(self), len(self))
+        self.progress("calibrating", len(self), len(self))
 
 
 class Rounds:
