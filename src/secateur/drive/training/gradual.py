@@ -364,7 +364,7 @@ class Gradual:
             "per_epoch": self._per_epoch,
             "last_update": self._last_update,
             "stats": self._deciding.state_dict(),
-            **told.told(self.facts),
+            **told.so_far(self.facts),
             "regrow": self._regrowth.state_dict(),
         }
 

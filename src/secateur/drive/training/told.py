@@ -80,13 +80,13 @@ def tell_target(facts: Facts, target: Target, share: float, found: float, missed
         facts.note("target", "", text)
 
 
-def told(facts: Facts) -> dict[str, Any]:
+def so_far(facts: Facts) -> dict[str, Any]:
     """The changes and notes so far, as plain values: a resumed run tells them, too.
 
     Example:
         >>> facts, later = Facts(history=[{"step": 6}]), Facts()
         >>> facts.note("unseen", "fc.weight", "it kept its mask")
-        >>> tell_again(later, told(facts))
+        >>> tell_again(later, so_far(facts))
         >>> later == facts
         True
     """
@@ -95,7 +95,7 @@ def told(facts: Facts) -> dict[str, Any]:
 
 
 def tell_again(facts: Facts, state: Mapping[str, Any]) -> None:
-    """Take over what :func:`told` gave; notes of the start, which are here already, stay single."""
+    """Take over what :func:`so_far` gave; notes of the start, which are here already, stay single."""
     facts.history = [dict(event) for event in state.get("history", ())]
     for topic, where, text in state.get("notes", ()):
         facts.note(topic, where, text)
