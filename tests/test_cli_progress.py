@@ -86,4 +86,4 @@ def test_commands_that_measure_watch_their_batches(
     models = [f"{tmp_path / 'net.py'}:build"] * (2 if command is compare_command.compare else 1)
     with pytest.raises(typer.Exit):
         command(*models, data=f"{tmp_path / 'data.py'}:load")
-    assert seen == ["_Watched"]
+    assert seen == ["Watched"]

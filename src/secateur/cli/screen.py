@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TextIO, cast
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from secateur.core.batches import Batch, Data, length_of
+from secateur.core.batches import Data, Watched
 from secateur.core.errors import FileError, SecateurError, UsageError
 from secateur.frontends import Loaded
 from secateur.report import document, error_document
@@ -121,12 +121,12 @@ class Screen:
         """Data whose batches for measuring draw a bar as they are read, where that takes long."""
         with self.progress() as report:
             if data is None or data.test is not None:
-                yield data and replace(data, test=_Watched(data.test or (), report))
+                yield data and replace(data, test=Watched(data.test or (), "measuring", report))
             else:
                 yield (
                     data
                     if data.train is None
-                    else replace(data, train=_Watched(data.train, report))
+                    else replace(data, train=Watched(data.train, "measuring", report))
                 )
 
     @contextmanager
@@ -162,21 +162,6 @@ class _Trimmed:
     def write(self, text: str) -> int:
         self._file.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
         return len(text)
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """Batches that report how many of them were read."""
-
-    batches: Iterable[Batch]
-    report: Callable[[str, float, float | None], None]
-
-    def __iter__(self) -> Iterator[Batch]:
-        total, done = length_of(self.batches), 0
-        for done, batch in enumerate(self.batches):
-            self.report("measuring", done, total)
-            yield batch
-        self.report("measuring", done + 1, total)
 
 
 @contextmanager

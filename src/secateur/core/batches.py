@@ -8,7 +8,7 @@ that are a list of mappings are one for each sample, and so is a list of as many
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
@@ -40,6 +40,7 @@ from secateur.core.samples import (
 
 __all__ = [
     "Data",
+    "Watched",
     "as_data",
     "aside",
     "count",
@@ -232,6 +233,41 @@ def count(batches: Iterable[Batch]) -> int:
     """
     known = length_of(batches)
     return sum(1 for _ in batches) if known is None else known
+
+
+@dataclass(frozen=True)
+class Watched(Sequence[Any]):
+    """Batches that report how many of them were read.
+
+    Args:
+        batches: As long as they are; a stream has no length.
+        stage: What they are read for.
+        report: Called with the stage, how many were read, and how many there are, or ``None``.
+
+    Example:
+        >>> list(Watched([1, 2], "reading", print))
+        reading 0 2
+        reading 1 2
+        reading 2 2
+        [1, 2]
+    """
+
+    batches: Any
+    stage: str
+    report: Callable[[str, float, Any], object]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        total, done = length_of(self.batches), 0
+        for done, batch in enumerate(self.batches):
+            self.report(self.stage, done, total)
+            yield batch
+        self.report(self.stage, done + 1, total)
 
 
 def lack(data: Data | None) -> str:

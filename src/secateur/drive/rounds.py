@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.core.batches import Watched
 from secateur.core.budget import Item
 from secateur.core.facts import Facts, LayerFacts
 from secateur.core.masks import Masks
@@ -31,26 +32,6 @@ from secateur.stats import Beside, Positions, Replay, Sketch, Stats, collect, in
 
 _UNSEEN = "its inputs could not be seen on the data"
 _LOST = "with earlier weights pruned, the data do not reach it"
-
-
-@dataclass(frozen=True)
-class _Told(Sequence[Any]):
-    """Batches that say how many of them were read."""
-
-    batches: Sequence[Any]
-    progress: Progress
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.batches[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        for done, batch in enumerate(self.batches):
-            self.progress("calibrating", done, len(self))
-            yield batch
-        self.progress("calibrating", len(self), len(self))
 
 
 class Rounds:
@@ -268,7 +249,7 @@ class Rounds:
             wanted = needs - diagnosis
             batches: Sequence[Any] = self.sample.batches
             if replay is None:  # in sequence it is done for every weight, which is told by itself
-                batches = _Told(batches, self.progress)
+                batches = Watched(batches, "calibrating", self.progress)
             stats = gather(self.model, slots, wanted, batches, loss=loss, replay=replay)
         if diagnosis:
             few = collect(self.model, slots, diagnosis, self.sample.few, replay=replay)
