@@ -308,3 +308,33 @@ def test_data_sets_of_hugging_face_are_no_batches(given: str | None) -> None:
     data = rows if given is None else {given: rows}
     with pytest.raises(UsageError, match=r'DataLoader\(dataset.with_format\("torch"\)'):
         as_data(data)
+
+
+STREAM = """
+from net import batch
+from torch.utils.data import DataLoader, IterableDataset
+
+class Rows(IterableDataset):
+    def __iter__(self):
+        x, y = batch()
+        yield from zip(x, y)
+
+def load():
+    return {"train": DataLoader(Rows(), 4), "test": DataLoader(Rows(), 4)}
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "net.py:build"),
+        ("compare", "net.py:build", "net.py:build"),
+        ("prune", "net.py:build", "--sparsity", "50%", "-o", "out"),
+        ("shrink", "net.py:build", "--target", "params=70%", "-o", "out"),
+    ],
+)
+def test_test_data_may_be_a_stream_without_a_length(words: tuple[str, ...], place: Path) -> None:
+    (place / "stream.py").write_text(STREAM)
+    found = told(*words, "--data", "stream.py:load")
+    measured = found["measurement"] if "measurement" in found else found["comparison"]["b"]
+    assert (measured["samples"], measured["split"]) == (8, "test")

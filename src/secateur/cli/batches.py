@@ -41,6 +41,20 @@ def data_from(data: str | None, calibration: int | None) -> Data | None:
     return dataclasses.replace(found, calibration=calibration)
 
 
+def measurable(data: Data | None) -> Data | None:
+    """Data with batches on which a network can be measured; None without.
+
+    Loaders are not asked whether they are empty: a stream has no length.
+
+    Example:
+        >>> measurable(Data()) is None, measurable(Data(test=[])) is None
+        (True, False)
+    """
+    if data is None or (data.test is None and data.train is None):
+        return None
+    return data
+
+
 def example_from(inputs: str | None, data: str | None, *models: nn.Module) -> Batch | None:
     """The batch that ``--input`` describes, or None where it was not given.
 

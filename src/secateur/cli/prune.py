@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.batches import data_from
+from secateur.cli.batches import data_from, measurable
 from secateur.cli.flags import Flags, describe, recipe_from
 from secateur.cli.places import kept, require_places
 from secateur.cli.screen import Screen, screen
@@ -148,7 +148,7 @@ def prune(  # noqa: PLR0913, PLR0917 - a parameter for each option
         pruned = _run(out, loaded, wanted, batches, saved)
         exported = None
         with kept(pruned, output, overwrite=overwrite):
-            with out.watching(_measurable(batches)) as watched:
+            with out.watching(measurable(batches)) as watched:
                 found = compare_networks(loaded.model, pruned, watched)
             pruned.facts.measures["comparison"] = comparison_json(found)
             if onnx is not None:
@@ -233,10 +233,6 @@ def _report(
             "onnx": None if exported is None else dataclasses.asdict(exported),
         }
     )
-
-
-def _measurable(data: Data | None) -> Data | None:
-    return data if data is not None and (data.test or data.train) is not None else None
 
 
 def _example(data: Data | None) -> Batch:

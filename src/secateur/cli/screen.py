@@ -120,14 +120,12 @@ class Screen:
     def watching(self, data: Data | None) -> Iterator[Data | None]:
         """Data whose batches for measuring draw a bar as they are read, where that takes long."""
         with self.progress() as report:
-            if data is None or data.test is not None:
-                yield data and replace(data, test=Watched(data.test or (), "measuring", report))
+            if data is not None and data.test is not None:
+                yield replace(data, test=Watched(data.test, "measuring", report))
+            elif data is not None and data.train is not None:
+                yield replace(data, train=Watched(data.train, "measuring", report))
             else:
-                yield (
-                    data
-                    if data.train is None
-                    else replace(data, train=Watched(data.train, "measuring", report))
-                )
+                yield data
 
     @contextmanager
     def working(self, stage: str) -> Iterator[None]:

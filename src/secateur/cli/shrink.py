@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.batches import data_from
+from secateur.cli.batches import data_from, measurable
 from secateur.cli.flags import part, require_alone, with_training
 from secateur.cli.places import kept, require_places
 from secateur.cli.screen import Screen, screen
@@ -168,13 +168,13 @@ def shrink(  # noqa: PLR0913, PLR0917 - a parameter for each option
         with out.progress() as progress:
             pruned = run(loaded.model, wanted, example, batches, progress=progress)
         pruned.facts.environment["source"] = dict(loaded.source)
-        measurable = batches is not None and (batches.test or batches.train) is not None
+        judged = measurable(batches)
         _note_masks(pruned, loaded.masks)
         masks = (loaded.masks or None, None)
         exported = None
         with kept(pruned, output, overwrite=overwrite):
-            with out.watching(batches if measurable else None) as watched:
-                taken = None if measurable or example is None else as_batch(example)
+            with out.watching(judged) as watched:
+                taken = None if judged is not None or example is None else as_batch(example)
                 found = compare_networks(loaded.model, pruned, watched, masks=masks, example=taken)
             pruned.facts.measures["comparison"] = comparison_json(found)
             if onnx is not None:
